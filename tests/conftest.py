@@ -1,0 +1,43 @@
+"""Shared set-up. The pack's root stays off ``sys.path``: its ``nodes/`` would shadow ComfyUI's own ``nodes`` module."""
+
+from __future__ import annotations
+
+import importlib.util
+import os
+import sys
+from pathlib import Path
+
+import pytest
+
+PACK = Path(__file__).resolve().parent.parent
+COMFYUI = Path(os.environ.get("COMFYUI_DIR") or PACK / ".host" / "comfyui")
+
+
+def _expose_engine() -> None:
+    """Make ``import wan_fp8`` work without putting the pack's root on the path."""
+    if "wan_fp8" in sys.modules:
+        return
+    spec = importlib.util.spec_from_file_location(
+        "wan_fp8", PACK / "wan_fp8" / "__init__.py", submodule_search_locations=[str(PACK / "wan_fp8")]
+    )
+    assert spec is not None and spec.loader is not None
+    module = importlib.util.module_from_spec(spec)
+    sys.modules["wan_fp8"] = module
+    spec.loader.exec_module(module)
+
+
+_expose_engine()
+
+
+@pytest.fixture(scope="session")
+def comfy_core() -> Path:
+    """Core ComfyUI importable in this process (CPU); the folder of the host. Built by ``python scripts/host.py``."""
+    if not (COMFYUI / "comfy" / "options.py").is_file():
+        pytest.fail(f"no ComfyUI at {COMFYUI}: run 'python scripts/host.py' or set COMFYUI_DIR")
+    if str(COMFYUI) not in sys.path:
+        sys.path.insert(0, str(COMFYUI))
+    import comfy.cli_args  # comfy's own argument parser must not see pytest's arguments
+
+    comfy.cli_args.args.cpu = True
+    comfy.cli_args.args.use_pytorch_cross_attention = True
+    return COMFYUI

@@ -1,0 +1,30 @@
+"""Wan FP8: a pure-PyTorch engine for Wan2.2 video models. It never imports ComfyUI; importing it initialises nothing.
+
+Public names are resolved on first use, so that ``import wan_fp8`` costs no more than ``import torch``.
+"""
+
+from __future__ import annotations
+
+import importlib
+from typing import Any
+
+__version__ = "0.1.0"
+
+_EXPORTS = {
+    "load_transformer": "checkpoint.load",
+    "load_text_encoder": "models.text_encoder",
+    "set_attention": "attention",
+    "Attention": "attention",
+    "sampling": "sampling",
+}
+
+__all__ = ["__version__", *_EXPORTS]
+
+
+def __getattr__(name: str) -> Any:
+    if name not in _EXPORTS:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    module = importlib.import_module(f".{_EXPORTS[name]}", __name__)
+    value = module if name == "sampling" else getattr(module, name)
+    globals()[name] = value
+    return value

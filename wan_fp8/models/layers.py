@@ -1,0 +1,123 @@
+"""Modules that own parameters, and the one door through which their values are read.
+
+A host (ComfyUI) may keep a weight in another place or precision than the forward needs, and may patch it on the way.
+So nothing in this package touches ``module.weight`` in a forward: it asks ``module.fetch(like)`` and gives the tensors back with
+``module.release(...)``. By itself a module serves its own parameters; a host replaces ``weight_source``.
+"""
+
+from __future__ import annotations
+
+from typing import Any, Protocol
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+HIGH_PRECISION = (torch.bfloat16, torch.float16, torch.float32, torch.float64)
+"""Storage types that can be computed in without a scale."""
+
+
+class WeightSource(Protocol):
+    """Where the values of a module's parameters come from."""
+
+    def fetch(self, module: Leaf, like: Tensor) -> tuple[Tensor, Tensor | None, Any]:
+        """Weight and bias on the device and in the dtype of ``like``, and a handle for ``release``."""
+
+    def release(self, module: Leaf, weight: Tensor, bias: Tensor | None, handle: Any) -> None:
+        """Called after the last use of what ``fetch`` returned."""
+
+
+class OwnWeights:
+    """The module's own parameters, cast if they are stored in another type than the computation's."""
+
+    def fetch(self, module: Leaf, like: Tensor) -> tuple[Tensor, Tensor | None, Any]:
+        bias = module.bias
+        return (
+            module.dequantized(module.weight, like.dtype),
+            None if bias is None else bias.to(like.dtype),
+            None,
+        )
+
+    def release(self, module: Leaf, weight: Tensor, bias: Tensor | None, handle: Any) -> None:
+        del module, weight, bias, handle
+
+
+OWN_WEIGHTS = OwnWeights()
+
+
+class Leaf(nn.Module):
+    """A module without children that owns a ``weight`` and perhaps a ``bias`` and a ``weight_scale``."""
+
+    weight: nn.Parameter
+    bias: nn.Parameter | None
+    weight_scale: nn.Parameter | None
+    weight_source: WeightSource = OWN_WEIGHTS
+
+    def fetch(self, like: Tensor) -> tuple[Tensor, Tensor | None, Any]:
+        """Weight, bias and a handle, ready to be used with ``like`` (its device, its dtype)."""
+        return self.weight_source.fetch(self, like)
+
+    def release(self, weight: Tensor, bias: Tensor | None, handle: Any) -> None:
+        """Tell the source that the tensors of one ``fetch`` are no longer needed."""
+        self.weight_source.release(self, weight, bias, handle)
+
+    def dequantized(self, weight: Tensor, dtype: torch.dtype) -> Tensor:
+        """``weight`` in ``dtype``, multiplied by the module's ``weight_scale`` where it is stored in FP8."""
+        if weight.dtype in HIGH_PRECISION:
+            return weight.to(dtype)
+        scale = getattr(self, "weight_scale", None)
+        value = weight.to(dtype)
+        return value if scale is None else value * scale.to(device=value.device, dtype=dtype)
+
+
+class Linear(Leaf):
+    """``y = x W^T + b``, in the dtype of ``x``. An FP8 weight is dequantised by ``weight_scale`` (scalar or [D_out, 1])."""
+
+    def __init__(self, in_features: int, out_features: int, bias: bool = True) -> None:
+        super().__init__()
+        self.in_features, self.out_features = in_features, out_features
+        self.weight = nn.Parameter(torch.empty(out_features, in_features), requires_grad=False)
+        self.bias = nn.Parameter(torch.empty(out_features), requires_grad=False) if bias else None
+        self.register_parameter("weight_scale", None)
+
+    def forward(self, x: Tensor) -> Tensor:
+        weight, bias, handle = self.fetch(x)
+        y = F.linear(x, weight, bias)
+        self.release(weight, bias, handle)
+        return y
+
+    def extra_repr(self) -> str:
+        return f"in_features={self.in_features}, out_features={self.out_features}, bias={self.bias is not None}"
+
+
+class PatchEmbedding(Leaf):
+    """A Conv3d whose stride is its kernel, as one matrix product over patches: [B, C, F, H, W] -> [B, S, D].
+
+    Patches are taken time-major, then rows, then columns (the official flatten order). The weight keeps the official shape
+    [D, C, p_t, p_h, p_w], so that checkpoints and LoRAs fit.
+    """
+
+    def __init__(self, in_dim: int, dim: int, patch_size: tuple[int, int, int]) -> None:
+        super().__init__()
+        self.patch_size = patch_size
+        self.weight = nn.Parameter(torch.empty(dim, in_dim, *patch_size), requires_grad=False)
+        self.bias = nn.Parameter(torch.empty(dim), requires_grad=False)
+
+    def forward(self, x_BCFHW: Tensor) -> Tensor:
+        pt, ph, pw = self.patch_size
+        b, c, f, h, w = x_BCFHW.shape
+        patches = x_BCFHW.reshape(b, c, f // pt, pt, h // ph, ph, w // pw, pw).permute(0, 2, 4, 6, 1, 3, 5, 7)
+        patches = patches.reshape(b, (f // pt) * (h // ph) * (w // pw), c * pt * ph * pw)
+        weight, bias, handle = self.fetch(patches)
+        y = F.linear(patches, weight.flatten(1), bias)
+        self.release(weight, bias, handle)
+        return y
+
+
+class NormWeight(Leaf):
+    """The learned gain (and offset) of a norm; the arithmetic is in ``functional``, where it can be fused."""
+
+    def __init__(self, dim: int, bias: bool = False) -> None:
+        super().__init__()
+        self.weight = nn.Parameter(torch.empty(dim), requires_grad=False)
+        self.bias = nn.Parameter(torch.empty(dim), requires_grad=False) if bias else None
