@@ -6,11 +6,23 @@ Source: Wan-Video/Wan2.2 ``wan/modules/model.py``.
 
 from __future__ import annotations
 
-import math
+from dataclasses import dataclass
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+
+
+@dataclass(frozen=True, slots=True)
+class RopeOptions:
+    """Stretch and shift of the token positions on each axis (time, rows y, columns x), in tokens."""
+
+    scale_t: float = 1.0
+    scale_y: float = 1.0
+    scale_x: float = 1.0
+    shift_t: float = 0.0
+    shift_y: float = 0.0
+    shift_x: float = 0.0
 
 
 def accumulate_dtype(x: Tensor) -> torch.dtype:
@@ -91,9 +103,21 @@ def gelu_tanh(x: Tensor) -> Tensor:
     return F.gelu(x, approximate="tanh")
 
 
-def attention_reference(q_BSNE: Tensor, k_BLNE: Tensor, v_BLNE: Tensor) -> Tensor:
-    """Softmax attention written out in the accumulation type: the oracle for every backend. [B, S, N, E]."""
-    acc = accumulate_dtype(q_BSNE)
-    q, k, v = (t.to(acc).transpose(1, 2) for t in (q_BSNE, k_BLNE, v_BLNE))
-    weights = torch.softmax(q @ k.transpose(-1, -2) / math.sqrt(q.shape[-1]), dim=-1)
-    return (weights @ v).transpose(1, 2).to(q_BSNE.dtype)
+def residual(x_BSD: Tensor, branch_BSD: Tensor) -> Tensor:
+    """``x + branch`` in the accumulation type, stored in the type of ``x``."""
+    acc = accumulate_dtype(x_BSD)
+    return (x_BSD.to(acc) + branch_BSD.to(acc)).to(x_BSD.dtype)
+
+
+def grid_positions(grid: tuple[int, int, int], options: RopeOptions | None = None) -> Tensor:
+    """Positions [S, 3] fp64 of a (time, rows, columns) grid, time slowest; stretched and shifted by ``options``."""
+    if options is None:
+        axes = [torch.arange(n, dtype=torch.float64) for n in grid]
+    else:
+        scales = (options.scale_t, options.scale_y, options.scale_x)
+        shifts = (options.shift_t, options.shift_y, options.shift_x)
+        axes = [
+            torch.linspace(shift, shift + (n - 1.0) * scale, steps=n, dtype=torch.float64)
+            for n, scale, shift in zip(grid, scales, shifts, strict=True)
+        ]
+    return torch.stack(torch.meshgrid(*axes, indexing="ij"), dim=-1).reshape(-1, 3)

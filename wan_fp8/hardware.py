@@ -1,0 +1,70 @@
+"""What this machine can do, asked in one place. Importing this module touches neither CUDA nor an optional library."""
+
+from __future__ import annotations
+
+import functools
+import importlib.util
+from dataclasses import dataclass
+
+import torch
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class DeviceCaps:
+    """Facts about one device that decide which kernels may run on it."""
+
+    device: torch.device
+    name: str
+    capability: tuple[int, int] | None
+    """CUDA compute capability, for example (9, 0); None on other devices."""
+    total_memory_bytes: int | None
+    torch_version: str
+    cuda_version: str | None
+
+    @property
+    def is_cuda(self) -> bool:
+        """True for an NVIDIA GPU (ROCm devices report no CUDA version)."""
+        return self.device.type == "cuda" and self.cuda_version is not None
+
+    @property
+    def is_hopper(self) -> bool:
+        """H100, H200: compute capability 9.0."""
+        return self.is_cuda and self.capability == (9, 0)
+
+
+@functools.cache
+def _device_caps(device_type: str, index: int | None) -> DeviceCaps:
+    device = torch.device(device_type) if index is None else torch.device(device_type, index)
+    if device_type == "cuda":
+        properties = torch.cuda.get_device_properties(device)
+        return DeviceCaps(
+            device=device,
+            name=properties.name,
+            capability=(properties.major, properties.minor),
+            total_memory_bytes=properties.total_memory,
+            torch_version=torch.__version__,
+            cuda_version=torch.version.cuda,
+        )
+    return DeviceCaps(
+        device=device,
+        name=device_type,
+        capability=None,
+        total_memory_bytes=None,
+        torch_version=torch.__version__,
+        cuda_version=torch.version.cuda,
+    )
+
+
+def device_caps(device: torch.device | str) -> DeviceCaps:
+    """Facts about ``device``; each device index is probed once, at its first use."""
+    device = torch.device(device)
+    index = device.index
+    if device.type == "cuda" and index is None:
+        index = torch.cuda.current_device()
+    return _device_caps(device.type, index)
+
+
+@functools.cache
+def has_module(name: str) -> bool:
+    """True if a Python module can be found, without importing it."""
+    return importlib.util.find_spec(name) is not None

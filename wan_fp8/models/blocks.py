@@ -1,0 +1,208 @@
+"""One Wan transformer block, and the state of a forward that every block reads.
+
+B batch, S video tokens (padding included), L text tokens, D model width, N heads, E head width, R distinct timestep rows.
+Parameter names are the official ones. Source: Wan-Video/Wan2.2 ``wan/modules/model.py``.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Hashable, Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from ..attention import AttentionCore
+from . import functional as wan
+from .functional import RopeOptions
+from .layers import Linear, NormWeight
+from .specs import ModelSpec
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class ForwardOptions:
+    """What a caller may ask of one forward besides its tensors."""
+
+    text_key: Hashable | None = None
+    """Names the prompt(s) of this batch: text keys and values are kept under it. None: the identity of ``context``."""
+    cache_text: bool = True
+    """False while text weights may change between two forwards."""
+    attention_override: Callable | None = None
+    """``f(func, q, k, v, heads, mask=None, transformer_options=...)`` with q, k, v as [B, S, N*E]; the host's own contract."""
+    block_replace: Mapping[int, Callable] = field(default_factory=dict)
+    """By block index: ``f({"img", "txt", "vec", "pe", "transformer_options"}, {"original_block": g})`` -> ``{"img": tokens}``."""
+    rope: RopeOptions | None = None
+    host_options: Any = None
+    """Handed through untouched to the two callables above."""
+
+
+@dataclass(slots=True)
+class Modulation:
+    """Shift, scale and gate vectors, stored once for each distinct timestep."""
+
+    rows: Tensor
+    """[R, 6, D]: shift, scale, gate of self-attention, then of the FFN."""
+    row_of_token: Tensor | None
+    """[B, S] row index of each token; None when sample b uses row b throughout."""
+
+    def spread(self, vector_RD: Tensor) -> Tensor:
+        """One vector per row -> something that broadcasts over [B, S, D]."""
+        return vector_RD[:, None] if self.row_of_token is None else vector_RD[self.row_of_token]
+
+
+@dataclass(slots=True)
+class ForwardState:
+    """Everything the blocks of one forward share."""
+
+    modulation: Modulation
+    rope: tuple[Tensor, Tensor]
+    """cosine and sine, [S, E/2]."""
+    num_tokens: int
+    """Tokens before padding: keys and values beyond it take no part in self-attention."""
+    context: TextContext
+    compute_dtype: torch.dtype
+    """Type of GEMM and attention operands."""
+    options: ForwardOptions
+    task: dict[str, Any] = field(default_factory=dict)
+    """What a task's ``embed`` keeps for its ``after_block``."""
+
+
+class TextContext:
+    """The prompt as every block's cross-attention sees it: projected once, keys and values kept across steps.
+
+    A block calls ``keys_values(block_index, compute)``; the first forward of a prompt computes, later ones look up.
+    """
+
+    def __init__(self, project: Callable[[], Tensor], store: dict[int, tuple[Tensor, Tensor]] | None) -> None:
+        self._project = project
+        self._store = store
+        self._tokens: Tensor | None = None
+
+    @property
+    def tokens_BLD(self) -> Tensor:
+        """The projected context; computed at first use, so never when all keys and values are known."""
+        if self._tokens is None:
+            self._tokens = self._project()
+        return self._tokens
+
+    def keys_values(self, index: int, compute: Callable[[Tensor], tuple[Tensor, Tensor]]) -> tuple[Tensor, Tensor]:
+        """Keys and values [B, L, N, E] of block ``index``."""
+        if self._store is None:
+            return compute(self.tokens_BLD)
+        if index not in self._store:
+            self._store[index] = compute(self.tokens_BLD)
+        return self._store[index]
+
+
+def normed_with(norm: NormWeight, x: Tensor, eps: float) -> Tensor:
+    """RMSNorm of ``x`` over its last dimension with the module's gain."""
+    weight, bias, handle = norm.fetch(x)
+    y = wan.rms_norm(x, weight, eps=eps)
+    norm.release(weight, bias, handle)
+    return y
+
+
+class Attention(nn.Module):
+    """The four projections and two full-width norms that self- and cross-attention share."""
+
+    def __init__(self, spec: ModelSpec) -> None:
+        super().__init__()
+        self.num_heads, self.head_dim, self.eps = spec.num_heads, spec.head_dim, spec.eps
+        self.q = Linear(spec.dim, spec.dim)
+        self.k = Linear(spec.dim, spec.dim)
+        self.v = Linear(spec.dim, spec.dim)
+        self.o = Linear(spec.dim, spec.dim)
+        self.norm_q = NormWeight(spec.dim)
+        self.norm_k = NormWeight(spec.dim)
+        self.inner_attention = AttentionCore()
+
+    def heads(self, x_BSD: Tensor) -> Tensor:
+        """[B, S, D] -> [B, S, N, E], a view."""
+        return x_BSD.unflatten(-1, (self.num_heads, self.head_dim))
+
+    def attend(self, q_BSNE: Tensor, k_BLNE: Tensor, v_BLNE: Tensor, options: ForwardOptions) -> Tensor:
+        """Attention through the host's override if there is one: [B, S, N, E] -> [B, S, D]."""
+        if options.attention_override is None:
+            return self.inner_attention(q_BSNE, k_BLNE, v_BLNE).flatten(2)
+
+        def own(q: Tensor, k: Tensor, v: Tensor, heads: int, mask: Tensor | None = None, **kwargs: Any) -> Tensor:
+            if mask is not None or kwargs.get("skip_reshape") or kwargs.get("skip_output_reshape"):
+                raise NotImplementedError("the attention of this model takes no mask and [batch, tokens, heads * width] tensors only")
+            return self.inner_attention(*(t.unflatten(-1, (heads, -1)) for t in (q, k, v))).flatten(2)
+
+        return options.attention_override(
+            own,
+            q_BSNE.flatten(2),
+            k_BLNE.flatten(2),
+            v_BLNE.flatten(2),
+            heads=self.num_heads,
+            transformer_options=options.host_options,
+        )
+
+
+class SelfAttention(Attention):
+    """Attention among video tokens, with rotary positions. Padding tokens are never attended to."""
+
+    def forward(self, x_BSD: Tensor, state: ForwardState) -> Tensor:
+        q = wan.apply_rope(self.heads(normed_with(self.norm_q, self.q(x_BSD), self.eps)), *state.rope)
+        k = wan.apply_rope(self.heads(normed_with(self.norm_k, self.k(x_BSD), self.eps)), *state.rope)
+        v = self.heads(self.v(x_BSD))
+        keys = slice(0, state.num_tokens)
+        return self.o(self.attend(q, k[:, keys], v[:, keys], state.options))
+
+
+class CrossAttention(Attention):
+    """Attention from video tokens to all text tokens, padding rows of the prompt included (the official behaviour)."""
+
+    def keys_values(self, context_BLD: Tensor) -> tuple[Tensor, Tensor]:
+        """Normed keys and plain values [B, L, N, E]."""
+        return self.heads(normed_with(self.norm_k, self.k(context_BLD), self.eps)), self.heads(self.v(context_BLD))
+
+    def forward(self, x_BSD: Tensor, state: ForwardState, index: int) -> Tensor:
+        q = self.heads(normed_with(self.norm_q, self.q(x_BSD), self.eps))
+        k, v = state.context.keys_values(index, self.keys_values)
+        return self.o(self.attend(q, k, v, state.options))
+
+
+class GELU(nn.Module):
+    """GELU in its tanh form; has no parameters and stands at position 1 of the official ``nn.Sequential``s."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        return wan.gelu_tanh(x)
+
+
+class WanBlock(nn.Module):
+    """Self-attention, cross-attention and FFN around a residual stream; one modulation table added to the timestep's rows."""
+
+    def __init__(self, spec: ModelSpec, index: int) -> None:
+        super().__init__()
+        self.index, self.eps = index, spec.eps
+        self.modulation = nn.Parameter(torch.empty(1, 6, spec.dim), requires_grad=False)
+        self.self_attn = SelfAttention(spec)
+        self.norm3 = NormWeight(spec.dim, bias=True)
+        self.cross_attn = CrossAttention(spec)
+        self.ffn = nn.Sequential(Linear(spec.dim, spec.ffn_dim), GELU(), Linear(spec.ffn_dim, spec.dim))
+
+    def forward(self, x_BSD: Tensor, state: ForwardState) -> Tensor:
+        """One block on the residual stream [B, S, D]; the stream keeps its type."""
+        time = state.modulation
+        table = time.rows + self.modulation.to(device=time.rows.device, dtype=time.rows.dtype)
+        shift_sa, scale_sa, gate_sa, shift_ffn, scale_ffn, gate_ffn = table.unbind(1)
+
+        a = wan.layer_norm_modulate(
+            x_BSD, time.spread(shift_sa), time.spread(scale_sa), eps=self.eps, out_dtype=state.compute_dtype
+        )
+        x_BSD = wan.gated_residual(x_BSD, self.self_attn(a, state), time.spread(gate_sa))
+        del a
+
+        weight, bias, handle = self.norm3.fetch(x_BSD)
+        c = wan.layer_norm_affine(x_BSD, weight, bias, eps=self.eps, out_dtype=state.compute_dtype)
+        self.norm3.release(weight, bias, handle)
+        x_BSD = wan.residual(x_BSD, self.cross_attn(c, state, self.index))
+        del c
+
+        b = wan.layer_norm_modulate(
+            x_BSD, time.spread(shift_ffn), time.spread(scale_ffn), eps=self.eps, out_dtype=state.compute_dtype
+        )
+        return wan.gated_residual(x_BSD, self.ffn(b), time.spread(gate_ffn))

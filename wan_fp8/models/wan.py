@@ -1,0 +1,301 @@
+"""The Wan2.2 diffusion transformer: embed, a stack of blocks, head. One plain definition for every task.
+
+A task that needs more (extra tokens, injections after some blocks) overrides ``embed``, ``project_context`` or ``after_block``; recipes, caches
+and parallel layouts replace leaves, set ``token_multiple``, or wrap the stack through ``stack_wrappers``.
+
+B batch, C channels, F latent frames, H/W latent rows and columns, S video tokens, L text tokens, D model width, R distinct timestep rows.
+Precision follows the official code: fp32 residual stream, modulation, gates, time MLP and head; fp64 sinusoid and rotary angles; GEMMs and
+attention in ``compute_dtype``. Source: Wan-Video/Wan2.2 ``wan/modules/model.py``.
+"""
+
+from __future__ import annotations
+
+import weakref
+from collections import OrderedDict
+from collections.abc import Callable, Hashable
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from ..errors import InputError
+from . import functional as wan
+from .blocks import GELU, ForwardOptions, ForwardState, Modulation, TextContext, WanBlock
+from .functional import RopeOptions
+from .layers import HIGH_PRECISION, Linear, PatchEmbedding
+from .specs import ModelSpec
+
+StackFunction = Callable[[Tensor, ForwardState], Tensor]
+"""Residual stream before the first block -> after the last, [B, S, D]."""
+StackWrapper = Callable[[Tensor, ForwardState, StackFunction], Tensor]
+"""Called with the stack it wraps."""
+
+MAX_CACHED_PROMPTS = 4
+"""Prompts (batches of prompts) whose text keys and values are kept: cond and uncond, twice. 0.4 GiB each at 14B in bf16."""
+MAX_CACHED_ROPE_TABLES = 4
+
+
+@dataclass(frozen=True, slots=True)
+class _CachedText:
+    """Text keys and values by block, and the tensor they came from (it counts only where the caller gave no name)."""
+
+    owner: weakref.ref[Tensor]
+    version: int | None
+    blocks: dict[int, tuple[Tensor, Tensor]]
+
+
+class Head(nn.Module):
+    """Modulated LayerNorm and the projection to patches, in fp32. Uses the time embedding before its projection."""
+
+    def __init__(self, spec: ModelSpec) -> None:
+        super().__init__()
+        pt, ph, pw = spec.patch_size
+        self.eps = spec.eps
+        self.modulation = nn.Parameter(torch.empty(1, 2, spec.dim), requires_grad=False)
+        self.head = Linear(spec.dim, spec.out_dim * pt * ph * pw)
+
+    def forward(self, x_BSD: Tensor, embedding_RD: Tensor, time: Modulation) -> Tensor:
+        """[B, S, D] -> [B, S, p_t * p_h * p_w * C_out], C fastest."""
+        table = embedding_RD[:, None] + self.modulation.to(device=embedding_RD.device, dtype=embedding_RD.dtype)
+        shift, scale = (time.spread(v) for v in table.unbind(1))
+        return self.head(wan.layer_norm_modulate(x_BSD, shift, scale, eps=self.eps, out_dtype=embedding_RD.dtype))
+
+
+class WanModel(nn.Module):
+    """Wan2.2 transformer (T2V, I2V, TI2V). Returns the flow velocity."""
+
+    block_class: type[WanBlock] = WanBlock
+
+    def __init__(self, spec: ModelSpec) -> None:
+        super().__init__()
+        self.spec = spec
+        dim = spec.dim
+        self.patch_embedding = PatchEmbedding(spec.in_dim, dim, spec.patch_size)
+        self.text_embedding = nn.Sequential(Linear(spec.text_dim, dim), GELU(), Linear(dim, dim))
+        self.time_embedding = nn.Sequential(Linear(spec.freq_dim, dim), nn.SiLU(), Linear(dim, dim))
+        self.time_projection = nn.Sequential(nn.SiLU(), Linear(dim, 6 * dim))
+        self.blocks = nn.ModuleList(self.block_class(spec, index) for index in range(spec.num_layers))
+        self.head = Head(spec)
+
+        self.compute_dtype_override: torch.dtype | None = None
+        """Set to compute in another type than the weights are stored in."""
+        self.token_multiple = 1
+        """The token axis is padded once per forward to a multiple of this (a recipe's or a parallel layout's need)."""
+        self.stack_wrappers: OrderedDict[str, StackWrapper] = OrderedDict()
+        """Named, ordered, removable: the first one added is the outermost."""
+        self._text_cache: OrderedDict[Hashable, _CachedText] = OrderedDict()
+        self._rope_cache: OrderedDict[Hashable, tuple[Tensor, Tensor]] = OrderedDict()
+
+    @property
+    def compute_dtype(self) -> torch.dtype:
+        """Type of GEMM and attention operands: that of the stored weights, or bf16 where those are FP8."""
+        if self.compute_dtype_override is not None:
+            return self.compute_dtype_override
+        stored = self.text_embedding[0].weight.dtype
+        return stored if stored in HIGH_PRECISION else torch.bfloat16
+
+    @property
+    def stream_dtype(self) -> torch.dtype:
+        """Type of the residual stream, modulation, time MLP and head: fp32, or fp64 for a float64 model."""
+        return torch.float64 if self.compute_dtype == torch.float64 else torch.float32
+
+    # ---- forward -------------------------------------------------------------------------------------------------
+
+    def forward(
+        self,
+        x: Tensor,
+        timestep: Tensor,
+        context: Tensor,
+        clip_fea: Tensor | None = None,
+        options: ForwardOptions | None = None,
+        **task_inputs: Any,
+    ) -> Tensor:
+        """Velocity of the flow at ``x``.
+
+        Args:
+            x: [B, C_in, F, H, W] latents, conditioning channels concatenated after the noisy ones. H and W even.
+            timestep: [B], [B, F] or [B, S], 0..1000; integers for the official solvers.
+            context: [B, L, text_dim] text rows, zero-padded to 512 by whoever made them; padding takes part in cross-attention.
+            clip_fea: image rows, for tasks that take them.
+            options: See ForwardOptions.
+            **task_inputs: what the task's ``embed`` takes; none for T2V, I2V and TI2V.
+        Returns:
+            [B, C_out, F, H, W] in ``stream_dtype``.
+        Raises:
+            InputError: a shape that the model cannot take, or an input that it does not know.
+        """
+        options = options or ForwardOptions()
+        self._check(x, timestep, context)
+        tokens, grid, positions, task = self.embed(x, task_inputs)
+        embedding, modulation = self._time_rows(timestep, tokens.shape[:2], grid)
+        state = ForwardState(
+            modulation=modulation,
+            rope=self._rope(positions, grid, options.rope, tokens.device),
+            num_tokens=tokens.shape[1],
+            context=self._text_context(context, clip_fea, options),
+            compute_dtype=self.compute_dtype,
+            options=options,
+            task=task,
+        )
+        tokens = self._padded(tokens, state)
+        tokens = self._stack()(tokens, state)[:, : state.num_tokens]
+        if state.modulation.row_of_token is not None:
+            state.modulation.row_of_token = state.modulation.row_of_token[:, : state.num_tokens]
+        return self.unpatchify(self.head(tokens, embedding, state.modulation), grid)
+
+    def embed(
+        self, x: Tensor, task_inputs: dict[str, Any]
+    ) -> tuple[Tensor, tuple[int, int, int], Tensor | None, dict[str, Any]]:
+        """Latents -> tokens.
+
+        Returns:
+            The residual stream [B, S, D]; the token grid (T, H, W) that the head's output is arranged in; token positions [S, 3] fp64, or None
+            for the plain grid; and what ``after_block`` will need.
+        """
+        if task_inputs:
+            raise InputError(f"{self.spec.task} models take no input named {', '.join(sorted(task_inputs))}")
+        tokens = self.patch_embedding(x.to(self.compute_dtype)).to(self.stream_dtype)
+        pt, ph, pw = self.spec.patch_size
+        return tokens, (x.shape[2] // pt, x.shape[3] // ph, x.shape[4] // pw), None, {}
+
+    def project_context(self, context: Tensor, clip_fea: Tensor | None) -> Tensor:
+        """Text rows [B, L, text_dim] -> [B, L, D]."""
+        if clip_fea is not None:
+            raise InputError(f"{self.spec.task} models of Wan2.2 take no CLIP vision features: disconnect them")
+        return self.text_embedding(context.to(self.compute_dtype))
+
+    def after_block(self, index: int, tokens_BSD: Tensor, state: ForwardState) -> Tensor:
+        """What a task adds to the stream after block ``index``; nothing here."""
+        del index, state
+        return tokens_BSD
+
+    def run_blocks(self, tokens_BSD: Tensor, state: ForwardState) -> Tensor:
+        """Every block in order, each one through the host's replacement where there is one."""
+        for index, block in enumerate(self.blocks):
+            replace = state.options.block_replace.get(index)
+            tokens_BSD = block(tokens_BSD, state) if replace is None else self._replaced(block, replace, tokens_BSD, state)
+            tokens_BSD = self.after_block(index, tokens_BSD, state)
+        return tokens_BSD
+
+    def unpatchify(self, patches: Tensor, grid: tuple[int, int, int]) -> Tensor:
+        """[B, S, p_t * p_h * p_w * C] in (p_t, p_h, p_w, C) order -> [B, C, F, H, W]."""
+        pt, ph, pw = self.spec.patch_size
+        t, h, w = grid
+        value = patches.reshape(patches.shape[0], t, h, w, pt, ph, pw, self.spec.out_dim)
+        return value.permute(0, 7, 1, 4, 2, 5, 3, 6).reshape(patches.shape[0], self.spec.out_dim, t * pt, h * ph, w * pw)
+
+    # ---- caches --------------------------------------------------------------------------------------------------
+
+    def clear_text_cache(self) -> None:
+        """Forget the text keys and values of every prompt; call it when a run ends or text weights change."""
+        self._text_cache.clear()
+
+    def _text_context(self, context: Tensor, clip_fea: Tensor | None, options: ForwardOptions) -> TextContext:
+        def project() -> Tensor:
+            return self.project_context(context, clip_fea)
+
+        if not options.cache_text:
+            return TextContext(project, None)
+        named = options.text_key is not None
+        key: Hashable = (options.text_key if named else id(context), context.shape, context.device)
+        version = None if context.is_inference() else context._version
+        kept = self._text_cache.get(key)
+        if kept is not None and (named or (kept.owner() is context and kept.version == version)):
+            self._text_cache.move_to_end(key)
+            return TextContext(project, kept.blocks)
+        fresh = _CachedText(weakref.ref(context), version, {})
+        self._text_cache[key] = fresh
+        while len(self._text_cache) > MAX_CACHED_PROMPTS:
+            self._text_cache.popitem(last=False)
+        return TextContext(project, fresh.blocks)
+
+    def _rope(
+        self, positions: Tensor | None, grid: tuple[int, int, int], options: RopeOptions | None, device: torch.device
+    ) -> tuple[Tensor, Tensor]:
+        dtype = self.stream_dtype
+        if positions is not None:
+            return tuple(t.to(device) for t in wan.rope_table(positions, self.spec.head_dim, dtype))  # type: ignore[return-value]
+        key = (grid, options, device, dtype)
+        if key not in self._rope_cache:
+            cos, sin = wan.rope_table(wan.grid_positions(grid, options), self.spec.head_dim, dtype)
+            self._rope_cache[key] = (cos.to(device), sin.to(device))
+            while len(self._rope_cache) > MAX_CACHED_ROPE_TABLES:
+                self._rope_cache.popitem(last=False)
+        return self._rope_cache[key]
+
+    # ---- pieces of the forward -------------------------------------------------------------------------------------
+
+    def _check(self, x: Tensor, timestep: Tensor, context: Tensor) -> None:
+        spec = self.spec
+        if x.ndim != 5 or x.shape[1] != spec.in_dim:
+            raise InputError(
+                f"the model takes latents [batch, {spec.in_dim}, frames, rows, columns]; got {list(x.shape)}: "
+                f"{spec.in_dim} channels include the conditioning that {spec.task} needs"
+            )
+        if any(size % patch for size, patch in zip(x.shape[2:], spec.patch_size, strict=True)):
+            raise InputError(f"latent frames, rows and columns must be multiples of {spec.patch_size}; got {list(x.shape[2:])}")
+        if context.ndim != 3 or context.shape[2] != spec.text_dim:
+            raise InputError(
+                f"the model takes text rows [batch, tokens, {spec.text_dim}]; got {list(context.shape)}: use the text encoder of Wan2.2 (UMT5-XXL)"
+            )
+        if context.shape[0] != x.shape[0]:
+            raise InputError(f"latents and text disagree on the batch size: {x.shape[0]} and {context.shape[0]}")
+        tokens = x[0, 0].numel() // (spec.patch_size[0] * spec.patch_size[1] * spec.patch_size[2])
+        allowed = ((x.shape[0],), (x.shape[0], x.shape[2]), (x.shape[0], tokens))
+        if tuple(timestep.shape) not in allowed:
+            raise InputError(f"timestep takes one of the shapes {[list(s) for s in allowed]}; got {list(timestep.shape)}")
+
+    def _time_rows(
+        self, timestep: Tensor, batch_tokens: torch.Size, grid: tuple[int, int, int]
+    ) -> tuple[Tensor, Modulation]:
+        """Run the time MLP on distinct timesteps only: [R, D] embeddings and the modulation [R, 6, D]."""
+        row_of_token = None
+        if timestep.ndim == 2:
+            timestep, row = torch.unique(timestep, return_inverse=True)
+            repeats = (grid[0] * grid[1] * grid[2]) // row.shape[1]
+            row_of_token = row.repeat_interleave(repeats, dim=1)
+            assert row_of_token.shape == batch_tokens, (row_of_token.shape, batch_tokens)
+        embedding = self.time_embedding(wan.sinusoidal_embedding(timestep, self.spec.freq_dim).to(self.stream_dtype))
+        rows = self.time_projection(embedding).unflatten(1, (6, self.spec.dim))
+        return embedding, Modulation(rows, row_of_token)
+
+    def _padded(self, tokens: Tensor, state: ForwardState) -> Tensor:
+        """Pad the token axis once, to ``token_multiple``; rotary angles and row indices follow."""
+        extra = -tokens.shape[1] % self.token_multiple
+        if extra == 0:
+            return tokens
+        cos, sin = state.rope
+        state.rope = (nn.functional.pad(cos, (0, 0, 0, extra), value=1.0), nn.functional.pad(sin, (0, 0, 0, extra)))
+        if state.modulation.row_of_token is not None:
+            state.modulation.row_of_token = nn.functional.pad(state.modulation.row_of_token, (0, extra))
+        return nn.functional.pad(tokens, (0, 0, 0, extra))
+
+    def _stack(self) -> StackFunction:
+        function: StackFunction = self.run_blocks
+        for wrapper in reversed(self.stack_wrappers.values()):
+            function = _wrapped(wrapper, function)
+        return function
+
+    @staticmethod
+    def _replaced(block: WanBlock, replace: Callable, tokens: Tensor, state: ForwardState) -> Tensor:
+        def original(args: dict[str, Any]) -> dict[str, Any]:
+            return {"img": block(args["img"], state)}
+
+        args = {
+            "img": tokens,
+            "txt": state.context.tokens_BLD,
+            "vec": state.modulation.rows,
+            "pe": state.rope,
+            "transformer_options": state.options.host_options,
+        }
+        return replace(args, {"original_block": original})["img"]
+
+
+def _wrapped(wrapper: StackWrapper, inner: StackFunction) -> StackFunction:
+    return lambda tokens, state: wrapper(tokens, state, inner)
+
+
+def build_model(spec: ModelSpec, *, model_class: type[WanModel] | None = None) -> WanModel:
+    """An uninitialised model in eval mode on torch's current default device (use ``torch.device("meta")`` to fill it by assignment)."""
+    return (model_class or WanModel)(spec).eval()
