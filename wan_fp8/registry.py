@@ -1,6 +1,7 @@
 """One registry per kind of kernel: each backend says what it can take as data; a refusal always carries its reason.
 
-``resolve(name, request)`` returns the backend asked for or raises with the reason; only ``auto`` chooses, by priority, and the choice can
+``resolve(name, request)`` returns the backend asked for or raises with the reason; only ``auto`` chooses, by priority,
+and the choice can
 be explained afterwards. The shape follows Comfy-Org/comfy-kitchen ``registry.py``.
 """
 
@@ -25,7 +26,8 @@ class Backend(Generic[Request]):
     name: str
     run: Callable
     refuse: Callable[[Request], str | None]
-    """Returns why this backend cannot serve a request, or None when it can. Must not import anything heavy at module import."""
+    """Returns why this backend cannot serve a request, or None when it can. Must not import anything heavy at module
+    import."""
     priority: int
     """``auto`` takes the willing backend with the highest priority; 0 and below are never chosen by ``auto``."""
 
@@ -46,7 +48,9 @@ class KernelRegistry(Generic[Request]):
         self._backends: dict[str, Backend[Request]] = {}
         self._logged: set[tuple[str, str]] = set()
 
-    def register(self, name: str, *, priority: int, refuse: Callable[[Request], str | None]) -> Callable[[Callable], Callable]:
+    def register(
+        self, name: str, *, priority: int, refuse: Callable[[Request], str | None]
+    ) -> Callable[[Callable], Callable]:
         """Decorator: add ``run`` as backend ``name``."""
 
         def add(run: Callable) -> Callable:

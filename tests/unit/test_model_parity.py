@@ -1,9 +1,12 @@
-"""Our DiT against code that we did not write: diffusers' WanTransformer3DModel, core ComfyUI's WanModel, and the official mathematics.
+"""Our DiT against code that we did not write: diffusers' WanTransformer3DModel, core ComfyUI's WanModel, and the
+official mathematics.
 
 Where the three differ we follow the official code (Wan-Video/Wan2.2 ``wan/modules/model.py``):
-- residual stream: official fp32 after the first gated add; diffusers and core keep the compute type. Equal when everything is fp32.
+- residual stream: official fp32 after the first gated add; diffusers and core keep the compute type. Equal when
+  everything is fp32.
 - qk RMSNorm: official rounds to bf16 before the gain; we round once after it. Equal in fp32.
-- time MLP: official fp32 with fp64 angles; core feeds the compute type. Equal in fp32 up to the fp32 sinusoid of the others.
+- time MLP: official fp32 with fp64 angles; core feeds the compute type. Equal in fp32 up to the fp32 sinusoid of the
+  others.
 - rotary angles: official complex128; diffusers and core rotate with fp32 tables.
 """
 
@@ -19,9 +22,15 @@ from wan_fp8.models.specs import ModelSpec, Task
 from wan_fp8.models.wan import WanModel, build_model
 
 TINY = {
-    "t2v": ModelSpec(task=Task.T2V, dim=256, ffn_dim=384, num_heads=2, num_layers=2, in_dim=16, out_dim=16, text_dim=4096),
-    "i2v": ModelSpec(task=Task.I2V, dim=128, ffn_dim=256, num_heads=1, num_layers=2, in_dim=36, out_dim=16, text_dim=4096),
-    "ti2v": ModelSpec(task=Task.TI2V, dim=256, ffn_dim=384, num_heads=2, num_layers=2, in_dim=48, out_dim=48, text_dim=4096),
+    "t2v": ModelSpec(
+        task=Task.T2V, dim=256, ffn_dim=384, num_heads=2, num_layers=2, in_dim=16, out_dim=16, text_dim=4096
+    ),
+    "i2v": ModelSpec(
+        task=Task.I2V, dim=128, ffn_dim=256, num_heads=1, num_layers=2, in_dim=36, out_dim=16, text_dim=4096
+    ),
+    "ti2v": ModelSpec(
+        task=Task.TI2V, dim=256, ffn_dim=384, num_heads=2, num_layers=2, in_dim=48, out_dim=48, text_dim=4096
+    ),
 }
 TOLERANCE = 1e-5
 """Relative L2 error in fp32 on a CPU."""
@@ -69,7 +78,8 @@ def test_core_agrees(comfy_core, name: str, batch: int) -> None:
     spec = TINY[name]
     theirs = comfy.ldm.wan.model.WanModel(
         model_type="t2v", in_dim=spec.in_dim, out_dim=spec.out_dim, dim=spec.dim, ffn_dim=spec.ffn_dim,
-        num_heads=spec.num_heads, num_layers=spec.num_layers, operations=comfy.ops.disable_weight_init, dtype=torch.float32,
+        num_heads=spec.num_heads, num_layers=spec.num_layers, operations=comfy.ops.disable_weight_init,
+        dtype=torch.float32,
     )  # fmt: skip
     ours = tiny_model(name)
     theirs.load_state_dict(ours.state_dict(), strict=True)
@@ -181,11 +191,18 @@ def official_forward(w: dict[str, Tensor], spec: ModelSpec, x: Tensor, t: float,
 
     def rotations(length: int, width: int) -> Tensor:
         theta = 1.0 / 10000.0 ** (torch.arange(0, width, 2, dtype=torch.float64) / width)
-        return torch.polar(torch.ones(length, width // 2, dtype=torch.float64), torch.outer(torch.arange(length).double(), theta))
+        return torch.polar(
+            torch.ones(length, width // 2, dtype=torch.float64), torch.outer(torch.arange(length).double(), theta)
+        )
 
     parts = [rotations(n, width) for n, width in zip(grid, (44, 42, 42), strict=True)]
     turn = torch.stack(
-        [torch.cat([parts[0][f], parts[1][i], parts[2][j]]) for f in range(grid[0]) for i in range(grid[1]) for j in range(grid[2])]
+        [
+            torch.cat([parts[0][f], parts[1][i], parts[2][j]])
+            for f in range(grid[0])
+            for i in range(grid[1])
+            for j in range(grid[2])
+        ]
     )
 
     def rotate(v: Tensor) -> Tensor:
@@ -235,7 +252,9 @@ def test_official_mathematics(name: str) -> None:
 def test_bf16_is_near_and_not_exact() -> None:
     """Two-sided: an error below bf16 rounding would mean that another type was computed in."""
     x, context = inputs("t2v")
-    expected = official_forward(tiny_model("t2v", torch.bfloat16).state_dict(), TINY["t2v"], x.bfloat16(), 500.0, context.bfloat16())
+    expected = official_forward(
+        tiny_model("t2v", torch.bfloat16).state_dict(), TINY["t2v"], x.bfloat16(), 500.0, context.bfloat16()
+    )
     with torch.inference_mode():
         ours = tiny_model("t2v", torch.bfloat16)(x.bfloat16(), torch.tensor([500]), context.bfloat16())
     assert ours.dtype == torch.float32

@@ -49,7 +49,8 @@ def register_backends() -> None:
 
 
 class AttentionCore(nn.Module):
-    """Scaled dot-product attention on [B, S, N, E] tensors. It has no parameters, so that others can wrap or replace it."""
+    """Scaled dot-product attention on [B, S, N, E] tensors. It has no parameters, so that others can wrap or replace
+    it."""
 
     def __init__(self) -> None:
         super().__init__()

@@ -1,6 +1,7 @@
 """One Wan transformer block, and the state of a forward that every block reads.
 
-B batch, S video tokens (padding included), L text tokens, D model width, N heads, E head width, R distinct timestep rows.
+B batch, S video tokens (padding included), L text tokens, D model width, N heads, E head width, R distinct timestep
+rows.
 Parameter names are the official ones. Source: Wan-Video/Wan2.2 ``wan/modules/model.py``.
 """
 
@@ -29,9 +30,11 @@ class ForwardOptions:
     cache_text: bool = True
     """False while text weights may change between two forwards."""
     attention_override: Callable | None = None
-    """``f(func, q, k, v, heads, mask=None, transformer_options=...)`` with q, k, v as [B, S, N*E]; the host's own contract."""
+    """``f(func, q, k, v, heads, mask=None, transformer_options=...)`` with q, k, v as [B, S, N*E]; the host's own
+    contract."""
     block_replace: Mapping[int, Callable] = field(default_factory=dict)
-    """By block index: ``f({"img", "txt", "vec", "pe", "transformer_options"}, {"original_block": g})`` -> ``{"img": tokens}``."""
+    """By block index: ``f({"img", "txt", "vec", "pe", "transformer_options"}, {"original_block": g})`` -> ``{"img":
+    tokens}``."""
     rope: RopeOptions | None = None
     host_options: Any = None
     """Handed through untouched to the two callables above."""
@@ -128,7 +131,9 @@ class Attention(nn.Module):
 
         def own(q: Tensor, k: Tensor, v: Tensor, heads: int, mask: Tensor | None = None, **kwargs: Any) -> Tensor:
             if mask is not None or kwargs.get("skip_reshape") or kwargs.get("skip_output_reshape"):
-                raise NotImplementedError("the attention of this model takes no mask and [batch, tokens, heads * width] tensors only")
+                raise NotImplementedError(
+                    "the attention of this model takes no mask and [batch, tokens, heads * width] tensors only"
+                )
             return self.inner_attention(*(t.unflatten(-1, (heads, -1)) for t in (q, k, v))).flatten(2)
 
         return options.attention_override(
@@ -173,7 +178,8 @@ class GELU(nn.Module):
 
 
 class WanBlock(nn.Module):
-    """Self-attention, cross-attention and FFN around a residual stream; one modulation table added to the timestep's rows."""
+    """Self-attention, cross-attention and FFN around a residual stream; one modulation table added to the timestep's
+    rows."""
 
     def __init__(self, spec: ModelSpec, index: int) -> None:
         super().__init__()

@@ -1,4 +1,5 @@
-"""The arithmetic of a Wan block as pure functions of tensors: eager, fp32 inside, and the reference for any fused kernel.
+"""The arithmetic of a Wan block as pure functions of tensors: eager, fp32 inside, and the reference for any fused
+kernel.
 
 B batch, S video tokens, L text tokens, D model width, N heads, E head width, R distinct timestep rows.
 Source: Wan-Video/Wan2.2 ``wan/modules/model.py``.
@@ -31,23 +32,24 @@ def accumulate_dtype(x: Tensor) -> torch.dtype:
 
 
 def sinusoidal_embedding(timestep: Tensor, dim: int) -> Tensor:
-    """Embed timesteps [R] (0..1000) as [R, dim] fp64: cosines first, angles and functions in fp64 as in the official code."""
+    """Embed timesteps [R] (0..1000) as [R, dim] fp64: cosines first, angles and functions in fp64 as in the official
+    code."""
     half = dim // 2
     exponent = torch.arange(half, dtype=torch.float64, device=timestep.device) / half
     angles = timestep.double()[:, None] * torch.pow(10000.0, -exponent)[None, :]
     return torch.cat([angles.cos(), angles.sin()], dim=1)
 
 
-def layer_norm_modulate(
-    x_BSD: Tensor, shift: Tensor, scale: Tensor, *, eps: float, out_dtype: torch.dtype
-) -> Tensor:
+def layer_norm_modulate(x_BSD: Tensor, shift: Tensor, scale: Tensor, *, eps: float, out_dtype: torch.dtype) -> Tensor:
     """``LN(x) * (1 + scale) + shift`` without learned affine; shift and scale broadcast over [B, S, D]."""
     acc = accumulate_dtype(x_BSD)
     normed = F.layer_norm(x_BSD.to(acc), x_BSD.shape[-1:], eps=eps)
     return (normed * (1 + scale.to(acc)) + shift.to(acc)).to(out_dtype)
 
 
-def layer_norm_affine(x_BSD: Tensor, weight: Tensor, bias: Tensor | None, *, eps: float, out_dtype: torch.dtype) -> Tensor:
+def layer_norm_affine(
+    x_BSD: Tensor, weight: Tensor, bias: Tensor | None, *, eps: float, out_dtype: torch.dtype
+) -> Tensor:
     """LayerNorm with a learned gain and offset, in fp32."""
     acc = accumulate_dtype(x_BSD)
     return F.layer_norm(
@@ -56,7 +58,8 @@ def layer_norm_affine(x_BSD: Tensor, weight: Tensor, bias: Tensor | None, *, eps
 
 
 def rms_norm(x: Tensor, weight: Tensor, *, eps: float) -> Tensor:
-    """RMSNorm over the last dimension, statistics and gain in fp32 and rounded once (the official code rounds before the gain)."""
+    """RMSNorm over the last dimension, statistics and gain in fp32 and rounded once (the official code rounds before
+    the gain)."""
     acc = accumulate_dtype(x)
     value = x.to(acc)
     return (value * torch.rsqrt(value.square().mean(-1, keepdim=True) + eps) * weight.to(acc)).to(x.dtype)
@@ -65,7 +68,8 @@ def rms_norm(x: Tensor, weight: Tensor, *, eps: float) -> Tensor:
 def rope_frequencies(head_dim: int) -> tuple[Tensor, Tensor, Tensor]:
     """Angular frequencies of the time, row and column axes, fp64.
 
-    A 128-wide head has 64 rotating pairs: 22 for time, 21 for rows, 21 for columns (``d - 4 * (d // 6)`` channels, then ``2 * (d // 6)`` twice).
+    A 128-wide head has 64 rotating pairs: 22 for time, 21 for rows, 21 for columns (``d - 4 * (d // 6)`` channels,
+    then ``2 * (d // 6)`` twice).
     """
     spatial = 2 * (head_dim // 6)
     widths = (head_dim - 2 * spatial, spatial, spatial)
@@ -76,7 +80,8 @@ def rope_frequencies(head_dim: int) -> tuple[Tensor, Tensor, Tensor]:
 
 
 def rope_table(positions_S3: Tensor, head_dim: int, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
-    """Cosine and sine [S, E/2] of each token's rotation, from fp64 positions (time, row, column), rounded once to ``dtype``."""
+    """Cosine and sine [S, E/2] of each token's rotation, from fp64 positions (time, row, column), rounded once to
+    ``dtype``."""
     positions = positions_S3.double()
     frequencies = (f.to(positions.device) for f in rope_frequencies(head_dim))
     angles = torch.cat([positions[:, axis : axis + 1] * f for axis, f in enumerate(frequencies)], dim=1)

@@ -1,7 +1,8 @@
 """Modules that own parameters, and the one door through which their values are read.
 
 A host (ComfyUI) may keep a weight in another place or precision than the forward needs, and may patch it on the way.
-So nothing in this package touches ``module.weight`` in a forward: it asks ``module.fetch(like)`` and gives the tensors back with
+So nothing in this package touches ``module.weight`` in a forward: it asks ``module.fetch(like)`` and gives the tensors
+back with
 ``module.release(...)``. By itself a module serves its own parameters; a host replaces ``weight_source``.
 """
 
@@ -71,7 +72,8 @@ class Leaf(nn.Module):
 
 
 class Linear(Leaf):
-    """``y = x W^T + b``, in the dtype of ``x``. An FP8 weight is dequantised by ``weight_scale`` (scalar or [D_out, 1])."""
+    """``y = x W^T + b``, in the dtype of ``x``. An FP8 weight is dequantised by ``weight_scale`` (scalar or [D_out,
+    1])."""
 
     def __init__(self, in_features: int, out_features: int, bias: bool = True) -> None:
         super().__init__()
@@ -93,7 +95,8 @@ class Linear(Leaf):
 class PatchEmbedding(Leaf):
     """A Conv3d whose stride is its kernel, as one matrix product over patches: [B, C, F, H, W] -> [B, S, D].
 
-    Patches are taken time-major, then rows, then columns (the official flatten order). The weight keeps the official shape
+    Patches are taken time-major, then rows, then columns (the official flatten order). The weight keeps the official
+    shape
     [D, C, p_t, p_h, p_w], so that checkpoints and LoRAs fit.
     """
 

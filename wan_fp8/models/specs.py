@@ -53,15 +53,9 @@ class ModelSpec:
         return self.dim // self.num_heads
 
 
-T2V_A14B = ModelSpec(
-    task=Task.T2V, dim=5120, ffn_dim=13824, num_heads=40, num_layers=40, in_dim=16, out_dim=16
-)
-I2V_A14B = ModelSpec(
-    task=Task.I2V, dim=5120, ffn_dim=13824, num_heads=40, num_layers=40, in_dim=36, out_dim=16
-)
-TI2V_5B = ModelSpec(
-    task=Task.TI2V, dim=3072, ffn_dim=14336, num_heads=24, num_layers=30, in_dim=48, out_dim=48
-)
+T2V_A14B = ModelSpec(task=Task.T2V, dim=5120, ffn_dim=13824, num_heads=40, num_layers=40, in_dim=16, out_dim=16)
+I2V_A14B = ModelSpec(task=Task.I2V, dim=5120, ffn_dim=13824, num_heads=40, num_layers=40, in_dim=36, out_dim=16)
+TI2V_5B = ModelSpec(task=Task.TI2V, dim=3072, ffn_dim=14336, num_heads=24, num_layers=30, in_dim=48, out_dim=48)
 
 SPECS: dict[str, ModelSpec] = {"t2v-A14B": T2V_A14B, "i2v-A14B": I2V_A14B, "ti2v-5B": TI2V_5B}
 """Released models by the names that the official command line uses."""

@@ -1,10 +1,13 @@
 """The Wan2.2 diffusion transformer: embed, a stack of blocks, head. One plain definition for every task.
 
-A task that needs more (extra tokens, injections after some blocks) overrides ``embed``, ``project_context`` or ``after_block``; recipes, caches
+A task that needs more (extra tokens, injections after some blocks) overrides ``embed``, ``project_context`` or
+``after_block``; recipes, caches
 and parallel layouts replace leaves, set ``token_multiple``, or wrap the stack through ``stack_wrappers``.
 
-B batch, C channels, F latent frames, H/W latent rows and columns, S video tokens, L text tokens, D model width, R distinct timestep rows.
-Precision follows the official code: fp32 residual stream, modulation, gates, time MLP and head; fp64 sinusoid and rotary angles; GEMMs and
+B batch, C channels, F latent frames, H/W latent rows and columns, S video tokens, L text tokens, D model width, R
+distinct timestep rows.
+Precision follows the official code: fp32 residual stream, modulation, gates, time MLP and head; fp64 sinusoid and
+rotary angles; GEMMs and
 attention in ``compute_dtype``. Source: Wan-Video/Wan2.2 ``wan/modules/model.py``.
 """
 
@@ -32,7 +35,8 @@ StackWrapper = Callable[[Tensor, ForwardState, StackFunction], Tensor]
 """Called with the stack it wraps."""
 
 MAX_CACHED_PROMPTS = 4
-"""Prompts (batches of prompts) whose text keys and values are kept: cond and uncond, twice. 0.4 GiB each at 14B in bf16."""
+"""Prompts (batches of prompts) whose text keys and values are kept: cond and uncond, twice. 0.4 GiB each at 14B in
+bf16."""
 MAX_CACHED_ROPE_TABLES = 4
 
 
@@ -92,7 +96,9 @@ class WanModel(nn.Module):
         """Type of GEMM and attention operands: that of the stored weights, or bf16 where those are FP8."""
         if self.compute_dtype_override is not None:
             return self.compute_dtype_override
-        stored = self.text_embedding[0].weight.dtype
+        first = self.text_embedding[0]
+        assert isinstance(first, Linear)
+        stored = first.weight.dtype
         return stored if stored in HIGH_PRECISION else torch.bfloat16
 
     @property
@@ -116,7 +122,8 @@ class WanModel(nn.Module):
         Args:
             x: [B, C_in, F, H, W] latents, conditioning channels concatenated after the noisy ones. H and W even.
             timestep: [B], [B, F] or [B, S], 0..1000; integers for the official solvers.
-            context: [B, L, text_dim] text rows, zero-padded to 512 by whoever made them; padding takes part in cross-attention.
+            context: [B, L, text_dim] text rows, zero-padded to 512 by whoever made them; padding takes part in
+            cross-attention.
             clip_fea: image rows, for tasks that take them.
             options: See ForwardOptions.
             **task_inputs: what the task's ``embed`` takes; none for T2V, I2V and TI2V.
@@ -150,7 +157,8 @@ class WanModel(nn.Module):
         """Latents -> tokens.
 
         Returns:
-            The residual stream [B, S, D]; the token grid (T, H, W) that the head's output is arranged in; token positions [S, 3] fp64, or None
+            The residual stream [B, S, D]; the token grid (T, H, W) that the head's output is arranged in; token
+            positions [S, 3] fp64, or None
             for the plain grid; and what ``after_block`` will need.
         """
         if task_inputs:
@@ -174,7 +182,9 @@ class WanModel(nn.Module):
         """Every block in order, each one through the host's replacement where there is one."""
         for index, block in enumerate(self.blocks):
             replace = state.options.block_replace.get(index)
-            tokens_BSD = block(tokens_BSD, state) if replace is None else self._replaced(block, replace, tokens_BSD, state)
+            tokens_BSD = (
+                block(tokens_BSD, state) if replace is None else self._replaced(block, replace, tokens_BSD, state)
+            )
             tokens_BSD = self.after_block(index, tokens_BSD, state)
         return tokens_BSD
 
@@ -183,7 +193,9 @@ class WanModel(nn.Module):
         pt, ph, pw = self.spec.patch_size
         t, h, w = grid
         value = patches.reshape(patches.shape[0], t, h, w, pt, ph, pw, self.spec.out_dim)
-        return value.permute(0, 7, 1, 4, 2, 5, 3, 6).reshape(patches.shape[0], self.spec.out_dim, t * pt, h * ph, w * pw)
+        return value.permute(0, 7, 1, 4, 2, 5, 3, 6).reshape(
+            patches.shape[0], self.spec.out_dim, t * pt, h * ph, w * pw
+        )
 
     # ---- caches --------------------------------------------------------------------------------------------------
 
@@ -215,7 +227,8 @@ class WanModel(nn.Module):
     ) -> tuple[Tensor, Tensor]:
         dtype = self.stream_dtype
         if positions is not None:
-            return tuple(t.to(device) for t in wan.rope_table(positions, self.spec.head_dim, dtype))  # type: ignore[return-value]
+            cos, sin = wan.rope_table(positions, self.spec.head_dim, dtype)
+            return cos.to(device), sin.to(device)
         key = (grid, options, device, dtype)
         if key not in self._rope_cache:
             cos, sin = wan.rope_table(wan.grid_positions(grid, options), self.spec.head_dim, dtype)
@@ -234,17 +247,22 @@ class WanModel(nn.Module):
                 f"{spec.in_dim} channels include the conditioning that {spec.task} needs"
             )
         if any(size % patch for size, patch in zip(x.shape[2:], spec.patch_size, strict=True)):
-            raise InputError(f"latent frames, rows and columns must be multiples of {spec.patch_size}; got {list(x.shape[2:])}")
+            raise InputError(
+                f"latent frames, rows and columns must be multiples of {spec.patch_size}; got {list(x.shape[2:])}"
+            )
         if context.ndim != 3 or context.shape[2] != spec.text_dim:
             raise InputError(
-                f"the model takes text rows [batch, tokens, {spec.text_dim}]; got {list(context.shape)}: use the text encoder of Wan2.2 (UMT5-XXL)"
+                f"the model takes text rows [batch, tokens, {spec.text_dim}]; got {list(context.shape)}: "
+                "use the text encoder of Wan2.2 (UMT5-XXL)"
             )
         if context.shape[0] != x.shape[0]:
             raise InputError(f"latents and text disagree on the batch size: {x.shape[0]} and {context.shape[0]}")
         tokens = x[0, 0].numel() // (spec.patch_size[0] * spec.patch_size[1] * spec.patch_size[2])
         allowed = ((x.shape[0],), (x.shape[0], x.shape[2]), (x.shape[0], tokens))
         if tuple(timestep.shape) not in allowed:
-            raise InputError(f"timestep takes one of the shapes {[list(s) for s in allowed]}; got {list(timestep.shape)}")
+            raise InputError(
+                f"timestep takes one of the shapes {[list(s) for s in allowed]}; got {list(timestep.shape)}"
+            )
 
     def _time_rows(
         self, timestep: Tensor, batch_tokens: torch.Size, grid: tuple[int, int, int]
@@ -278,7 +296,7 @@ class WanModel(nn.Module):
         return function
 
     @staticmethod
-    def _replaced(block: WanBlock, replace: Callable, tokens: Tensor, state: ForwardState) -> Tensor:
+    def _replaced(block: nn.Module, replace: Callable, tokens: Tensor, state: ForwardState) -> Tensor:
         def original(args: dict[str, Any]) -> dict[str, Any]:
             return {"img": block(args["img"], state)}
 
@@ -297,5 +315,6 @@ def _wrapped(wrapper: StackWrapper, inner: StackFunction) -> StackFunction:
 
 
 def build_model(spec: ModelSpec, *, model_class: type[WanModel] | None = None) -> WanModel:
-    """An uninitialised model in eval mode on torch's current default device (use ``torch.device("meta")`` to fill it by assignment)."""
+    """An uninitialised model in eval mode on torch's current default device (use ``torch.device("meta")`` to fill it
+    by assignment)."""
     return (model_class or WanModel)(spec).eval()

@@ -1,4 +1,5 @@
-"""Softmax attention written out: runs everywhere, allocates the whole score matrix, and is what the others are tested against."""
+"""Softmax attention written out: runs everywhere, allocates the whole score matrix, and is what the others are tested
+against."""
 
 from __future__ import annotations
 

@@ -1,6 +1,7 @@
 """torch's own scaled_dot_product_attention: torch's choice of kernel (``sdpa``), or one of its kernels by name.
 
-Tensors arrive as [B, S, N, E]; torch takes [B, N, S, E], which is a transposed view for each of its kernels: nothing is copied.
+Tensors arrive as [B, S, N, E]; torch takes [B, N, S, E], which is a transposed view for each of its kernels: nothing
+is copied.
 """
 
 from __future__ import annotations

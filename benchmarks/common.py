@@ -1,0 +1,104 @@
+"""What every benchmark shares: where results go and what they say about the machine, and how GPU time is measured."""
+
+from __future__ import annotations
+
+import datetime
+import json
+import platform
+import statistics
+import sys
+import time
+from collections.abc import Callable
+from importlib import metadata
+from pathlib import Path
+from typing import Any
+
+ROOT = Path(__file__).resolve().parent.parent
+RESULTS = ROOT / "benchmarks" / "results"
+if str(ROOT) not in sys.path:  # scripts run from a clone; the pack is not an installed package
+    sys.path.insert(0, str(ROOT))
+
+_PACKAGES = (
+    "torch",
+    "triton",
+    "transformers",
+    "safetensors",
+    "diffusers",
+    "transformer_engine",
+    "fa3-fwd",
+    "comfy-kitchen",
+)
+
+
+def versions() -> dict[str, str]:
+    """Python and the packages that decide speed, those that are installed."""
+    found = {"python": platform.python_version()}
+    for package in _PACKAGES:
+        try:
+            found[package] = metadata.version(package)
+        except metadata.PackageNotFoundError:
+            continue
+    if "torch" in sys.modules:
+        import torch
+
+        found["torch"] = torch.__version__
+        if torch.version.cuda:
+            found["cuda"] = torch.version.cuda
+            found["cudnn"] = str(torch.backends.cudnn.version())
+    return found
+
+
+def device_name(device: str = "cpu") -> str:
+    """The GPU's own name, or the processor's."""
+    if device.startswith("cuda"):
+        import torch
+
+        return torch.cuda.get_device_name(device)
+    for line in Path("/proc/cpuinfo").read_text().splitlines() if Path("/proc/cpuinfo").exists() else ():
+        if line.startswith("model name"):
+            return line.partition(":")[2].strip()
+    return platform.processor() or platform.machine()
+
+
+def write_results(path: str | Path, rows: list[dict[str, Any]], device: str = "cpu") -> None:
+    """Write ``{"device", "versions", "date", "command", "rows"}``; the command is this script's own line."""
+    command = " ".join(["python", Path(sys.argv[0]).resolve().relative_to(ROOT).as_posix(), *sys.argv[1:]])
+    result = {
+        "device": device_name(device),
+        "versions": versions(),
+        "date": datetime.datetime.now(datetime.UTC).date().isoformat(),
+        "command": command,
+        "rows": rows,
+    }
+    path = Path(path)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_text(json.dumps(result, indent=1) + "\n")
+
+
+def milliseconds(function: Callable[[], Any], device: str, *, repeats: int = 5, warmup: int = 2) -> list[float]:
+    """Time of each run in ms: CUDA events on a GPU, the wall clock elsewhere."""
+    for _ in range(warmup):
+        function()
+    times = []
+    if device.startswith("cuda"):
+        import torch
+
+        for _ in range(repeats):
+            start, end = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
+            torch.cuda.synchronize()
+            start.record()
+            function()
+            end.record()
+            torch.cuda.synchronize()
+            times.append(start.elapsed_time(end))
+        return times
+    for _ in range(repeats):
+        begin = time.perf_counter()
+        function()
+        times.append(1000 * (time.perf_counter() - begin))
+    return times
+
+
+def median_ms(function: Callable[[], Any], device: str, **kwargs: int) -> float:
+    """Median of ``milliseconds``."""
+    return statistics.median(milliseconds(function, device, **kwargs))

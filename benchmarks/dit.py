@@ -1,0 +1,265 @@
+"""Time one Wan2.2 transformer on random weights: per block, outside the blocks, against the floor of its own kernels.
+
+    python benchmarks/dit.py --model i2v-A14B --size 1280x720 --frames 81 --layers 3,6 --attention fa3 --json out.json
+
+Time per block is the difference between two layer counts. ``floor_ms`` is the sum, for one block, of the fastest of
+five runs of every GEMM
+and attention call by itself plus the bytes that fused passes must move over the copy bandwidth of the same run; every
+term is printed.
+The error is that of the velocity against the same weights in fp32, on a clip of at most 4,096 tokens.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+from collections import defaultdict
+from typing import Annotated
+
+import common
+import torch
+import torch.nn.functional as F
+import typer
+from rich.console import Console
+from rich.table import Table
+from torch import Tensor
+
+from wan_fp8 import Attention, set_attention
+from wan_fp8.attention import AttentionCore
+from wan_fp8.models.specs import SPECS, ModelSpec, Task
+from wan_fp8.models.wan import WanModel, build_model
+
+TEXT_TOKENS = 512
+STEPS = 40
+TINY = {
+    f"tiny-{name}": dataclasses.replace(SPECS[full], dim=256, ffn_dim=512, num_heads=2, num_layers=4, text_dim=512)
+    for name, full in (("t2v", "t2v-A14B"), ("i2v", "i2v-A14B"), ("ti2v", "ti2v-5B"))
+}
+MODELS = SPECS | TINY
+console = Console(width=150)
+
+
+def random_model(spec: ModelSpec, layers: int, device: str, dtype: torch.dtype, seed: int = 0) -> WanModel:
+    """A model of ``layers`` blocks with weights of the size that training leaves: unit gain through every matrix."""
+    with torch.device("meta"):
+        model = build_model(dataclasses.replace(spec, num_layers=layers))
+    generator = torch.Generator(device).manual_seed(seed)
+    state = {}
+    for name, meta in model.state_dict().items():
+        value = torch.randn(meta.shape, device=device, dtype=torch.float32, generator=generator)
+        if name.endswith(("norm_q.weight", "norm_k.weight", "norm3.weight")):
+            value = 1 + 0.1 * value
+        elif meta.ndim > 1 and "modulation" not in name:
+            value = value / math.sqrt(meta[0].numel())
+        else:
+            value = 0.1 * value
+        state[name] = value.to(dtype)
+    model.load_state_dict(state, assign=True)
+    return model
+
+
+def latent_grid(spec: ModelSpec, width: int, height: int, frames: int) -> tuple[int, int, int]:
+    """Latent frames, rows and columns of a clip: VAE stride 4/8/8, or 4/16/16 for TI2V."""
+    stride = 16 if spec.task == Task.TI2V else 8
+    return (frames - 1) // 4 + 1, height // stride, width // stride
+
+
+def model_inputs(
+    spec: ModelSpec, grid: tuple[int, int, int], device: str, dtype: torch.dtype
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Latents, timestep and text of one sample. TI2V gets a timestep per frame, zero on the first, as in
+    image-to-video."""
+    generator = torch.Generator(device).manual_seed(1)
+    x = torch.randn(1, spec.in_dim, *grid, device=device, dtype=dtype, generator=generator)
+    context = torch.randn(1, TEXT_TOKENS, spec.text_dim, device=device, dtype=dtype, generator=generator)
+    timestep = torch.full((1, grid[0]) if spec.task == Task.TI2V else (1,), 900.0, device=device)
+    if spec.task == Task.TI2V:
+        timestep[:, 0] = 0
+    return x, timestep, context
+
+
+def floor_terms(model: WanModel, tokens: int, device: str, dtype: torch.dtype, stream_bytes: int) -> dict[str, float]:
+    """Milliseconds that one block cannot go below, term by term, measured now on this device."""
+    spec = model.spec
+    dim, ffn = spec.dim, spec.ffn_dim
+    block = model.blocks[0]
+    x = torch.randn(1, tokens, dim, device=device, dtype=dtype)
+    wide = torch.randn(1, tokens, ffn, device=device, dtype=dtype)
+
+    def fastest(function) -> float:
+        return min(common.milliseconds(function, device))
+
+    def gemm(layer, value: Tensor) -> float:
+        return fastest(lambda: F.linear(value, layer.weight, layer.bias))
+
+    def attend(keys: int) -> float:
+        shapes = [(1, count, spec.num_heads, spec.head_dim) for count in (tokens, keys, keys)]
+        qkv = [torch.randn(shape, device=device, dtype=dtype) for shape in shapes]
+        return fastest(lambda: block.self_attn.inner_attention(*qkv))
+
+    terms = {
+        "self_attention": attend(tokens),
+        "cross_attention": attend(TEXT_TOKENS),
+        "gemm_self_qkvo": 4 * gemm(block.self_attn.q, x),
+        "gemm_cross_qo": 2 * gemm(block.cross_attn.q, x),
+        "gemm_ffn_0": gemm(block.ffn[0], x),
+        "gemm_ffn_2": gemm(block.ffn[2], wide),
+    }
+    source = torch.empty(2**28 if device != "cpu" else 2**22, dtype=torch.int32, device=device).random_()
+    target = torch.empty_like(source)
+    copy_ms = fastest(lambda: target.copy_(source))
+    bandwidth = 2 * source.numel() * 4 / copy_ms  # bytes per ms
+    one = tokens * dim
+    half = x.element_size()
+    moved = {
+        # three times: read the stream and a branch, write the stream and the next normed activation
+        "residual_norm": 3 * one * (2 * stream_bytes + 2 * half),
+        "qk_norm_rope": 4 * one * half,
+        "cross_q_norm": 2 * one * half,
+        "gelu": 2 * tokens * ffn * half,
+    }
+    terms |= {name: value / bandwidth for name, value in moved.items()}
+    gigabytes = sum(moved.values()) / 1e9
+    console.print(f"copy bandwidth {bandwidth / 1e9:.2f} TB/s; fused passes move {gigabytes:.1f} GB a block")
+    return terms
+
+
+def kernels_used(call, device: str) -> dict[str, float]:
+    """Milliseconds of one forward by kernel name (GPU), or by operator (CPU), the ten largest."""
+    from torch.profiler import ProfilerActivity, profile
+
+    cuda = device.startswith("cuda")
+    with profile(activities=[ProfilerActivity.CUDA if cuda else ProfilerActivity.CPU]) as trace:
+        call()
+        if cuda:
+            torch.cuda.synchronize()
+    totals: dict[str, float] = defaultdict(float)
+    for event in trace.key_averages():
+        totals[event.key] += (event.self_device_time_total if cuda else event.self_cpu_time_total) / 1000
+    largest = sorted(totals.items(), key=lambda item: -item[1])[:10]
+    return {name[:110]: round(value, 3) for name, value in largest}
+
+
+def velocity_error(model: WanModel, grid: tuple[int, int, int], device: str, dtype: torch.dtype) -> float:
+    """Relative L2 error of the velocity against fp32 weights and arithmetic, on a short clip."""
+    frames = max(1, min(grid[0], 4096 // (grid[1] * grid[2] // 4)))
+    grid = (frames, *grid[1:])
+    x, timestep, context = model_inputs(model.spec, grid, device, dtype)
+    ours = model(x, timestep, context)
+    with torch.device("meta"):
+        exact = build_model(model.spec)
+    exact.load_state_dict({name: value.float() for name, value in model.state_dict().items()}, assign=True)
+    set_attention(exact, Attention("sdpa"))
+    reference = exact(x.float(), timestep, context.float())
+    return float((ours.double() - reference.double()).norm() / reference.double().norm())
+
+
+def measure(
+    model_name: str, size: str, frames: int, layers: tuple[int, int], attention: str, dtype: torch.dtype, device: str
+) -> dict:
+    """One row of results."""
+    spec = MODELS[model_name]
+    width, height = (int(n) for n in size.split("x"))
+    grid = latent_grid(spec, width, height, frames)
+    tokens = grid[0] * grid[1] * grid[2] // 4
+    model = random_model(spec, layers[1], device, dtype)
+    set_attention(model, Attention(attention))
+    x, timestep, context = model_inputs(spec, grid, device, dtype)
+    every_block = model.blocks
+
+    def forward() -> Tensor:
+        return model(x, timestep, context)
+
+    cuda = device.startswith("cuda")
+    times = {}
+    for count in layers:
+        model.blocks = every_block[:count]
+        model.clear_text_cache()
+        if cuda:
+            torch.cuda.reset_peak_memory_stats()
+        times[count] = common.median_ms(forward, device)
+    peak_gib = torch.cuda.max_memory_allocated() / 2**30 if cuda else None
+    weights_gib = sum(p.numel() * p.element_size() for p in model.parameters()) / 2**30
+    layer_ms = (times[layers[1]] - times[layers[0]]) / (layers[1] - layers[0])
+    fixed_ms = times[layers[0]] - layers[0] * layer_ms
+    model.blocks = every_block[: layers[0]]
+    kernels = kernels_used(forward, device)
+    resolution = next(m for m in model.modules() if isinstance(m, AttentionCore)).resolve(
+        torch.empty(1, tokens, spec.num_heads, spec.head_dim, device=device, dtype=dtype),
+        torch.empty(1, tokens, 1, spec.head_dim, device=device, dtype=dtype),
+    )
+    model.blocks = every_block
+    error = velocity_error(model, grid, device, dtype)
+    stream_bytes = torch.empty((), dtype=model.stream_dtype).element_size()
+    terms = floor_terms(model, tokens, device, dtype, stream_bytes)
+    forward_s = (fixed_ms + spec.num_layers * layer_ms) / 1000
+    return {
+        "model": model_name,
+        "size": size,
+        "frames": frames,
+        "tokens": tokens,
+        "recipe": "none",
+        "backend": str(dtype).removeprefix("torch."),
+        "attention": resolution.backend.name,
+        "sparsity": None,
+        "cache": None,
+        "world_size": 1,
+        "topology": None,
+        "layer_ms": round(layer_ms, 3),
+        "fixed_ms": round(fixed_ms, 3),
+        "forward_s": round(forward_s, 4),
+        "seconds_40_steps": round(2 * STEPS * forward_s, 2),
+        "peak_gib": peak_gib and round(peak_gib, 2),
+        "weights_gib": round(weights_gib, 2),
+        "floor_ms": round(sum(terms.values()), 3),
+        "floor_ratio": round(layer_ms / sum(terms.values()), 4),
+        "floor_terms_ms": {name: round(value, 3) for name, value in terms.items()},
+        "kernels": kernels,
+        "attention_refused": resolution.refused,
+        "error": error,
+    }
+
+
+def show(row: dict) -> None:
+    """Print a row as a person wants to read it."""
+    table = Table(title=f"{row['model']} {row['size']} x {row['frames']} frames, {row['tokens']:,} tokens")
+    for column in ("", "value"):
+        table.add_column(column)
+    for name, value in row.items():
+        if not isinstance(value, dict):
+            table.add_row(name, str(value))
+    console.print(table)
+    for title in ("floor_terms_ms", "kernels", "attention_refused"):
+        console.print(title, row[title])
+
+
+def main(
+    model: Annotated[str, typer.Option(help=f"One of {', '.join(MODELS)}.")] = "i2v-A14B",
+    size: Annotated[str, typer.Option(help="Pixels, width x height.")] = "1280x720",
+    frames: Annotated[int, typer.Option(help="Pixel frames, 4n+1.")] = 81,
+    layers: Annotated[str, typer.Option(help="The two layer counts whose difference is timed.")] = "3,6",
+    attention: Annotated[str, typer.Option(help="Attention backend, or several with commas: one row each.")] = "auto",
+    dtype: Annotated[str, typer.Option(help="bfloat16, float16 or float32.")] = "bfloat16",
+    device: Annotated[str, typer.Option(help="cuda or cpu; empty picks.")] = "",
+    json: Annotated[str, typer.Option(help="Where to write the results file.")] = "",
+) -> None:
+    """Time a Wan2.2 transformer on random weights against the floor of its own kernels."""
+    if model not in MODELS:
+        raise typer.BadParameter(f"{model!r} is not one of {', '.join(MODELS)}")
+    if (frames - 1) % 4:
+        raise typer.BadParameter(f"frames must be 4n+1; got {frames}")
+    device = device or ("cuda" if torch.cuda.is_available() else "cpu")
+    first, second = (int(n) for n in layers.split(","))
+    rows = []
+    for name in attention.split(","):
+        with torch.inference_mode():
+            rows.append(measure(model, size, frames, (first, second), name, getattr(torch, dtype), device))
+        show(rows[-1])
+        if device.startswith("cuda"):
+            torch.cuda.empty_cache()
+    if json:
+        common.write_results(json, rows, device)
+
+
+if __name__ == "__main__":
+    typer.run(main)
