@@ -82,9 +82,16 @@ def scheduler_names() -> list[str]:
     return list(comfy.samplers.SCHEDULER_NAMES)
 
 
-def core_sigmas(model: Any, scheduler: str, steps: int) -> Tensor:
-    """Core's own schedule [steps + 1] for the shift that ``model`` carries (float32, CPU)."""
-    return comfy.samplers.calculate_sigmas(model.get_model_object("model_sampling"), scheduler, steps).cpu()
+def core_sigmas(model: Any, scheduler: str, steps: int, sampler: str | None = None) -> Tensor:
+    """Core's own schedule [steps + 1] for the shift that ``model`` carries (float32, CPU).
+
+    Args:
+        sampler: Name of the sampler that will run it; core takes one more step for some (uni_pc, dpm_2) and drops the last but one.
+    """
+    drop = sampler in comfy.samplers.KSampler.DISCARD_PENULTIMATE_SIGMA_SAMPLERS
+    sampling = model.get_model_object("model_sampling")
+    sigmas = comfy.samplers.calculate_sigmas(sampling, scheduler, steps + drop).cpu()
+    return torch.cat([sigmas[:-2], sigmas[-1:]]) if drop else sigmas
 
 
 @torch.no_grad()
@@ -177,6 +184,7 @@ def run_stages(
     sampler: Any,
     seed: int,
     add_noise: bool = True,
+    noise: Tensor | None = None,
     timesteps: Tensor | None = None,
 ) -> tuple[dict[str, Any], dict[str, Any]]:
     """Sample ``latent`` over ``sigmas``; each model call goes to the stage that its sigma belongs to.
@@ -189,8 +197,9 @@ def run_stages(
             ``batch_index``.
         sigmas: [steps + 1], decreasing; used in float32.
         sampler: Core SAMPLER, from ``make_sampler`` or any node.
-        seed: Of the noise, drawn on the CPU as core does.
+        seed: Of the noise, drawn on the CPU as core does, and of the samplers that add noise on the way.
         add_noise: False when ``latent`` already carries the noise of ``sigmas[0]``.
+        noise: Noise from elsewhere, in the shape of the latents; None to draw it from ``seed``.
         timesteps: [steps] what the model is told at each step; None for core's ``1000 * sigma``.
     Returns:
         The LATENT and its last clean estimate, both raw VAE latents on core's intermediate device.
@@ -209,10 +218,12 @@ def run_stages(
         ]
     first = stages[0].model
     samples = comfy.sample.fix_empty_latent_channels(first, latent["samples"])
-    if add_noise:
-        noise = comfy.sample.prepare_noise(samples, seed, latent.get("batch_index"))
-    else:
+    if not add_noise:
         noise = torch.zeros_like(samples, device="cpu")
+    elif noise is None:
+        noise = comfy.sample.prepare_noise(samples, seed, latent.get("batch_index"))
+    elif noise.shape != samples.shape:
+        raise InputError(f"noise must have the shape of the latents, {list(samples.shape)}; got {list(noise.shape)}")
     last_clean: dict[str, Tensor] = {}
     arguments: dict[str, Any] = {
         "denoise_mask": latent.get("noise_mask"),
