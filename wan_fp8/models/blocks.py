@@ -15,7 +15,8 @@ import torch
 from torch import Tensor, nn
 
 from ..attention import AttentionCore
-from . import functional as wan
+from ..kernels import residual_norm, rms_rope
+from ..kernels.residual_norm import NormTable
 from .functional import RopeOptions
 from .layers import Linear, NormWeight
 from .specs import ModelSpec
@@ -49,10 +50,6 @@ class Modulation:
     row_of_token: Tensor | None
     """[B, S] row index of each token; None when sample b uses row b throughout."""
 
-    def spread(self, vector_RD: Tensor) -> Tensor:
-        """One vector per row -> something that broadcasts over [B, S, D]."""
-        return vector_RD[:, None] if self.row_of_token is None else vector_RD[self.row_of_token]
-
 
 @dataclass(slots=True)
 class ForwardState:
@@ -66,6 +63,8 @@ class ForwardState:
     context: TextContext
     compute_dtype: torch.dtype
     """Type of GEMM and attention operands."""
+    fused: bool
+    """True: the Triton kernels; False: their eager references."""
     options: ForwardOptions
     task: dict[str, Any] = field(default_factory=dict)
     """What a task's ``embed`` keeps for its ``after_block``."""
@@ -98,12 +97,61 @@ class TextContext:
         return self._store[index]
 
 
-def normed_with(norm: NormWeight, x: Tensor, eps: float) -> Tensor:
-    """RMSNorm of ``x`` over its last dimension with the module's gain."""
-    weight, bias, handle = norm.fetch(x)
-    y = wan.rms_norm(x, weight, eps=eps)
+class ResidualStream:
+    """The residual stream with its last branch not yet added: whoever norms it next adds the branch in the same
+    pass."""
+
+    def __init__(self, x_BSD: Tensor, state: ForwardState, eps: float) -> None:
+        self._x, self._state, self._eps = x_BSD, state, eps
+        self._branch: Tensor | None = None
+        self._gate: Tensor | None = None
+        self._owned = False  # the tensor that came in belongs to the caller: never write over it
+
+    def add(self, branch_BSD: Tensor, gate_RD: Tensor | None) -> None:
+        """Queue ``x += gate * branch`` (``gate`` 1 where it is None)."""
+        assert self._branch is None, "one branch at a time"
+        self._branch, self._gate = branch_BSD, gate_RD
+
+    def normed(self, table: NormTable, out_dtype: torch.dtype) -> Tensor:
+        """Add what is queued, then LayerNorm, scale and shift: [B, S, D] in ``out_dtype``."""
+        out = self._settle(table, out_dtype)
+        assert out is not None
+        return out
+
+    def settled(self) -> Tensor:
+        """The stream [B, S, D] with everything added."""
+        if self._branch is not None:
+            self._settle(None, self._x.dtype)
+        return self._x
+
+    def _settle(self, table: NormTable | None, out_dtype: torch.dtype) -> Tensor | None:
+        run = residual_norm.fused if self._state.fused else residual_norm.eager
+        added = self._branch is not None
+        self._x, out = run(
+            self._x,
+            self._branch,
+            self._gate,
+            table,
+            self._state.modulation.row_of_token,
+            eps=self._eps,
+            out_dtype=out_dtype,
+            in_place=self._owned,
+        )
+        self._branch = self._gate = None
+        self._owned = self._owned or added
+        return out
+
+
+def normed_heads(
+    norm: NormWeight, x_BSD: Tensor, rope: tuple[Tensor, Tensor] | None, state: ForwardState, head_dim: int, eps: float
+) -> Tensor:
+    """Full-width RMSNorm with the module's gain and, with ``rope``, the rotary turn: [B, S, D] -> [B, S, N, E]. May
+    overwrite ``x``."""
+    weight, bias, handle = norm.fetch(x_BSD)
+    run = rms_rope.fused_ if state.fused else rms_rope.eager
+    y = run(x_BSD, weight, rope, head_dim=head_dim, eps=eps)
     norm.release(weight, bias, handle)
-    return y
+    return y.unflatten(-1, (-1, head_dim))
 
 
 class Attention(nn.Module):
@@ -150,8 +198,8 @@ class SelfAttention(Attention):
     """Attention among video tokens, with rotary positions. Padding tokens are never attended to."""
 
     def forward(self, x_BSD: Tensor, state: ForwardState) -> Tensor:
-        q = wan.apply_rope(self.heads(normed_with(self.norm_q, self.q(x_BSD), self.eps)), *state.rope)
-        k = wan.apply_rope(self.heads(normed_with(self.norm_k, self.k(x_BSD), self.eps)), *state.rope)
+        q = normed_heads(self.norm_q, self.q(x_BSD), state.rope, state, self.head_dim, self.eps)
+        k = normed_heads(self.norm_k, self.k(x_BSD), state.rope, state, self.head_dim, self.eps)
         v = self.heads(self.v(x_BSD))
         keys = slice(0, state.num_tokens)
         return self.o(self.attend(q, k[:, keys], v[:, keys], state.options))
@@ -160,21 +208,24 @@ class SelfAttention(Attention):
 class CrossAttention(Attention):
     """Attention from video tokens to all text tokens, padding rows of the prompt included (the official behaviour)."""
 
-    def keys_values(self, context_BLD: Tensor) -> tuple[Tensor, Tensor]:
-        """Normed keys and plain values [B, L, N, E]."""
-        return self.heads(normed_with(self.norm_k, self.k(context_BLD), self.eps)), self.heads(self.v(context_BLD))
-
     def forward(self, x_BSD: Tensor, state: ForwardState, index: int) -> Tensor:
-        q = self.heads(normed_with(self.norm_q, self.q(x_BSD), self.eps))
-        k, v = state.context.keys_values(index, self.keys_values)
+        def keys_values(context_BLD: Tensor) -> tuple[Tensor, Tensor]:
+            k = normed_heads(self.norm_k, self.k(context_BLD), None, state, self.head_dim, self.eps)
+            return k, self.heads(self.v(context_BLD))
+
+        q = normed_heads(self.norm_q, self.q(x_BSD), None, state, self.head_dim, self.eps)
+        k, v = state.context.keys_values(index, keys_values)
         return self.o(self.attend(q, k, v, state.options))
 
 
-class GELU(nn.Module):
-    """GELU in its tanh form; has no parameters and stands at position 1 of the official ``nn.Sequential``s."""
+class GELULinear(nn.Sequential):
+    """Linear, GELU (tanh), Linear, at the official positions 0, 1 and 2: the FFN and the text projection."""
+
+    def __init__(self, in_features: int, hidden_features: int, out_features: int) -> None:
+        super().__init__(Linear(in_features, hidden_features), nn.Identity(), Linear(hidden_features, out_features))
 
     def forward(self, x: Tensor) -> Tensor:
-        return wan.gelu_tanh(x)
+        return self[2](self[0](x, gelu=True))
 
 
 class WanBlock(nn.Module):
@@ -183,32 +234,28 @@ class WanBlock(nn.Module):
 
     def __init__(self, spec: ModelSpec, index: int) -> None:
         super().__init__()
-        self.index, self.eps = index, spec.eps
+        self.index = index
         self.modulation = nn.Parameter(torch.empty(1, 6, spec.dim), requires_grad=False)
         self.self_attn = SelfAttention(spec)
         self.norm3 = NormWeight(spec.dim, bias=True)
         self.cross_attn = CrossAttention(spec)
-        self.ffn = nn.Sequential(Linear(spec.dim, spec.ffn_dim), GELU(), Linear(spec.ffn_dim, spec.dim))
+        self.ffn = GELULinear(spec.dim, spec.ffn_dim, spec.dim)
 
-    def forward(self, x_BSD: Tensor, state: ForwardState) -> Tensor:
-        """One block on the residual stream [B, S, D]; the stream keeps its type."""
-        time = state.modulation
-        table = time.rows + self.modulation.to(device=time.rows.device, dtype=time.rows.dtype)
+    def forward(self, stream: ResidualStream, state: ForwardState) -> ResidualStream:
+        """One block; the FFN's branch stays queued for whoever reads the stream next."""
+        rows = state.modulation.rows
+        table = rows + self.modulation.to(device=rows.device, dtype=rows.dtype)
         shift_sa, scale_sa, gate_sa, shift_ffn, scale_ffn, gate_ffn = table.unbind(1)
 
-        a = wan.layer_norm_modulate(
-            x_BSD, time.spread(shift_sa), time.spread(scale_sa), eps=self.eps, out_dtype=state.compute_dtype
-        )
-        x_BSD = wan.gated_residual(x_BSD, self.self_attn(a, state), time.spread(gate_sa))
+        a = stream.normed(NormTable(scale_sa, shift_sa, modulated=True), state.compute_dtype)
+        stream.add(self.self_attn(a, state), gate_sa)
         del a
-
-        weight, bias, handle = self.norm3.fetch(x_BSD)
-        c = wan.layer_norm_affine(x_BSD, weight, bias, eps=self.eps, out_dtype=state.compute_dtype)
+        weight, bias, handle = self.norm3.fetch(rows)
+        assert bias is not None
+        c = stream.normed(NormTable(weight[None], bias[None], modulated=False), state.compute_dtype)
         self.norm3.release(weight, bias, handle)
-        x_BSD = wan.residual(x_BSD, self.cross_attn(c, state, self.index))
+        stream.add(self.cross_attn(c, state, self.index), None)
         del c
-
-        b = wan.layer_norm_modulate(
-            x_BSD, time.spread(shift_ffn), time.spread(scale_ffn), eps=self.eps, out_dtype=state.compute_dtype
-        )
-        return wan.gated_residual(x_BSD, self.ffn(b), time.spread(gate_ffn))
+        b = stream.normed(NormTable(scale_ffn, shift_ffn, modulated=True), state.compute_dtype)
+        stream.add(self.ffn(b), gate_ffn)
+        return stream

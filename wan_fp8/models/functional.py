@@ -1,7 +1,7 @@
-"""The arithmetic of a Wan block as pure functions of tensors: eager, fp32 inside, and the reference for any fused
-kernel.
+"""Closed forms of the model that are computed once per forward or per shape: timestep sinusoid, token positions,
+rotary angles.
 
-B batch, S video tokens, L text tokens, D model width, N heads, E head width, R distinct timestep rows.
+The arithmetic inside the blocks stands in ``wan_fp8.kernels``, each fused kernel with its eager reference.
 Source: Wan-Video/Wan2.2 ``wan/modules/model.py``.
 """
 
@@ -10,7 +10,6 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
 
@@ -26,11 +25,6 @@ class RopeOptions:
     shift_x: float = 0.0
 
 
-def accumulate_dtype(x: Tensor) -> torch.dtype:
-    """fp32 for every storage type up to fp32; fp64 stays fp64, so that a float64 model is an oracle."""
-    return torch.float64 if x.dtype == torch.float64 else torch.float32
-
-
 def sinusoidal_embedding(timestep: Tensor, dim: int) -> Tensor:
     """Embed timesteps [R] (0..1000) as [R, dim] fp64: cosines first, angles and functions in fp64 as in the official
     code."""
@@ -38,31 +32,6 @@ def sinusoidal_embedding(timestep: Tensor, dim: int) -> Tensor:
     exponent = torch.arange(half, dtype=torch.float64, device=timestep.device) / half
     angles = timestep.double()[:, None] * torch.pow(10000.0, -exponent)[None, :]
     return torch.cat([angles.cos(), angles.sin()], dim=1)
-
-
-def layer_norm_modulate(x_BSD: Tensor, shift: Tensor, scale: Tensor, *, eps: float, out_dtype: torch.dtype) -> Tensor:
-    """``LN(x) * (1 + scale) + shift`` without learned affine; shift and scale broadcast over [B, S, D]."""
-    acc = accumulate_dtype(x_BSD)
-    normed = F.layer_norm(x_BSD.to(acc), x_BSD.shape[-1:], eps=eps)
-    return (normed * (1 + scale.to(acc)) + shift.to(acc)).to(out_dtype)
-
-
-def layer_norm_affine(
-    x_BSD: Tensor, weight: Tensor, bias: Tensor | None, *, eps: float, out_dtype: torch.dtype
-) -> Tensor:
-    """LayerNorm with a learned gain and offset, in fp32."""
-    acc = accumulate_dtype(x_BSD)
-    return F.layer_norm(
-        x_BSD.to(acc), x_BSD.shape[-1:], weight.to(acc), None if bias is None else bias.to(acc), eps
-    ).to(out_dtype)
-
-
-def rms_norm(x: Tensor, weight: Tensor, *, eps: float) -> Tensor:
-    """RMSNorm over the last dimension, statistics and gain in fp32 and rounded once (the official code rounds before
-    the gain)."""
-    acc = accumulate_dtype(x)
-    value = x.to(acc)
-    return (value * torch.rsqrt(value.square().mean(-1, keepdim=True) + eps) * weight.to(acc)).to(x.dtype)
 
 
 def rope_frequencies(head_dim: int) -> tuple[Tensor, Tensor, Tensor]:
@@ -86,32 +55,6 @@ def rope_table(positions_S3: Tensor, head_dim: int, dtype: torch.dtype) -> tuple
     frequencies = (f.to(positions.device) for f in rope_frequencies(head_dim))
     angles = torch.cat([positions[:, axis : axis + 1] * f for axis, f in enumerate(frequencies)], dim=1)
     return angles.cos().to(dtype), angles.sin().to(dtype)
-
-
-def apply_rope(x_BSNE: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
-    """Rotate adjacent channel pairs (2i, 2i+1) of every head by the token's angles."""
-    acc = accumulate_dtype(x_BSNE)
-    pairs = x_BSNE.to(acc).unflatten(-1, (-1, 2))
-    real, imag = pairs[..., 0], pairs[..., 1]
-    cos, sin = cos[:, None, :].to(acc), sin[:, None, :].to(acc)
-    return torch.stack([real * cos - imag * sin, real * sin + imag * cos], dim=-1).flatten(-2).to(x_BSNE.dtype)
-
-
-def gated_residual(x_BSD: Tensor, branch_BSD: Tensor, gate: Tensor) -> Tensor:
-    """``x + gate * branch`` in the accumulation type, stored in the type of ``x`` (the residual stream)."""
-    acc = accumulate_dtype(x_BSD)
-    return (x_BSD.to(acc) + branch_BSD.to(acc) * gate.to(acc)).to(x_BSD.dtype)
-
-
-def gelu_tanh(x: Tensor) -> Tensor:
-    """GELU in its tanh form, the one of the FFN and of the text projection."""
-    return F.gelu(x, approximate="tanh")
-
-
-def residual(x_BSD: Tensor, branch_BSD: Tensor) -> Tensor:
-    """``x + branch`` in the accumulation type, stored in the type of ``x``."""
-    acc = accumulate_dtype(x_BSD)
-    return (x_BSD.to(acc) + branch_BSD.to(acc)).to(x_BSD.dtype)
 
 
 def grid_positions(grid: tuple[int, int, int], options: RopeOptions | None = None) -> Tensor:

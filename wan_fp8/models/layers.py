@@ -82,9 +82,16 @@ class Linear(Leaf):
         self.bias = nn.Parameter(torch.empty(out_features), requires_grad=False) if bias else None
         self.register_parameter("weight_scale", None)
 
-    def forward(self, x: Tensor) -> Tensor:
+    def forward(self, x: Tensor, gelu: bool = False) -> Tensor:
+        """[..., D_in] -> [..., D_out]; with ``gelu`` (tanh form) the activation runs in the GEMM's epilogue on a GPU,
+        on fp32 sums."""
         weight, bias, handle = self.fetch(x)
-        y = F.linear(x, weight, bias)
+        if not gelu:
+            y = F.linear(x, weight, bias)
+        elif x.is_cuda and bias is not None and x.dtype in (torch.bfloat16, torch.float16):
+            y = torch._addmm_activation(bias, x.flatten(0, -2), weight.t(), use_gelu=True).unflatten(0, x.shape[:-1])
+        else:
+            y = F.gelu(F.linear(x, weight, bias), approximate="tanh")
         self.release(weight, bias, handle)
         return y
 

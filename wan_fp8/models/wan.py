@@ -22,9 +22,11 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from .. import kernels
 from ..errors import InputError
+from ..kernels.residual_norm import NormTable
 from . import functional as wan
-from .blocks import GELU, ForwardOptions, ForwardState, Modulation, TextContext, WanBlock
+from .blocks import ForwardOptions, ForwardState, GELULinear, Modulation, ResidualStream, TextContext, WanBlock
 from .functional import RopeOptions
 from .layers import HIGH_PRECISION, Linear, PatchEmbedding
 from .specs import ModelSpec
@@ -55,15 +57,14 @@ class Head(nn.Module):
     def __init__(self, spec: ModelSpec) -> None:
         super().__init__()
         pt, ph, pw = spec.patch_size
-        self.eps = spec.eps
         self.modulation = nn.Parameter(torch.empty(1, 2, spec.dim), requires_grad=False)
         self.head = Linear(spec.dim, spec.out_dim * pt * ph * pw)
 
-    def forward(self, x_BSD: Tensor, embedding_RD: Tensor, time: Modulation) -> Tensor:
+    def forward(self, stream: ResidualStream, embedding_RD: Tensor) -> Tensor:
         """[B, S, D] -> [B, S, p_t * p_h * p_w * C_out], C fastest."""
         table = embedding_RD[:, None] + self.modulation.to(device=embedding_RD.device, dtype=embedding_RD.dtype)
-        shift, scale = (time.spread(v) for v in table.unbind(1))
-        return self.head(wan.layer_norm_modulate(x_BSD, shift, scale, eps=self.eps, out_dtype=embedding_RD.dtype))
+        shift, scale = table.unbind(1)
+        return self.head(stream.normed(NormTable(scale, shift, modulated=True), embedding_RD.dtype))
 
 
 class WanModel(nn.Module):
@@ -76,7 +77,7 @@ class WanModel(nn.Module):
         self.spec = spec
         dim = spec.dim
         self.patch_embedding = PatchEmbedding(spec.in_dim, dim, spec.patch_size)
-        self.text_embedding = nn.Sequential(Linear(spec.text_dim, dim), GELU(), Linear(dim, dim))
+        self.text_embedding = GELULinear(spec.text_dim, dim, dim)
         self.time_embedding = nn.Sequential(Linear(spec.freq_dim, dim), nn.SiLU(), Linear(dim, dim))
         self.time_projection = nn.Sequential(nn.SiLU(), Linear(dim, 6 * dim))
         self.blocks = nn.ModuleList(self.block_class(spec, index) for index in range(spec.num_layers))
@@ -84,6 +85,11 @@ class WanModel(nn.Module):
 
         self.compute_dtype_override: torch.dtype | None = None
         """Set to compute in another type than the weights are stored in."""
+        self.stream_dtype_override: torch.dtype | None = None
+        """bf16 halves the traffic of the residual stream and rounds it after each of its three sums; None keeps
+        fp32."""
+        self.fused_kernels = "auto"
+        """``auto``, ``triton`` or ``eager``: who runs norms, modulation and rotary turns."""
         self.token_multiple = 1
         """The token axis is padded once per forward to a multiple of this (a recipe's or a parallel layout's need)."""
         self.stack_wrappers: OrderedDict[str, StackWrapper] = OrderedDict()
@@ -102,9 +108,14 @@ class WanModel(nn.Module):
         return stored if stored in HIGH_PRECISION else torch.bfloat16
 
     @property
-    def stream_dtype(self) -> torch.dtype:
-        """Type of the residual stream, modulation, time MLP and head: fp32, or fp64 for a float64 model."""
+    def high_dtype(self) -> torch.dtype:
+        """Type of modulation, time MLP, head and velocity: fp32, or fp64 for a float64 model."""
         return torch.float64 if self.compute_dtype == torch.float64 else torch.float32
+
+    @property
+    def stream_dtype(self) -> torch.dtype:
+        """Type in which the residual stream is stored between blocks; sums are fp32 in any case."""
+        return self.stream_dtype_override or self.high_dtype
 
     # ---- forward -------------------------------------------------------------------------------------------------
 
@@ -128,7 +139,7 @@ class WanModel(nn.Module):
             options: See ForwardOptions.
             **task_inputs: what the task's ``embed`` takes; none for T2V, I2V and TI2V.
         Returns:
-            [B, C_out, F, H, W] in ``stream_dtype``.
+            [B, C_out, F, H, W] in ``high_dtype``.
         Raises:
             InputError: a shape that the model cannot take, or an input that it does not know.
         """
@@ -142,6 +153,7 @@ class WanModel(nn.Module):
             num_tokens=tokens.shape[1],
             context=self._text_context(context, clip_fea, options),
             compute_dtype=self.compute_dtype,
+            fused=kernels.select(self.fused_kernels, tokens.device, self.compute_dtype),
             options=options,
             task=task,
         )
@@ -149,7 +161,7 @@ class WanModel(nn.Module):
         tokens = self._stack()(tokens, state)[:, : state.num_tokens]
         if state.modulation.row_of_token is not None:
             state.modulation.row_of_token = state.modulation.row_of_token[:, : state.num_tokens]
-        return self.unpatchify(self.head(tokens, embedding, state.modulation), grid)
+        return self.unpatchify(self.head(ResidualStream(tokens, state, self.spec.eps), embedding), grid)
 
     def embed(
         self, x: Tensor, task_inputs: dict[str, Any]
@@ -173,20 +185,20 @@ class WanModel(nn.Module):
             raise InputError(f"{self.spec.task} models of Wan2.2 take no CLIP vision features: disconnect them")
         return self.text_embedding(context.to(self.compute_dtype))
 
-    def after_block(self, index: int, tokens_BSD: Tensor, state: ForwardState) -> Tensor:
+    def after_block(self, index: int, stream: ResidualStream, state: ForwardState) -> ResidualStream:
         """What a task adds to the stream after block ``index``; nothing here."""
         del index, state
-        return tokens_BSD
+        return stream
 
     def run_blocks(self, tokens_BSD: Tensor, state: ForwardState) -> Tensor:
-        """Every block in order, each one through the host's replacement where there is one."""
+        """Every block in order, each one through the host's replacement where there is one. Leaves ``tokens_BSD`` as
+        it was."""
+        stream = ResidualStream(tokens_BSD, state, self.spec.eps)
         for index, block in enumerate(self.blocks):
             replace = state.options.block_replace.get(index)
-            tokens_BSD = (
-                block(tokens_BSD, state) if replace is None else self._replaced(block, replace, tokens_BSD, state)
-            )
-            tokens_BSD = self.after_block(index, tokens_BSD, state)
-        return tokens_BSD
+            stream = block(stream, state) if replace is None else self._replaced(block, replace, stream, state)
+            stream = self.after_block(index, stream, state)
+        return stream.settled()
 
     def unpatchify(self, patches: Tensor, grid: tuple[int, int, int]) -> Tensor:
         """[B, S, p_t * p_h * p_w * C] in (p_t, p_h, p_w, C) order -> [B, C, F, H, W]."""
@@ -225,7 +237,7 @@ class WanModel(nn.Module):
     def _rope(
         self, positions: Tensor | None, grid: tuple[int, int, int], options: RopeOptions | None, device: torch.device
     ) -> tuple[Tensor, Tensor]:
-        dtype = self.stream_dtype
+        dtype = self.high_dtype
         if positions is not None:
             cos, sin = wan.rope_table(positions, self.spec.head_dim, dtype)
             return cos.to(device), sin.to(device)
@@ -274,7 +286,7 @@ class WanModel(nn.Module):
             repeats = (grid[0] * grid[1] * grid[2]) // row.shape[1]
             row_of_token = row.repeat_interleave(repeats, dim=1)
             assert row_of_token.shape == batch_tokens, (row_of_token.shape, batch_tokens)
-        embedding = self.time_embedding(wan.sinusoidal_embedding(timestep, self.spec.freq_dim).to(self.stream_dtype))
+        embedding = self.time_embedding(wan.sinusoidal_embedding(timestep, self.spec.freq_dim).to(self.high_dtype))
         rows = self.time_projection(embedding).unflatten(1, (6, self.spec.dim))
         return embedding, Modulation(rows, row_of_token)
 
@@ -295,19 +307,22 @@ class WanModel(nn.Module):
             function = _wrapped(wrapper, function)
         return function
 
-    @staticmethod
-    def _replaced(block: nn.Module, replace: Callable, tokens: Tensor, state: ForwardState) -> Tensor:
+    def _replaced(
+        self, block: nn.Module, replace: Callable, stream: ResidualStream, state: ForwardState
+    ) -> ResidualStream:
+        """A host's replacement of one block sees and returns plain tokens."""
+
         def original(args: dict[str, Any]) -> dict[str, Any]:
-            return {"img": block(args["img"], state)}
+            return {"img": block(ResidualStream(args["img"], state, self.spec.eps), state).settled()}
 
         args = {
-            "img": tokens,
+            "img": stream.settled(),
             "txt": state.context.tokens_BLD,
             "vec": state.modulation.rows,
             "pe": state.rope,
             "transformer_options": state.options.host_options,
         }
-        return replace(args, {"original_block": original})["img"]
+        return ResidualStream(replace(args, {"original_block": original})["img"], state, self.spec.eps)
 
 
 def _wrapped(wrapper: StackWrapper, inner: StackFunction) -> StackFunction:

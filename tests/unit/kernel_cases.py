@@ -1,0 +1,136 @@
+"""Cases for the fused kernels against float64 closed forms; run by pytest, by Triton's interpreter, and on a GPU.
+
+Tolerances are relative L2: fp32 outputs 2e-6, bf16 outputs 2.5e-3 (bf16 rounding alone is 1.7e-3), and an error far
+below rounding would mean that nothing was computed in the type asked for.
+"""
+
+from __future__ import annotations
+
+import itertools
+import os
+import sys
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+if __name__ == "__main__":
+    sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
+
+from wan_fp8.kernels import residual_norm, rms_rope
+from wan_fp8.kernels.residual_norm import NormTable
+from wan_fp8.models import functional as wan
+
+INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
+TOLERANCE = {
+    torch.float32: (0.0, 2e-6),
+    # Triton's interpreter truncates to bf16 where a GPU rounds: twice the error
+    torch.bfloat16: (8e-4, 5e-3 if INTERPRETED else 2.5e-3),
+}
+
+
+def check(ours: Tensor, exact: Tensor, what: str) -> None:
+    error = float((ours.double().cpu() - exact.cpu()).norm() / exact.cpu().norm())
+    low, high = TOLERANCE[ours.dtype]
+    assert low <= error <= high, f"{what}: relative error {error:.2e} is outside {low:.0e}..{high:.0e}"
+
+
+def values(*shape: int, dtype: torch.dtype, device: torch.device, seed: int) -> Tensor:
+    generator = torch.Generator().manual_seed(seed)
+    return (torch.randn(*shape, generator=generator) + 0.3).to(dtype).to(device)
+
+
+def exact_norm(x: Tensor, scale: Tensor, shift: Tensor, eps: float) -> Tensor:
+    centred = x - x.mean(-1, keepdim=True)
+    return centred / torch.sqrt(centred.square().mean(-1, keepdim=True) + eps) * scale + shift
+
+
+def residual_and_norm(device: torch.device, dtype: torch.dtype, fused: bool) -> None:
+    """Every combination: rows per sample or per token, gated or plain or no branch, modulated or affine or no norm."""
+    batch, tokens, dim, eps = 2, 5, 384, 1e-6
+    run = residual_norm.fused if fused else residual_norm.eager
+    for stream, per_token, branch_kind, norm_kind in itertools.product(
+        {dtype, torch.float32}, (False, True), ("gated", "plain", "none"), ("modulated", "affine", "none")
+    ):
+        if branch_kind == norm_kind == "none":
+            continue
+        x = values(batch, tokens, dim, dtype=stream, device=device, seed=0)
+        branch = values(batch, tokens, dim, dtype=dtype, device=device, seed=1) if branch_kind != "none" else None
+        tables = values(3 if per_token else batch, 6, dim, dtype=torch.float32, device=device, seed=2)
+        gate, scale, shift = tables[:, 2], tables[:, 1], tables[:, 0]
+        rows = torch.tensor([[0, 2, 1, 1, 0], [2, 2, 0, 1, 2]], device=device) if per_token else None
+        of_token = rows if per_token else torch.arange(batch, device=device)[:, None].expand(batch, tokens)
+        table = None
+        if norm_kind == "modulated":
+            table = NormTable(scale, shift, modulated=True)
+        elif norm_kind == "affine":
+            table = NormTable(scale[:1], shift[:1], modulated=False)
+        before = x.clone()
+        for in_place in (False, True):
+            new, out = run(
+                x,
+                branch,
+                gate if branch_kind == "gated" else None,
+                table,
+                rows,
+                eps=eps,
+                out_dtype=dtype,
+                in_place=in_place,
+            )
+            expected = before.double()
+            if branch is not None:
+                expected = expected + branch.double() * (gate[of_token].double() if branch_kind == "gated" else 1)
+                check(new, expected, f"sum {branch_kind} {stream}")
+                expected = new.double()
+            else:
+                assert new is x
+            if not in_place:
+                assert torch.equal(x, before), "the caller's stream was written over"
+            if table is None:
+                assert out is None
+            elif norm_kind == "modulated":
+                want = exact_norm(expected, 1 + scale[of_token].double(), shift[of_token].double(), eps)
+                check(out, want, f"norm {norm_kind} per_token={per_token}")
+            else:
+                check(out, exact_norm(expected, scale[0].double(), shift[0].double(), eps), "affine norm")
+            assert out is None or out.dtype == dtype
+
+
+def norm_of_a_large_mean(device: torch.device, dtype: torch.dtype, fused: bool) -> None:
+    """Statistics of a row whose mean is far larger than its spread: one-pass variances fail here."""
+    run = residual_norm.fused if fused else residual_norm.eager
+    x = 1000 + values(1, 3, 384, dtype=torch.float32, device=device, seed=3)
+    one, zero = torch.ones(1, 384, device=device), torch.zeros(1, 384, device=device)
+    _, out = run(x, None, None, NormTable(one, zero, False), None, eps=1e-6, out_dtype=dtype, in_place=False)
+    exact = exact_norm(x.double(), one.double(), zero.double(), 1e-6)
+    error = float((out.double() - exact).norm() / exact.norm())
+    assert error < (1e-4 if dtype == torch.float32 else TOLERANCE[dtype][1]), error
+
+
+def rms_norm_and_rope(device: torch.device, dtype: torch.dtype, fused: bool) -> None:
+    """Full-width RMSNorm with a rotary turn of 128-wide heads, and without one; widths that are no power of two."""
+    for heads, grid, batch in ((3, (2, 3, 2), 2), (1, (1, 1, 1), 1), (2, (3, 1, 5), 1)):
+        dim, tokens = heads * 128, grid[0] * grid[1] * grid[2]
+        cos, sin = wan.rope_table(wan.grid_positions(grid), 128, torch.float32)
+        weight = values(dim, dtype=dtype, device=device, seed=4)
+        for rope in (None, (cos.to(device), sin.to(device))):
+            x = values(batch, tokens, dim, dtype=dtype, device=device, seed=5)
+            exact = x.double() / torch.sqrt(x.double().square().mean(-1, keepdim=True) + 1e-6) * weight.double()
+            if rope is not None:
+                angle = wan.rope_table(wan.grid_positions(grid), 128, torch.float64)
+                turn = torch.complex(*angle).to(device)[None, :, None]
+                pairs = torch.view_as_complex(exact.reshape(batch, tokens, heads, 64, 2))
+                exact = torch.view_as_real(pairs * turn).flatten(2)
+            ours = (rms_rope.fused_ if fused else rms_rope.eager)(x, weight, rope, head_dim=128, eps=1e-6)
+            check(ours, exact, f"rms heads={heads} grid={grid} rope={rope is not None}")
+            assert ours.dtype == dtype
+            assert not fused or ours.data_ptr() == x.data_ptr()
+
+
+CASES = [residual_and_norm, norm_of_a_large_mean, rms_norm_and_rope]
+
+if __name__ == "__main__":
+    where = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    for one_case, one_dtype in itertools.product(CASES, TOLERANCE):
+        one_case(where, one_dtype, fused=True)
+        print("ok", one_case.__name__, one_dtype)
