@@ -66,9 +66,13 @@ class Leaf(nn.Module):
         """``weight`` in ``dtype``, multiplied by the module's ``weight_scale`` where it is stored in FP8."""
         if weight.dtype in HIGH_PRECISION:
             return weight.to(dtype)
-        scale = getattr(self, "weight_scale", None)
+        scale = self.current_scale()
         value = weight.to(dtype)
         return value if scale is None else value * scale.to(device=value.device, dtype=dtype)
+
+    def current_scale(self) -> Tensor | None:
+        """Scale of the weight as it is now; None where the stored values are the real ones."""
+        return getattr(self, "weight_scale", None)
 
 
 class Linear(Leaf):
@@ -95,8 +99,79 @@ class Linear(Leaf):
         self.release(weight, bias, handle)
         return y
 
+    # ---- merging (ComfyUI calls these two by name around a LoRA merge; so may any other merger) ----------------------
+
+    source: Tensor | None = None
+    """High-precision original of an FP8 weight, where it is kept: merges then start from it and are rounded once."""
+    _merged: tuple[nn.Parameter, Tensor] | None = None
+    """A merged FP8 weight and its scale. The scale dies with that Parameter: whoever puts the old one back needs to
+    restore nothing else."""
+
+    def current_scale(self) -> Tensor | None:
+        if self._merged is not None and self._merged[0] is self.weight:
+            return self._merged[1]
+        return self.weight_scale
+
+    def convert_weight(self, weight: Tensor, inplace: bool = False, **_: Any) -> Tensor:
+        """Real values of ``weight``, which holds this module's stored ones in any dtype (high precision: as it is)."""
+        del inplace  # what comes in may be the stored tensor itself
+        if self.weight.dtype in HIGH_PRECISION:
+            return weight
+        if self.source is not None:
+            return self.source.to(weight.device, torch.float32, copy=True)
+        scale = self.current_scale()
+        return weight.float() if scale is None else weight.float() * scale.to(weight.device, torch.float32)
+
+    def set_weight(
+        self,
+        weight: Tensor,
+        inplace_update: bool = False,
+        seed: int | None = None,
+        return_weight: bool = False,
+        **_: Any,
+    ) -> Tensor | None:
+        """Take merged real values.
+
+        Args:
+            weight: What the weight becomes.
+            inplace_update: Write into the stored tensor with the scale that it has: whoever asks for this copies the
+                old bytes back later, and no scale.
+            seed: Unused: rounding is to nearest.
+            return_weight: Change nothing and return the values (a merge on the fly, for one forward).
+        """
+        del seed
+        if return_weight:
+            return weight
+        if self.weight.dtype in HIGH_PRECISION:
+            if inplace_update:
+                self.weight.data.copy_(weight)
+            else:
+                self.weight = nn.Parameter(weight.to(self.weight.dtype), requires_grad=False)
+        elif inplace_update:
+            scale = self.current_scale()
+            self.weight.data.copy_(_rounded(weight if scale is None else weight / scale.to(weight), self.weight.dtype))
+        else:
+            rows = self.weight_scale is not None and self.weight_scale.ndim == 2
+            amax = weight.abs().amax(1, keepdim=True) if rows else weight.abs().amax()
+            scale = (amax.float() / torch.finfo(self.weight.dtype).max).clamp_min(torch.finfo(torch.float32).tiny)
+            self.weight = nn.Parameter(_rounded(weight / scale.to(weight), self.weight.dtype), requires_grad=False)
+            self._merged = (self.weight, scale)
+        return None
+
+    def _save_to_state_dict(self, destination: Any, prefix: str, keep_vars: bool) -> None:
+        super()._save_to_state_dict(destination, prefix, keep_vars)
+        scale = self.current_scale()
+        if scale is not None and scale is not self.weight_scale:
+            destination[prefix + "weight_scale"] = scale.detach()
+
     def extra_repr(self) -> str:
         return f"in_features={self.in_features}, out_features={self.out_features}, bias={self.bias is not None}"
+
+
+def _rounded(values: Tensor, dtype: torch.dtype) -> Tensor:
+    """To FP8: clamped first, since a cast does not saturate."""
+    limit = torch.finfo(dtype).max
+    return values.clamp(-limit, limit).to(dtype)
 
 
 class PatchEmbedding(Leaf):
