@@ -12,6 +12,7 @@ The error is that of the velocity against the same weights in fp32, on a clip of
 from __future__ import annotations
 
 import dataclasses
+import itertools
 import math
 from collections import defaultdict
 from typing import Annotated
@@ -148,6 +149,7 @@ def velocity_error(model: WanModel, grid: tuple[int, int, int], device: str, dty
     ours = model(x, timestep, context)
     with torch.device("meta"):
         exact = build_model(model.spec)
+    exact.fused_kernels = "eager"
     exact.load_state_dict({name: value.float() for name, value in model.state_dict().items()}, assign=True)
     set_attention(exact, Attention("sdpa"))
     reference = exact(x.float(), timestep, context.float())
@@ -155,7 +157,15 @@ def velocity_error(model: WanModel, grid: tuple[int, int, int], device: str, dty
 
 
 def measure(
-    model_name: str, size: str, frames: int, layers: tuple[int, int], attention: str, dtype: torch.dtype, device: str
+    model_name: str,
+    size: str,
+    frames: int,
+    layers: tuple[int, int],
+    attention: str,
+    dtype: torch.dtype,
+    device: str,
+    kernels: str = "auto",
+    stream: torch.dtype | None = None,
 ) -> dict:
     """One row of results."""
     spec = MODELS[model_name]
@@ -164,6 +174,7 @@ def measure(
     tokens = grid[0] * grid[1] * grid[2] // 4
     model = random_model(spec, layers[1], device, dtype)
     set_attention(model, Attention(attention))
+    model.fused_kernels, model.stream_dtype_override = kernels, stream
     x, timestep, context = model_inputs(spec, grid, device, dtype)
     every_block = model.blocks
 
@@ -183,7 +194,7 @@ def measure(
     layer_ms = (times[layers[1]] - times[layers[0]]) / (layers[1] - layers[0])
     fixed_ms = times[layers[0]] - layers[0] * layer_ms
     model.blocks = every_block[: layers[0]]
-    kernels = kernels_used(forward, device)
+    used = kernels_used(forward, device)
     resolution = next(m for m in model.modules() if isinstance(m, AttentionCore)).resolve(
         torch.empty(1, tokens, spec.num_heads, spec.head_dim, device=device, dtype=dtype),
         torch.empty(1, tokens, 1, spec.head_dim, device=device, dtype=dtype),
@@ -214,7 +225,9 @@ def measure(
         "floor_ms": round(sum(terms.values()), 3),
         "floor_ratio": round(layer_ms / sum(terms.values()), 4),
         "floor_terms_ms": {name: round(value, 3) for name, value in terms.items()},
-        "kernels": kernels,
+        "fused_kernels": kernels,
+        "stream": str(model.stream_dtype).removeprefix("torch."),
+        "kernels": used,
         "attention_refused": resolution.refused,
         "error": error,
     }
@@ -240,6 +253,10 @@ def main(
     layers: Annotated[str, typer.Option(help="The two layer counts whose difference is timed.")] = "3,6",
     attention: Annotated[str, typer.Option(help="Attention backend, or several with commas: one row each.")] = "auto",
     dtype: Annotated[str, typer.Option(help="bfloat16, float16 or float32.")] = "bfloat16",
+    kernels: Annotated[str, typer.Option(help="Norms and rotary turns: auto, triton or eager.")] = "auto",
+    stream: Annotated[
+        str, typer.Option(help="Residual stream: float32 or bfloat16, or both with a comma.")
+    ] = "float32",
     device: Annotated[str, typer.Option(help="cuda or cpu; empty picks.")] = "",
     json: Annotated[str, typer.Option(help="Where to write the results file.")] = "",
 ) -> None:
@@ -251,9 +268,10 @@ def main(
     device = device or ("cuda" if torch.cuda.is_available() else "cpu")
     first, second = (int(n) for n in layers.split(","))
     rows = []
-    for name in attention.split(","):
+    for name, stored in itertools.product(attention.split(","), stream.split(",")):
         with torch.inference_mode():
-            rows.append(measure(model, size, frames, (first, second), name, getattr(torch, dtype), device))
+            types = getattr(torch, dtype), getattr(torch, stored)
+            rows.append(measure(model, size, frames, (first, second), name, types[0], device, kernels, types[1]))
         show(rows[-1])
         if device.startswith("cuda"):
             torch.cuda.empty_cache()

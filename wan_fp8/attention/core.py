@@ -61,11 +61,15 @@ class AttentionCore(nn.Module):
         """Attend to every key given; the caller cuts padding off k and v before the call."""
         return self.resolve(q_BSNE, k_BLNE).backend.run(q_BSNE, k_BLNE, v_BLNE)
 
+    @staticmethod
+    def request(q_BSNE: Tensor, k_BLNE: Tensor) -> AttentionRequest:
+        """What a backend is asked to do for tensors like these."""
+        caps = device_caps(q_BSNE.device)
+        return AttentionRequest(caps, q_BSNE.dtype, q_BSNE.shape[-1], q_BSNE.shape[1], k_BLNE.shape[1])
+
     def resolve(self, q_BSNE: Tensor, k_BLNE: Tensor) -> Resolution[AttentionRequest]:
         """The backend for tensors like these, with the reasons why others were refused."""
-        request = AttentionRequest(
-            device_caps(q_BSNE.device), q_BSNE.dtype, q_BSNE.shape[-1], q_BSNE.shape[1], k_BLNE.shape[1]
-        )
+        request = self.request(q_BSNE, k_BLNE)
         if request not in self._resolved:
             register_backends()
             self._resolved[request] = ATTENTION.resolve(self.setting, request)
