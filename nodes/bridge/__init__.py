@@ -5,6 +5,9 @@ It detects what the running ComfyUI offers and never compares versions.
 
 from __future__ import annotations
 
+from .build import build_model_patcher
+from .fork import fork, hosted, is_hosted, spec_of
+from .hosted_model import HostSettings
 from .sampling import (
     Stage,
     core_sigmas,
@@ -15,14 +18,27 @@ from .sampling import (
     set_shift,
     with_timesteps,
 )
+from .settings import settings_of, with_settings
+from .vae import check_vae_matches, load_vae, vae_version
 
 __all__ = [
+    "HostSettings",
     "Stage",
+    "build_model_patcher",
+    "check_vae_matches",
     "core_sigmas",
+    "fork",
+    "hosted",
+    "is_hosted",
+    "load_vae",
     "make_sampler",
     "run_stages",
     "sampler_names",
     "scheduler_names",
     "set_shift",
+    "settings_of",
+    "spec_of",
+    "vae_version",
+    "with_settings",
     "with_timesteps",
 ]

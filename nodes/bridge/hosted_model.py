@@ -1,0 +1,314 @@
+"""Our transformer with the face that core expects of a ``diffusion_model``.
+
+``WanModel.forward`` takes tensors and ``ForwardOptions``; core calls with ``transformer_options``, a dict that any node may have written to. Here
+the one becomes the other. What cannot be honoured raises ``UnsupportedPatchError`` with its name: core's own blocks would call it, and a patch that is
+silently never called is a wrong video.
+"""
+
+from __future__ import annotations
+
+import functools
+import logging
+import weakref
+from collections import OrderedDict
+from collections.abc import Callable, Hashable, Mapping
+from dataclasses import dataclass, fields
+from typing import Any
+
+import comfy.ldm.common_dit
+import comfy.patcher_extension
+import torch
+from torch import Tensor, nn
+
+from ...wan_fp8.attention import Attention, set_attention
+from ...wan_fp8.errors import UnsupportedPatchError
+from ...wan_fp8.models.functional import RopeOptions
+from ...wan_fp8.models.layers import HIGH_PRECISION
+from ...wan_fp8.models.wan import MAX_CACHED_PROMPTS, ForwardOptions, WanModel
+from .weights import attach_weight_source
+
+SETTINGS = "wan_fp8"
+"""Our key in ``transformer_options``."""
+
+logger = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class HostSettings:
+    """Choices that touch no weight. They travel in ``transformer_options``, so one loaded model serves graphs that choose differently."""
+
+    attention: Attention | None = None
+    """None: automatic."""
+
+
+class HostedModel(WanModel):
+    """Mixed in before the engine's class by ``hosted_class``; adds no parameters and no state that is saved."""
+
+    task_inputs: frozenset[str] = frozenset()
+    """Keyword inputs that this task's ``embed`` takes from core's conditioning."""
+
+    _shell: weakref.ref[nn.Module] | None = None
+    _settings: HostSettings | None = None
+    _prompts: OrderedDict[Hashable, Tensor]
+
+    # ---- attributes that core and other nodes read ---------------------------------------------------------------
+
+    dtype: torch.dtype
+    """Storage type as core reports it; what we compute in follows ``x``, which BaseModel casts."""
+
+    @property
+    def patch_size(self) -> tuple[int, int, int]:
+        """Latent frames, rows and columns per token."""
+        return self.spec.patch_size
+
+    @property
+    def in_dim(self) -> int:
+        """Channels of x, conditioning included."""
+        return self.spec.in_dim
+
+    @property
+    def out_dim(self) -> int:
+        """Channels of the velocity."""
+        return self.spec.out_dim
+
+    @property
+    def dim(self) -> int:
+        """Model width."""
+        return self.spec.dim
+
+    @property
+    def num_heads(self) -> int:
+        """Attention heads."""
+        return self.spec.num_heads
+
+    @property
+    def num_layers(self) -> int:
+        """Blocks."""
+        return self.spec.num_layers
+
+    # ---- forward -------------------------------------------------------------------------------------------------
+
+    def forward(  # type: ignore[override]
+        self,
+        x: Tensor,
+        timestep: Tensor,
+        context: Tensor,
+        clip_fea: Tensor | None = None,
+        time_dim_concat: Tensor | None = None,
+        transformer_options: dict[str, Any] | None = None,
+        **kwargs: Any,
+    ) -> Tensor:
+        """Core's signature. Latent rows and columns may be odd; ``time_dim_concat`` frames are appended for attention and cut off again.
+
+        Returns:
+            [B, C_out, F, H, W] velocity in float32.
+        Raises:
+            UnsupportedPatchError: another node attached something that this forward cannot honour.
+        """
+        options: dict[str, Any] = {} if transformer_options is None else transformer_options
+        wrappers = comfy.patcher_extension.get_all_wrappers(comfy.patcher_extension.WrappersMP.DIFFUSION_MODEL, options)
+        executor = comfy.patcher_extension.WrapperExecutor.new_class_executor(self._run, self, wrappers)
+        return executor.execute(x, timestep, context, clip_fea, time_dim_concat, options, **kwargs)
+
+    def _run(
+        self,
+        x: Tensor,
+        timestep: Tensor,
+        context: Tensor,
+        clip_fea: Tensor | None = None,
+        time_dim_concat: Tensor | None = None,
+        transformer_options: dict[str, Any] | None = None,
+        **kwargs: Any,
+    ) -> Tensor:
+        options: dict[str, Any] = {} if transformer_options is None else transformer_options
+        patcher = self._patcher()
+        if patcher is not None:
+            refuse_foreign_patches(patcher)
+        task_inputs = self._accepted_inputs(kwargs)
+        clip_fea = self._accepted_clip(clip_fea)
+        self._follow_settings(options.get(SETTINGS))
+        if x.dtype in HIGH_PRECISION:
+            self.compute_dtype_override = x.dtype
+
+        frames, rows, columns = x.shape[2:]
+        x = comfy.ldm.common_dit.pad_to_patch_size(x, self.patch_size)
+        if time_dim_concat is not None:
+            extra = comfy.ldm.common_dit.pad_to_patch_size(time_dim_concat, self.patch_size)
+            x = torch.cat([x, extra.to(x)], dim=2)
+        text_key = None if patcher is not None and weights_change_mid_run(patcher) else self._prompt_key(context, options)
+        velocity = super().forward(
+            x,
+            timestep,
+            context,
+            clip_fea,
+            ForwardOptions(
+                text_key=text_key,
+                cache_text=text_key is not None,
+                attention_override=options.get("optimized_attention_override"),
+                block_replace=block_replacements(options, self.num_layers),
+                rope=rope_options(options),
+                host_options=options,
+            ),
+            **task_inputs,
+        )
+        return velocity[:, :, :frames, :rows, :columns]
+
+    def forget_prompts(self) -> None:
+        """Drop text keys and values and rotary tables: at the start and end of a run, and whenever weights move or change."""
+        self._prompts.clear()
+        self.clear_text_cache()
+        self._rope_cache.clear()
+
+    # ---- pieces --------------------------------------------------------------------------------------------------
+
+    def _patcher(self) -> Any:
+        shell = self._shell() if self._shell is not None else None
+        return getattr(shell, "current_patcher", None)
+
+    def _accepted_inputs(self, kwargs: dict[str, Any]) -> dict[str, Any]:
+        given = {name: value for name, value in kwargs.items() if value is not None}
+        given.pop("denoise_mask", None)  # BaseModel has made per-frame timesteps of it
+        if given.pop("reference_latent", None) is not None and "reference_latent" not in self.task_inputs:
+            _warn_once(f"{self.spec.task} models have no reference image: 'reference_latent' has no effect, here as in core")
+        unknown = sorted(given.keys() - self.task_inputs)
+        if unknown:
+            raise UnsupportedPatchError(
+                f"this MODEL was given {', '.join(map(repr, unknown))}, which a Wan2.2 {self.spec.task} transformer has no use for: "
+                "disconnect the node that adds it, or load the model that it was made for"
+            )
+        return given
+
+    def _accepted_clip(self, clip_fea: Tensor | None) -> Tensor | None:
+        if clip_fea is not None and "clip_fea" not in self.task_inputs:
+            _warn_once(f"{self.spec.task} models of Wan2.2 have no image branch: CLIP vision has no effect, here as in core")
+            return None
+        return clip_fea
+
+    def _follow_settings(self, settings: HostSettings | None) -> None:
+        if settings != self._settings:
+            set_attention(self, None if settings is None else settings.attention)
+            self._settings = settings
+
+    def _prompt_key(self, context: Tensor, options: Mapping[str, Any]) -> Hashable | None:
+        """A name for the prompts of this batch that means the same text as it did last time; None where core gives none.
+
+        Core's uuids are made once per run, but a node may have changed the rows since: the kept copy is compared, and if it differs
+        everything kept is dropped.
+        """
+        uuids = options.get("uuids")
+        if not uuids:
+            return None
+        key = (*uuids, tuple(context.shape), context.dtype)
+        kept = self._prompts.get(key)
+        if kept is not None and not (kept.device == context.device and torch.equal(kept, context)):
+            self._prompts.clear()
+            self.clear_text_cache()
+            kept = None
+        if kept is None:
+            self._prompts[key] = context.clone()
+        self._prompts.move_to_end(key)
+        while len(self._prompts) > MAX_CACHED_PROMPTS:
+            self._prompts.popitem(last=False)
+        return key
+
+
+@functools.cache
+def hosted_class(engine_class: type[WanModel]) -> type[WanModel]:
+    """The engine's class with core's face."""
+    if issubclass(engine_class, HostedModel):
+        return engine_class
+    return type(f"Hosted{engine_class.__name__}", (HostedModel, engine_class), {"__doc__": engine_class.__doc__})
+
+
+def adopt(net: WanModel) -> WanModel:
+    """Turn a loaded engine model into one that core can host, in place; its parameters stay what they are."""
+    if not isinstance(net, HostedModel):
+        net.__class__ = hosted_class(type(net))
+    net._shell = net._settings = None
+    net._prompts = OrderedDict()
+    net.dtype = net.text_embedding[0].weight.dtype
+    attach_weight_source(net)
+    return net
+
+
+def bind(net: nn.Module, shell: nn.Module) -> None:
+    """Let the model find the BaseModel that it sits in, to ask which patcher runs it. A weak reference: the two form no cycle."""
+    net._shell = weakref.ref(shell)
+
+
+# ---- translation ---------------------------------------------------------------------------------------------------
+
+
+def block_replacements(options: Mapping[str, Any], num_layers: int) -> dict[int, Callable]:
+    """Core's ``patches_replace["dit"]["double_block", i]`` by block index.
+
+    Raises:
+        UnsupportedPatchError: a replacement of something that this transformer does not have, or another kind of patch.
+    """
+    for kind, functions in options.get("patches", {}).items():
+        if functions:
+            raise UnsupportedPatchError(
+                f"a node attached a patch of kind {kind!r}, which Wan FP8's transformer does not call: remove that node, or sample with core's "
+                "own loader and without our nodes"
+            )
+    blocks: dict[int, Callable] = {}
+    for group, entries in options.get("patches_replace", {}).items():
+        for key, function in entries.items():
+            known = group == "dit" and isinstance(key, tuple) and len(key) == 2 and key[0] == "double_block"
+            if not known:
+                raise UnsupportedPatchError(
+                    f"a node replaces {key!r} of {group!r}, which a Wan transformer does not have (it has 'double_block' 0 to {num_layers - 1}): "
+                    "empty that field of the node (skip-layer guidance: single_layers), or remove the node"
+                )
+            if not (isinstance(key[1], int) and 0 <= key[1] < num_layers):
+                raise UnsupportedPatchError(
+                    f"a node replaces block {key[1]}, but this model has blocks 0 to {num_layers - 1}: change the node's list of layers"
+                )
+            blocks[key[1]] = function
+    return blocks
+
+
+def rope_options(options: Mapping[str, Any]) -> RopeOptions | None:
+    """Core's ``rope_options``: stretch and shift of token positions."""
+    given = options.get("rope_options")
+    if not given:
+        return None
+    known = {field.name for field in fields(RopeOptions)}
+    unknown = sorted(given.keys() - known)
+    if unknown:
+        raise UnsupportedPatchError(
+            f"a node sets the rope options {', '.join(map(repr, unknown))}, which Wan FP8's transformer does not know (it knows "
+            f"{', '.join(sorted(known))}): remove that node"
+        )
+    return RopeOptions(**given)
+
+
+def refuse_foreign_patches(patcher: Any) -> None:
+    """Raise for what other nodes did to the model's modules by path or by injection.
+
+    Such a patch (NAG on ``diffusion_model.blocks.0.cross_attn.forward``, a compiled block) was written for core's modules, whose
+    arguments ours don't have.
+    """
+    foreign = sorted(k for k in patcher.object_patches if k == "diffusion_model" or k.startswith("diffusion_model."))
+    if foreign:
+        more = f" and {len(foreign) - 1} more" if len(foreign) > 1 else ""
+        raise UnsupportedPatchError(
+            f"a node replaces {foreign[0]!r}{more}, which is code for core's own Wan modules and cannot run in Wan FP8's transformer: "
+            "remove that node, or sample this MODEL without our nodes"
+        )
+    injections = sorted(name for name, entries in getattr(patcher, "injections", {}).items() if entries)
+    if injections:
+        raise UnsupportedPatchError(
+            f"a node injects {', '.join(map(repr, injections))} into the model's layers while it samples, which Wan FP8's transformer cannot take: "
+            "remove that node (a LoRA loaded in bypass mode: load it the ordinary way)"
+        )
+
+
+def weights_change_mid_run(patcher: Any) -> bool:
+    """Whether LoRA hooks (scheduled, or on one conditioning) swap weights between forwards of one run."""
+    return bool(getattr(patcher, "hook_patches", None))
+
+
+@functools.cache
+def _warn_once(message: str) -> None:
+    logger.warning("Wan FP8: %s", message)

@@ -1,0 +1,83 @@
+"""Core's VAE object for the VAEs of Wan2.1 (T2V, I2V) and Wan2.2 (TI2V)."""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Iterator, Mapping
+from typing import Any
+
+import comfy.ldm.wan.vae2_2
+import comfy.sd
+import torch
+from torch import Tensor
+
+from ...wan_fp8.errors import CheckpointError, InputError
+
+_MARK_21 = "decoder.middle.0.residual.0.gamma"
+_MARK_22 = "decoder.upsamples.0.upsamples.0.residual.2.weight"
+
+
+def load_vae(weights: Mapping[str, Tensor], *, dtype: torch.dtype | None = None) -> Any:
+    """A core VAE from weights under the official names; 2.1 or 2.2 is seen from the names, every width from the shapes.
+
+    Args:
+        dtype: Computation type; None lets core choose (bf16 on most GPUs; the official code computes in fp32).
+    Raises:
+        CheckpointError: not the weights of a Wan VAE.
+    """
+    if _MARK_21 not in weights:
+        raise CheckpointError("this file holds no Wan VAE: give the Wan2.1 VAE for T2V and I2V, the Wan2.2 VAE for TI2V")
+    sizes = _sizes_22(weights) if _MARK_22 in weights else None
+    with contextlib.nullcontext() if sizes is None else _widths(*sizes):
+        vae = comfy.sd.VAE(sd=dict(weights), dtype=dtype)
+    missing = sorted(vae.first_stage_model.state_dict().keys() - weights.keys())
+    if missing:  # core's loader only logs them
+        raise CheckpointError(
+            f"the VAE file is incomplete: {len(missing)} weights are missing, {missing[0]!r} for one; download it again"
+        )
+    return vae
+
+
+def vae_version(vae: Any) -> str:
+    """"2.1" or "2.2" by latent channels, else the number of channels."""
+    channels = getattr(vae, "latent_channels", None)
+    return {16: "2.1", 48: "2.2"}.get(channels, f"{channels}-channel")
+
+
+def check_vae_matches(model: Any, vae: Any) -> None:
+    """Compare the latents that MODEL samples with those that VAE makes, before memory is spent.
+
+    Raises:
+        InputError: they differ; the message names the VAE that is needed.
+    """
+    wanted = model.get_model_object("latent_format").latent_channels
+    given = getattr(vae, "latent_channels", None)
+    if given is not None and wanted != given:
+        name = {16: "Wan2.1 VAE", 48: "Wan2.2 VAE"}.get(wanted, f"VAE with {wanted} latent channels")
+        raise InputError(
+            f"this VAE has {given} latent channels and the model samples {wanted}: connect the {name} (Wan2.2 T2V and I2V use the "
+            "Wan2.1 VAE, TI2V-5B the Wan2.2 VAE)"
+        )
+
+
+def _sizes_22(weights: Mapping[str, Tensor]) -> tuple[int, int] | None:
+    """Encoder and decoder widths where they are not the published ones, which are all that core's loader builds."""
+    encoder = int(weights["encoder.conv1.weight"].shape[0])
+    decoder = int(weights["decoder.head.0.gamma"].shape[0])
+    return None if (encoder, decoder) == (160, 256) else (encoder, decoder)
+
+
+@contextlib.contextmanager
+def _widths(encoder: int, decoder: int) -> Iterator[None]:
+    """While active, core's VAE loader builds its Wan2.2 VAE with these widths instead of its constants."""
+    module = comfy.ldm.wan.vae2_2
+    original = module.WanVAE
+
+    def build(**config: Any) -> Any:
+        return original(**{**config, "dim": encoder, "dec_dim": decoder})
+
+    module.WanVAE = build
+    try:
+        yield
+    finally:
+        module.WanVAE = original

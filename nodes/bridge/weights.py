@@ -1,0 +1,123 @@
+"""Where the engine's modules get their values inside ComfyUI: from core, which may keep them elsewhere and patch them on the way.
+
+Core recognises a module that it may leave in host memory, and cast for each forward, by three attributes on the instance
+(``comfy_cast_weights``, ``weight_function``, ``bias_function``). Every leaf gets them; a leaf without would be neither loaded nor cast.
+"""
+
+from __future__ import annotations
+
+import inspect
+from typing import Any
+
+import comfy.lora
+import comfy.model_management
+import comfy.ops
+import torch
+from torch import Tensor, nn
+
+from ...wan_fp8.models.layers import HIGH_PRECISION, Leaf
+
+
+class ComfyWeights:
+    """A ``WeightSource`` that goes through ``comfy.ops.cast_bias_weight``, and so takes part in offload and on-the-fly LoRA.
+
+    It also polls ComfyUI's cancel flag, as core's own layers do: a forward of a large model takes many seconds.
+    """
+
+    def __init__(self) -> None:
+        accepted = inspect.signature(comfy.ops.cast_bias_weight).parameters
+        self._offloadable = {"offloadable": True} if "offloadable" in accepted else {}
+        """Asks for asynchronous transfers, and promises to say when the weight was last used; older cores have neither."""
+
+    def fetch(self, module: Leaf, like: Tensor) -> tuple[Tensor, Tensor | None, Any]:
+        """Weight and bias in the dtype and on the device of ``like``."""
+        if not torch.compiler.is_compiling():
+            comfy.model_management.throw_exception_if_processing_interrupted()
+        patched = bool(module.weight_function or module.bias_function)  # type: ignore[arg-type]
+        if not (module.comfy_cast_weights or patched):
+            bias = module.bias
+            return module.dequantized(module.weight, like.dtype), None if bias is None else bias.to(like.dtype), None
+        if module.weight.dtype in HIGH_PRECISION:
+            return self._cast(module, like, like.dtype)
+        return self._fetch_fp8(module, like)
+
+    def release(self, module: Leaf, weight: Tensor, bias: Tensor | None, handle: Any) -> None:
+        """Tell core that the last use of what ``fetch`` returned is queued."""
+        if handle is not None:
+            comfy.ops.uncast_bias_weight(module, weight, bias, handle)
+
+    def _cast(self, module: Leaf, like: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor | None, Any]:
+        result = comfy.ops.cast_bias_weight(module, like, dtype=dtype, bias_dtype=like.dtype, **self._offloadable)
+        return result if self._offloadable else (*result, None)
+
+    def _fetch_fp8(self, module: Leaf, like: Tensor) -> tuple[Tensor, Tensor | None, Any]:
+        """Core moves the stored bytes; patches are added here, to real values.
+
+        Left to core they would be added to the bytes before the scale is multiplied in: some versions call ``convert_weight`` on the
+        way and some don't.
+        """
+        functions, module.weight_function = module.weight_function, []  # type: ignore[assignment]
+        try:
+            stored, bias, handle = self._cast(module, like, module.weight.dtype)
+        finally:
+            module.weight_function = functions  # type: ignore[assignment]
+        if not functions:
+            return module.dequantized(stored, like.dtype), bias, handle
+        value: Tensor = module.convert_weight(stored)  # type: ignore[operator]
+        for function in functions:  # type: ignore[union-attr]
+            patches = getattr(function, "patches", None)
+            key = getattr(function, "key", None)
+            if patches is not None and key in patches:
+                value = comfy.lora.calculate_weight(patches[key], value, key)
+            else:
+                value = function(value)
+        return value.to(like.dtype), bias, handle
+
+
+def attach_weight_source(net: nn.Module) -> None:
+    """Make every leaf of ``net`` one that core can load, offload, cast and patch."""
+    source = ComfyWeights()
+    defaults = _cast_defaults()
+    for module in net.modules():
+        if isinstance(module, Leaf):
+            module.weight_source = source
+            for name, value in defaults.items():
+                setattr(module, name, list(value) if isinstance(value, list) else value)
+
+
+def _cast_defaults() -> dict[str, Any]:
+    """The attributes that core's own layers start with: those that this core declares, and the three that every core reads."""
+    declared = {
+        name: value
+        for name, value in vars(getattr(comfy.ops, "CastWeightBiasOp", object)).items()
+        if not name.startswith("__") and (value is None or isinstance(value, (bool, list)))
+    }
+    return {"comfy_cast_weights": False, "weight_function": [], "bias_function": [], **declared}
+
+
+def place_loose_parameters(
+    patcher: Any, device_to: Any, lowvram_model_memory: Any = 0, force_patch_weights: bool = False, full_load: bool = False
+) -> None:
+    """ON_LOAD callback: move and patch the parameters that core's loader passes over.
+
+    It walks modules without children. ``blocks.N.modulation`` and ``head.modulation`` sit on modules that have some: under partial load they
+    stay behind, and a LoRA for them is accepted and never applied, at full load too. Core's backup restores what is merged here.
+    """
+    net = patcher.model.diffusion_model
+    net.forget_prompts()  # the weights that made the kept keys and values may have changed
+    for name in loose_parameters(net):
+        key = f"diffusion_model.{name}"
+        if key in patcher.patches and key not in patcher.backup:
+            patcher.patch_weight_to_device(key, device_to)
+        parameter = net.get_parameter(name)
+        parameter.data = parameter.data.to(device_to)
+
+
+def loose_parameters(net: nn.Module) -> list[str]:
+    """Names of the parameters that belong to no leaf."""
+    return [
+        f"{path}.{name}" if path else name
+        for path, module in net.named_modules()
+        if not isinstance(module, Leaf)
+        for name, _ in module.named_parameters(recurse=False)
+    ]
