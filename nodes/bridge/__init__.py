@@ -8,10 +8,12 @@ from __future__ import annotations
 from .build import build_model_patcher
 from .fork import fork, hosted, is_hosted, spec_of
 from .hosted_model import HostSettings
+from .residency import make_resident, manage
 from .sampling import (
     Stage,
     core_sigmas,
     make_sampler,
+    raw_latents,
     run_stages,
     sampler_names,
     scheduler_names,
@@ -31,7 +33,10 @@ __all__ = [
     "hosted",
     "is_hosted",
     "load_vae",
+    "make_resident",
     "make_sampler",
+    "manage",
+    "raw_latents",
     "run_stages",
     "sampler_names",
     "scheduler_names",

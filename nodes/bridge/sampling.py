@@ -130,6 +130,11 @@ def _first_latents(model: Any, scaled: Tensor, sigmas: Tensor) -> Tensor:
     return noise.to(scaled, copy=True)
 
 
+def raw_latents(model: Any, normalised: Tensor) -> Tensor:
+    """From what the transformer of MODEL works on to what a LATENT holds: VAE means."""
+    return model.get_model_object("latent_format").process_out(normalised)
+
+
 # ---- what a run sees of a model ------------------------------------------------------------------------------------
 
 
