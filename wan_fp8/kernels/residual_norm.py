@@ -135,6 +135,6 @@ def fused(
         scale.stride(0) if scale is not None and modulated else 0,
         ADD=branch_BSD is not None, GATED=gate_RD is not None, NORM=table is not None,
         MODULATED=modulated, HAS_ROWS=rows is not None,
-        BLOCK=block, num_warps=min(16, max(1, block // 512)),
+        BLOCK=block, num_warps=min(8, max(1, block // 1024)),
     )  # fmt: skip
     return x_out, out

@@ -57,7 +57,7 @@ def fused_(x_BSD: Tensor, weight: Tensor, rope: tuple[Tensor, Tensor] | None, *,
     block = triton.next_power_of_2(dim)
     rms_rope_kernel[(batch * tokens,)](
         x_BSD, weight, cos, sin, tokens, dim, eps,
-        HEAD_DIM=head_dim, ROPE=rope is not None, BLOCK=block, num_warps=min(16, max(1, block // 512)),
+        HEAD_DIM=head_dim, ROPE=rope is not None, BLOCK=block, num_warps=min(8, max(1, block // 1024)),
     )  # fmt: skip
     return x_BSD
 

@@ -101,11 +101,11 @@ class ResidualStream:
     """The residual stream with its last branch not yet added: whoever norms it next adds the branch in the same
     pass."""
 
-    def __init__(self, x_BSD: Tensor, state: ForwardState, eps: float) -> None:
-        self._x, self._state, self._eps = x_BSD, state, eps
+    def __init__(self, x_BSD: Tensor, state: ForwardState, eps: float, *, owned: bool = False) -> None:
+        """``owned``: nobody else needs ``x_BSD`` as it is, so that sums may be written over it."""
+        self._x, self._state, self._eps, self._owned = x_BSD, state, eps, owned
         self._branch: Tensor | None = None
         self._gate: Tensor | None = None
-        self._owned = False  # the tensor that came in belongs to the caller: never write over it
 
     def add(self, branch_BSD: Tensor, gate_RD: Tensor | None) -> None:
         """Queue ``x += gate * branch`` (``gate`` 1 where it is None)."""
@@ -197,25 +197,26 @@ class Attention(nn.Module):
 class SelfAttention(Attention):
     """Attention among video tokens, with rotary positions. Padding tokens are never attended to."""
 
-    def forward(self, x_BSD: Tensor, state: ForwardState) -> Tensor:
+    def project(self, x_BSD: Tensor, state: ForwardState) -> tuple[Tensor, Tensor, Tensor]:
+        """Normed and turned queries and keys, plain values: each [B, S, N, E]."""
         q = normed_heads(self.norm_q, self.q(x_BSD), state.rope, state, self.head_dim, self.eps)
         k = normed_heads(self.norm_k, self.k(x_BSD), state.rope, state, self.head_dim, self.eps)
-        v = self.heads(self.v(x_BSD))
-        keys = slice(0, state.num_tokens)
-        return self.o(self.attend(q, k[:, keys], v[:, keys], state.options))
+        return q, k[:, : state.num_tokens], self.heads(self.v(x_BSD))[:, : state.num_tokens]
 
 
 class CrossAttention(Attention):
     """Attention from video tokens to all text tokens, padding rows of the prompt included (the official behaviour)."""
 
-    def forward(self, x_BSD: Tensor, state: ForwardState, index: int) -> Tensor:
+    def project(self, x_BSD: Tensor, state: ForwardState, index: int) -> tuple[Tensor, Tensor, Tensor]:
+        """Queries [B, S, N, E] of the video; keys and values [B, L, N, E] of the text, from the cache after a prompt's
+        first forward."""
+
         def keys_values(context_BLD: Tensor) -> tuple[Tensor, Tensor]:
             k = normed_heads(self.norm_k, self.k(context_BLD), None, state, self.head_dim, self.eps)
             return k, self.heads(self.v(context_BLD))
 
         q = normed_heads(self.norm_q, self.q(x_BSD), None, state, self.head_dim, self.eps)
-        k, v = state.context.keys_values(index, keys_values)
-        return self.o(self.attend(q, k, v, state.options))
+        return q, *state.context.keys_values(index, keys_values)
 
 
 class GELULinear(nn.Sequential):
@@ -242,20 +243,36 @@ class WanBlock(nn.Module):
         self.ffn = GELULinear(spec.dim, spec.ffn_dim, spec.dim)
 
     def forward(self, stream: ResidualStream, state: ForwardState) -> ResidualStream:
-        """One block; the FFN's branch stays queued for whoever reads the stream next."""
+        """One block; the FFN's branch stays queued for whoever reads the stream next.
+
+        Every ``del`` frees one activation before the next is made: at most q, k, v and the attention's output live
+        beside the stream.
+        """
         rows = state.modulation.rows
         table = rows + self.modulation.to(device=rows.device, dtype=rows.dtype)
         shift_sa, scale_sa, gate_sa, shift_ffn, scale_ffn, gate_ffn = table.unbind(1)
 
-        a = stream.normed(NormTable(scale_sa, shift_sa, modulated=True), state.compute_dtype)
-        stream.add(self.self_attn(a, state), gate_sa)
-        del a
+        x = stream.normed(NormTable(scale_sa, shift_sa, modulated=True), state.compute_dtype)
+        q, k, v = self.self_attn.project(x, state)
+        del x
+        y = self.self_attn.attend(q, k, v, state.options)
+        del q, k, v
+        stream.add(self.self_attn.o(y), gate_sa)
+        del y
+
         weight, bias, handle = self.norm3.fetch(rows)
         assert bias is not None
-        c = stream.normed(NormTable(weight[None], bias[None], modulated=False), state.compute_dtype)
+        x = stream.normed(NormTable(weight[None], bias[None], modulated=False), state.compute_dtype)
         self.norm3.release(weight, bias, handle)
-        stream.add(self.cross_attn(c, state, self.index), None)
-        del c
-        b = stream.normed(NormTable(scale_ffn, shift_ffn, modulated=True), state.compute_dtype)
-        stream.add(self.ffn(b), gate_ffn)
+        q, k, v = self.cross_attn.project(x, state, self.index)
+        del x
+        y = self.cross_attn.attend(q, k, v, state.options)
+        del q, k, v
+        stream.add(self.cross_attn.o(y), None)
+        del y
+
+        x = stream.normed(NormTable(scale_ffn, shift_ffn, modulated=True), state.compute_dtype)
+        hidden = self.ffn[0](x, gelu=True)
+        del x
+        stream.add(self.ffn[2](hidden), gate_ffn)
         return stream

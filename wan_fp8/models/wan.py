@@ -191,9 +191,11 @@ class WanModel(nn.Module):
         return stream
 
     def run_blocks(self, tokens_BSD: Tensor, state: ForwardState) -> Tensor:
-        """Every block in order, each one through the host's replacement where there is one. Leaves ``tokens_BSD`` as
-        it was."""
-        stream = ResidualStream(tokens_BSD, state, self.spec.eps)
+        """Every block in order, each one through the host's replacement where there is one.
+
+        Writes over ``tokens_BSD``, unless a stack wrapper may still want it.
+        """
+        stream = ResidualStream(tokens_BSD, state, self.spec.eps, owned=not self.stack_wrappers)
         for index, block in enumerate(self.blocks):
             replace = state.options.block_replace.get(index)
             stream = block(stream, state) if replace is None else self._replaced(block, replace, stream, state)

@@ -49,6 +49,8 @@ def _refuse_cudnn(request: AttentionRequest) -> str | None:
         return "torch.backends.cuda.enable_cudnn_sdp(False) is in force"
     if request.caps.is_cuda and not torch.backends.cudnn.is_available():
         return "this build of torch has no cuDNN"
+    if request.num_keys == 1:
+        return "cuDNN takes two keys or more"
     return _refuse_half_cuda(request)
 
 
