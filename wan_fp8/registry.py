@@ -28,6 +28,8 @@ class Backend(Generic[Request]):
     refuse: Callable[[Request], str | None]
     """Returns why this backend cannot serve a request, or None when it can. Must not import anything heavy at module
     import."""
+    exact: bool
+    """False: an approximation, never chosen by ``auto``."""
     priority: int
     """``auto`` takes the willing backend with the highest priority; 0 and below are never chosen by ``auto``."""
 
@@ -49,13 +51,14 @@ class KernelRegistry(Generic[Request]):
         self._logged: set[tuple[str, str]] = set()
 
     def register(
-        self, name: str, *, priority: int, refuse: Callable[[Request], str | None]
+        self, name: str, *, priority: int, refuse: Callable[[Request], str | None], exact: bool = True
     ) -> Callable[[Callable], Callable]:
         """Decorator: add ``run`` as backend ``name``."""
 
         def add(run: Callable) -> Callable:
             assert name not in self._backends and name != "auto", name
-            self._backends[name] = Backend(name, run, refuse, priority)
+            assert exact or priority <= 0, "an approximation is used by name only"
+            self._backends[name] = Backend(name, run, refuse, exact, priority)
             return run
 
         return add
@@ -64,6 +67,10 @@ class KernelRegistry(Generic[Request]):
     def names(self) -> tuple[str, ...]:
         """Every name that ``resolve`` takes; ``auto`` first, then by falling priority."""
         return ("auto", *sorted(self._backends, key=lambda name: -self._backends[name].priority))
+
+    def backend(self, name: str) -> Backend[Request]:
+        """The backend of that name (not ``auto``)."""
+        return self._backends[name]
 
     def check_name(self, name: str) -> None:
         """Raise InputError unless ``name`` is ``auto`` or a registered backend."""

@@ -17,7 +17,7 @@ from torch import Tensor
 if __name__ == "__main__":
     sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 
-from wan_fp8.kernels import residual_norm, rms_rope
+from wan_fp8.kernels import attention_cast, residual_norm, rms_rope
 from wan_fp8.kernels.residual_norm import NormTable
 from wan_fp8.models import functional as wan
 
@@ -127,7 +127,31 @@ def rms_norm_and_rope(device: torch.device, dtype: torch.dtype, fused: bool) -> 
             assert not fused or ours.data_ptr() == x.data_ptr()
 
 
-CASES = [residual_and_norm, norm_of_a_large_mean, rms_norm_and_rope]
+def cast_for_fp8_attention(device: torch.device, dtype: torch.dtype, fused: bool) -> None:
+    """Scales and means against float64; values within half a step of e4m3; padding views; more tokens than one program
+    takes."""
+    for batch, tokens, heads, kept in ((2, 40, 3, 37), (1, 1100, 1, 1100)):
+        q, k, v = (
+            values(batch, tokens, heads, 128, dtype=dtype, device=device, seed=seed)[:, :kept] for seed in (6, 7, 8)
+        )
+        q[:, 3, 0, 5] = 900.0
+        cast = (attention_cast.fused if fused else attention_cast.eager)(q, k, v)
+        triples = (("q", q, cast.q, cast.q_scale), ("k", k, cast.k, cast.k_scale), ("v", v, cast.v, cast.v_scale))
+        for name, given, data, scale in triples:
+            exact = given.double() - (given.double().mean(1, keepdim=True) if name != "q" else 0)
+            want = exact.abs().amax(dim=(1, 3)) / 448
+            assert torch.allclose(scale.double(), want, rtol=1e-5), name
+            assert data.dtype == torch.float8_e4m3fn and data.is_contiguous()
+            back = data.double() * scale.double()[:, None, :, None]
+            error = float((back - exact).norm() / exact.norm())
+            assert error < 0.08 if INTERPRETED else 0.001 < error < 0.03, f"{name}: {error}"
+        assert torch.allclose(cast.v_mean_BNE.double(), v.double().mean(1), atol=1e-5)
+        out = torch.zeros(batch, kept, heads, 128, dtype=dtype, device=device)
+        attention_cast.add_mean_(out, cast.v_mean_BNE, use_triton=fused)
+        assert torch.allclose(out.double(), v.double().mean(1, keepdim=True).expand_as(out), rtol=1e-2, atol=1e-4)
+
+
+CASES = [residual_and_norm, norm_of_a_large_mean, rms_norm_and_rope, cast_for_fp8_attention]
 
 if __name__ == "__main__":
     where = torch.device("cuda" if torch.cuda.is_available() else "cpu")

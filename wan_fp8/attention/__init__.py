@@ -1,7 +1,26 @@
-"""Attention backends behind one registry, chosen per device, dtype and shape."""
+"""Attention backends behind one registry, chosen per device, dtype and shape; low-precision ones windowed and
+guarded."""
 
 from __future__ import annotations
 
-from .core import ATTENTION, Attention, AttentionCore, AttentionRequest, set_attention
+from .core import (
+    ATTENTION,
+    Attention,
+    AttentionCore,
+    AttentionRequest,
+    Step,
+    attention_cores,
+    reset_guard,
+    set_attention,
+)
 
-__all__ = ["ATTENTION", "Attention", "AttentionCore", "AttentionRequest", "set_attention"]
+__all__ = [
+    "ATTENTION",
+    "Attention",
+    "AttentionCore",
+    "AttentionRequest",
+    "Step",
+    "attention_cores",
+    "reset_guard",
+    "set_attention",
+]

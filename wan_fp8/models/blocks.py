@@ -14,7 +14,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from ..attention import AttentionCore
+from ..attention import Attention as AttentionSetting
+from ..attention import AttentionCore, Step
 from ..kernels import residual_norm, rms_rope
 from ..kernels.residual_norm import NormTable
 from .functional import RopeOptions
@@ -30,6 +31,10 @@ class ForwardOptions:
     """Names the prompt(s) of this batch: text keys and values are kept under it. None: the identity of ``context``."""
     cache_text: bool = True
     """False while text weights may change between two forwards."""
+    attention: AttentionSetting | None = None
+    """Attention setting of this forward; None: the model's own."""
+    step: Step | None = None
+    """Where this forward stands in its run; settings that hold for some steps only need it."""
     attention_override: Callable | None = None
     """``f(func, q, k, v, heads, mask=None, transformer_options=...)`` with q, k, v as [B, S, N*E]; the host's own
     contract."""
@@ -157,7 +162,7 @@ def normed_heads(
 class Attention(nn.Module):
     """The four projections and two full-width norms that self- and cross-attention share."""
 
-    def __init__(self, spec: ModelSpec) -> None:
+    def __init__(self, spec: ModelSpec, core: AttentionCore) -> None:
         super().__init__()
         self.num_heads, self.head_dim, self.eps = spec.num_heads, spec.head_dim, spec.eps
         self.q = Linear(spec.dim, spec.dim)
@@ -166,7 +171,7 @@ class Attention(nn.Module):
         self.o = Linear(spec.dim, spec.dim)
         self.norm_q = NormWeight(spec.dim)
         self.norm_k = NormWeight(spec.dim)
-        self.inner_attention = AttentionCore()
+        self.inner_attention = core
 
     def heads(self, x_BSD: Tensor) -> Tensor:
         """[B, S, D] -> [B, S, N, E], a view."""
@@ -175,14 +180,15 @@ class Attention(nn.Module):
     def attend(self, q_BSNE: Tensor, k_BLNE: Tensor, v_BLNE: Tensor, options: ForwardOptions) -> Tensor:
         """Attention through the host's override if there is one: [B, S, N, E] -> [B, S, D]."""
         if options.attention_override is None:
-            return self.inner_attention(q_BSNE, k_BLNE, v_BLNE).flatten(2)
+            return self.inner_attention(q_BSNE, k_BLNE, v_BLNE, options.attention, options.step).flatten(2)
 
         def own(q: Tensor, k: Tensor, v: Tensor, heads: int, mask: Tensor | None = None, **kwargs: Any) -> Tensor:
             if mask is not None or kwargs.get("skip_reshape") or kwargs.get("skip_output_reshape"):
                 raise NotImplementedError(
                     "the attention of this model takes no mask and [batch, tokens, heads * width] tensors only"
                 )
-            return self.inner_attention(*(t.unflatten(-1, (heads, -1)) for t in (q, k, v))).flatten(2)
+            split = (t.unflatten(-1, (heads, -1)) for t in (q, k, v))
+            return self.inner_attention(*split, options.attention, options.step).flatten(2)
 
         return options.attention_override(
             own,
@@ -237,9 +243,9 @@ class WanBlock(nn.Module):
         super().__init__()
         self.index = index
         self.modulation = nn.Parameter(torch.empty(1, 6, spec.dim), requires_grad=False)
-        self.self_attn = SelfAttention(spec)
+        self.self_attn = SelfAttention(spec, AttentionCore(index, spec.num_layers))
         self.norm3 = NormWeight(spec.dim, bias=True)
-        self.cross_attn = CrossAttention(spec)
+        self.cross_attn = CrossAttention(spec, AttentionCore(index, spec.num_layers, always_exact=True))
         self.ffn = GELULinear(spec.dim, spec.ffn_dim, spec.dim)
 
     def forward(self, stream: ResidualStream, state: ForwardState) -> ResidualStream:

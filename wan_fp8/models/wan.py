@@ -23,6 +23,7 @@ import torch
 from torch import Tensor, nn
 
 from .. import kernels
+from ..attention import reset_guard
 from ..errors import InputError
 from ..kernels.residual_norm import NormTable
 from . import functional as wan
@@ -216,6 +217,11 @@ class WanModel(nn.Module):
     def clear_text_cache(self) -> None:
         """Forget the text keys and values of every prompt; call it when a run ends or text weights change."""
         self._text_cache.clear()
+
+    def begin_run(self) -> None:
+        """Forget what belongs to one sampling run: text keys and values, and what the attention guard found."""
+        self.clear_text_cache()
+        reset_guard(self)
 
     def _text_context(self, context: Tensor, clip_fea: Tensor | None, options: ForwardOptions) -> TextContext:
         def project() -> Tensor:
