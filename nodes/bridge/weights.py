@@ -12,6 +12,7 @@ from typing import Any
 import comfy.lora
 import comfy.model_management
 import comfy.ops
+import comfy.utils
 import torch
 from torch import Tensor, nn
 
@@ -110,7 +111,8 @@ def place_loose_parameters(
         if key in patcher.patches and key not in patcher.backup:
             patcher.patch_weight_to_device(key, device_to)
         parameter = net.get_parameter(name)
-        parameter.data = parameter.data.to(device_to)
+        if device_to is not None and parameter.device != torch.device(device_to):
+            comfy.utils.set_attr_param(net, name, parameter.detach().to(device_to))
 
 
 def loose_parameters(net: nn.Module) -> list[str]:
