@@ -144,7 +144,7 @@ def cast_for_fp8_attention(device: torch.device, dtype: torch.dtype, fused: bool
             assert data.dtype == torch.float8_e4m3fn and data.is_contiguous()
             back = data.double() * scale.double()[:, None, :, None]
             error = float((back - exact).norm() / exact.norm())
-            assert error < 0.08 if INTERPRETED else 0.001 < error < 0.03, f"{name}: {error}"
+            assert error < 0.1 if INTERPRETED else 0.001 < error < 0.03, f"{name}: {error}"
         assert torch.allclose(cast.v_mean_BNE.double(), v.double().mean(1), atol=1e-5)
         out = torch.zeros(batch, kept, heads, 128, dtype=dtype, device=device)
         attention_cast.add_mean_(out, cast.v_mean_BNE, use_triton=fused)
