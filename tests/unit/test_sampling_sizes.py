@@ -5,6 +5,8 @@ from __future__ import annotations
 import numpy as np
 import pytest
 import torch
+from hypothesis import given
+from hypothesis import strategies as st
 from PIL import Image
 
 from wan_fp8 import sampling
@@ -59,6 +61,24 @@ def test_i2v_size_is_the_published_expression(seed: int) -> None:
 )
 def test_ti2v_size(image: tuple[int, int], expected: tuple[int, int]) -> None:
     assert sampling.ti2v_size(*image, AREA_TI2V) == expected
+
+
+@given(st.integers(1, 6000), st.integers(1, 6000), st.sampled_from([AREA_480P, AREA_720P, AREA_TI2V]))
+def test_every_image_gets_an_allowed_size_near_its_aspect(width: int, height: int, area: int) -> None:
+    for task, size_of in ((Task.I2V, sampling.i2v_size), (Task.TI2V, sampling.ti2v_size)):
+        try:
+            out_width, out_height = size_of(width, height, area)
+        except InputError:
+            assert max(width / height, height / width) > 300  # less than one token across
+            continue
+        sampling.check_size(task, out_width, out_height)
+        assert out_width * out_height <= area
+        # Each side is rounded down by less than one step of at most 32 pixels.
+        ideal_width, ideal_height = (area * width / height) ** 0.5, (area * height / width) ** 0.5
+        step = sampling.LAYOUTS[task].multiple
+        slack = (1 + step / out_width) * (1 + step / out_height)
+        assert ideal_width / slack <= out_width < ideal_width * slack
+        assert ideal_height / slack <= out_height < ideal_height * slack
 
 
 @pytest.mark.parametrize("size_of", [sampling.i2v_size, sampling.ti2v_size])

@@ -10,6 +10,8 @@ from typing import Any
 
 import pytest
 import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
 from safetensors import safe_open
 from safetensors.torch import load_file
 from torch import Tensor
@@ -17,7 +19,7 @@ from torch import Tensor
 from wan_fp8 import sampling
 from wan_fp8.models.specs import I2V_A14B, T2V_A14B, TI2V_5B, ModelSpec, Task
 from wan_fp8.models.text_encoder import load_text_encoder
-from wan_fp8.models.tokenizer import load_tokenizer
+from wan_fp8.models.tokenizer import clean_prompt, load_tokenizer
 from wan_fp8.models.wan import build_model
 
 PACK = Path(__file__).resolve().parents[2]
@@ -280,6 +282,23 @@ def test_tokenizer_files_agree_and_cover_any_text(made: Any) -> None:
     padded = automatic(["a cat"], padding="max_length", max_length=512, truncation=True, return_tensors="pt")
     assert padded.input_ids.shape == (1, 512) and padded.input_ids[0, -1] == 0
     assert T5TokenizerFast.from_pretrained(folder)("a cat").input_ids == reference.encode("a cat")
+
+
+@pytest.fixture(scope="module")
+def both_tokenizers(tmp_path_factory: pytest.TempPathFactory) -> tuple[Any, Any]:
+    """The same tokenizer from its two files."""
+    folder = tmp_path_factory.mktemp("tokenizer") / "t"
+    text.write_tokenizer(folder, text.train_sentencepiece())
+    return load_tokenizer(folder / "tokenizer.json"), load_tokenizer(folder / "spiece.model")
+
+
+@settings(max_examples=200, deadline=None)
+@given(st.text(max_size=40))
+def test_both_tokenizer_files_give_any_text_the_same_known_ids(both_tokenizers: tuple[Any, Any], raw: str) -> None:
+    cleaned = clean_prompt(raw)
+    as_json, as_spiece = (tokenizer.ids(cleaned) for tokenizer in both_tokenizers)
+    assert as_json == as_spiece
+    assert as_json[-1] == 1 and 2 not in as_json
 
 
 @pytest.mark.parametrize("task", TASKS)
