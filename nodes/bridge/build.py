@@ -19,9 +19,9 @@ from .hosted_model import adopt, bind
 def build_model_patcher(net: WanModel) -> Any:
     """Put a filled engine model into a stock BaseModel and ModelPatcher: a MODEL like one from core's loader.
 
-    Latent format, sampling (flow, shift 8 until a node sets another) and conditioning are those that core chooses for these shapes.
-    Weights stay in the type and place that they are in; what is computed in follows core's rules for this device, except that FP8 weights are
-    computed with in bf16 wherever the device can (core would take fp16).
+    Latent format, sampling (flow, shift 8 until a node sets another) and conditioning are those that core chooses for
+    these shapes. Weights stay in the type and place that they are in; what is computed in follows core's rules for
+    this device, except that FP8 weights are computed with in bf16 wherever the device can (core would take fp16).
 
     Args:
         net: Loaded on the CPU. It is turned into a hosted model in place; don't use it elsewhere any more.

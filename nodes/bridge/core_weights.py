@@ -1,8 +1,8 @@
 """Read the weights of core's own Wan model, in every way that core stores them, under our names.
 
-Core's formats: plain tensors (fp8 without a scale included), ``scaled_fp8`` (fp8 with ``scale_weight`` and perhaps ``scale_input``
-beside it) and ``QuantizedTensor`` (a tensor subclass with the bytes in ``_qdata`` and the scale in its layout's parameters; the name and
-type of those differ between versions, so they are looked for).
+Core's formats: plain tensors (fp8 without a scale included), ``scaled_fp8`` (fp8 with ``scale_weight`` and perhaps
+``scale_input`` beside it) and ``QuantizedTensor`` (a tensor subclass with the bytes in ``_qdata`` and the scale in its
+layout's parameters; the name and type of those differ between versions, so they are looked for).
 """
 
 from __future__ import annotations
@@ -34,7 +34,9 @@ def core_spec(net: Any) -> ModelSpec:
         raise UnsupportedPatchError(f"this MODEL holds a {_kind(net)}. {wanted}")
     weights = dict(net.named_parameters())
     if any(name.startswith("img_emb.") for name in weights):
-        raise UnsupportedPatchError(f"this MODEL is a Wan2.1 image-to-video model (it has a CLIP vision branch). {wanted}")
+        raise UnsupportedPatchError(
+            f"this MODEL is a Wan2.1 image-to-video model (it has a CLIP vision branch). {wanted}"
+        )
     if any(name.startswith("ref_conv.") for name in weights):
         raise UnsupportedPatchError(f"this MODEL is a Fun model with a reference image (ref_conv). {wanted}")
     patch, head = weights["patch_embedding.weight"].shape, weights["head.head.weight"].shape
@@ -42,7 +44,8 @@ def core_spec(net: Any) -> ModelSpec:
     channels = (int(patch[1]), int(head[0]) // (patch_size[0] * patch_size[1] * patch_size[2]))
     if channels not in _TASKS:
         raise UnsupportedPatchError(
-            f"this MODEL is a Wan model with {channels[0]} input and {channels[1]} output channels (a Fun or control model). {wanted}"
+            f"this MODEL is a Wan model with {channels[0]} input and {channels[1]} output channels (a Fun or control "
+            f"model). {wanted}"
         )
     return ModelSpec(
         task=_TASKS[channels],
@@ -101,7 +104,9 @@ def assign_weights(net: nn.Module, weights: dict[str, Tensor]) -> None:
     extra = sorted(weights.keys() - net.state_dict().keys())
     if missing or extra:
         what = f"lacks {missing[0]!r}" if missing else f"has {extra[0]!r}, which no Wan2.2 transformer has"
-        raise CheckpointError(f"this MODEL {what} ({len(missing)} missing, {len(extra)} unknown): load a Wan2.2 checkpoint")
+        raise CheckpointError(
+            f"this MODEL {what} ({len(missing)} missing, {len(extra)} unknown): load a Wan2.2 checkpoint"
+        )
     net.load_state_dict(weights, strict=True, assign=True)
 
 
@@ -117,7 +122,8 @@ def _plain_parts(name: str, value: Any) -> tuple[Tensor, Tensor]:
     if data.dtype not in FP8 or not isinstance(scale, Tensor) or data.shape != value.shape:
         layout = getattr(value, "_layout_type", getattr(value, "_layout_cls", type(value).__name__))
         raise UnsupportedPatchError(
-            f"{name} is stored as {layout}; Wan FP8 reads bf16, fp16, fp32 and fp8 weights: load one of those files instead"
+            f"{name} is stored as {layout}; Wan FP8 reads bf16, fp16, fp32 and fp8 weights: load one of those files "
+            "instead"
         )
     scale = scale.detach().float()
     return data.detach(), scale.reshape(-1, 1) if scale.numel() == data.shape[0] > 1 else scale.reshape(())

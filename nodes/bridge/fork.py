@@ -1,8 +1,8 @@
 """From any Wan2.2 MODEL to one with our transformer, without touching the one that came in.
 
-A whole-module object patch would share core's bookkeeping between the two, lose LoRAs and leave them in the user's weights. So a MODEL is
-*forked*: a BaseModel shell and bookkeeping of its own, Parameters of its own, on the same storage. Both may be sampled in one graph, in any
-order, with other LoRAs; core counts and evicts them separately.
+A whole-module object patch would share core's bookkeeping between the two, lose LoRAs and leave them in the user's
+weights. So a MODEL is *forked*: a BaseModel shell and bookkeeping of its own, Parameters of its own, on the same
+storage. Both may be sampled in one graph, in any order, with other LoRAs; core counts and evicts them separately.
 """
 
 from __future__ import annotations
@@ -63,11 +63,11 @@ def hosted(patcher: Any) -> Any:
 def fork(patcher: Any) -> Any:
     """A MODEL with our transformer on the weights of this one; LoRAs and everything else attached to it come along.
 
-    Works for a MODEL from core's loaders (bf16, fp16, fp32, plain fp8, scaled fp8, mixed precision) and for one of ours. If the weights
-    lie on the GPU they are unloaded first: two models on one GPU copy would be counted once.
+    Works for a MODEL from core's loaders (bf16, fp16, fp32, plain fp8, scaled fp8, mixed precision) and for one of
+    ours. If the weights lie on the GPU they are unloaded first: two models on one GPU copy would be counted once.
 
-    Raises:
-        UnsupportedPatchError: not a Wan2.2 T2V, I2V or TI2V model, a storage format that we don't read, or foreign patches on its modules.
+    Raises: UnsupportedPatchError: not a Wan2.2 T2V, I2V or TI2V model, a storage format that we don't read, or foreign
+        patches on its modules.
     """
     patcher = _classic(patcher)
     spec = spec_of(patcher)
@@ -93,8 +93,8 @@ def _classic(patcher: Any) -> Any:
         return patcher
     if "disable_dynamic" not in inspect.signature(patcher.clone).parameters:
         raise UnsupportedPatchError(
-            f"this MODEL is held by {type(patcher).__name__}, which cannot be turned into a classic one here: load it with Load Wan2.2 Checkpoint, "
-            "or start ComfyUI with --disable-dynamic-vram"
+            f"this MODEL is held by {type(patcher).__name__}, which cannot be turned into a classic one here: load it "
+            "with Load Wan2.2 Checkpoint, or start ComfyUI with --disable-dynamic-vram"
         )
     return patcher.clone(disable_dynamic=True)
 
@@ -153,7 +153,8 @@ def _shell_of(patcher: Any, net: nn.Module) -> nn.Module:
 
 
 def _unquantised(config: Any) -> Any:
-    """The model's config without core's own notes on quantised storage, which would be written into files that are saved."""
+    """The model's config without core's own notes on quantised storage, which would be written into files that are
+    saved."""
     config = copy.copy(config)
     for name in ("scaled_fp8", "layer_quant_config", "quant_config"):
         if getattr(config, name, None) is not None:
@@ -162,7 +163,8 @@ def _unquantised(config: Any) -> Any:
 
 
 def _patcher_of(patcher: Any, shell: nn.Module) -> Any:
-    """A patcher for ``shell`` with all that is attached to ``patcher``, and no memory of what core did to the other model."""
+    """A patcher for ``shell`` with all that is attached to ``patcher``, and no memory of what core did to the other
+    model."""
     if type(patcher) is comfy.model_patcher.ModelPatcher:
         new = patcher.clone()
         new.model = shell
@@ -182,7 +184,11 @@ def _patcher_of(patcher: Any, shell: nn.Module) -> Any:
     for name, make in fresh.items():
         if hasattr(new, name):
             setattr(new, name, make())
-    for name in ("parent", "current_hooks", "cached_patcher_init"):  # the last one would load core's model again in place of ours
+    for name in (
+        "parent",
+        "current_hooks",
+        "cached_patcher_init",
+    ):  # the last one would load core's model again in place of ours
         if hasattr(new, name):
             setattr(new, name, None)
     new.weight_inplace_update = False  # a merge in place would write into storage that two models share
@@ -190,8 +196,11 @@ def _patcher_of(patcher: Any, shell: nn.Module) -> Any:
 
 
 def _rebuilt(patcher: Any, shell: nn.Module) -> Any:
-    """A classic patcher with the attachments of one whose class we don't know, and so cannot clone into another model."""
-    new = comfy.model_patcher.ModelPatcher(shell, load_device=patcher.load_device, offload_device=patcher.offload_device)
+    """A classic patcher with the attachments of one whose class we don't know, and so cannot clone into another
+    model."""
+    new = comfy.model_patcher.ModelPatcher(
+        shell, load_device=patcher.load_device, offload_device=patcher.offload_device
+    )
     new.patches = {key: list(entries) for key, entries in patcher.patches.items()}
     new.model_options = copy.deepcopy(patcher.model_options)
     for name in ("object_patches", "weight_wrapper_patches", "attachments", "additional_models", "hook_patches"):
@@ -224,20 +233,21 @@ def attach(patcher: Any) -> None:
 
 
 def _around_run(executor: Any, *args: Any, **kwargs: Any) -> Any:
-    """OUTER_SAMPLE wrapper: refuse before weights are loaded; leave no prompt's keys and values behind, however the run ends."""
+    """OUTER_SAMPLE wrapper: refuse before weights are loaded; leave no prompt's keys and values behind, however the
+    run ends."""
     patcher = executor.class_obj.model_patcher
     refuse_foreign_patches(patcher)
     net = patcher.get_model_object("diffusion_model")
-    net.forget_prompts()
+    net.forget_run()
     try:
         return executor(*args, **kwargs)
     finally:
-        net.forget_prompts()
+        net.forget_run()
 
 
 def _on_detach(patcher: Any, unpatch_all: bool = True) -> None:
     del unpatch_all
-    patcher.model.diffusion_model.forget_prompts()
+    patcher.model.diffusion_model.forget_run()
 
 
 @functools.cache

@@ -1,8 +1,8 @@
 """Our transformer with the face that core expects of a ``diffusion_model``.
 
-``WanModel.forward`` takes tensors and ``ForwardOptions``; core calls with ``transformer_options``, a dict that any node may have written to. Here
-the one becomes the other. What cannot be honoured raises ``UnsupportedPatchError`` with its name: core's own blocks would call it, and a patch that is
-silently never called is a wrong video.
+``WanModel.forward`` takes tensors and ``ForwardOptions``; core calls with ``transformer_options``, a dict that any
+node may have written to. Here the one becomes the other. What cannot be honoured raises ``UnsupportedPatchError`` with
+its name: core's own blocks would call it, and a patch that is silently never called is a wrong video.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ import comfy.patcher_extension
 import torch
 from torch import Tensor, nn
 
-from ...wan_fp8.attention import Attention, set_attention
+from ...wan_fp8.attention import Attention, Step
 from ...wan_fp8.errors import UnsupportedPatchError
 from ...wan_fp8.models.functional import RopeOptions
 from ...wan_fp8.models.layers import HIGH_PRECISION
@@ -28,17 +28,21 @@ from ...wan_fp8.models.wan import MAX_CACHED_PROMPTS, ForwardOptions, WanModel
 from .weights import attach_weight_source
 
 SETTINGS = "wan_fp8"
-"""Our key in ``transformer_options``."""
+"""Our key in ``transformer_options``: a ``HostSettings``."""
+SCHEDULE = "wan_fp8_schedule"
+"""Our key for the sigmas of the whole run (floats), where a MODEL samples only some of its steps; core tells it about
+those only."""
 
 logger = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class HostSettings:
-    """Choices that touch no weight. They travel in ``transformer_options``, so one loaded model serves graphs that choose differently."""
+    """Choices that touch no weight. They travel in ``transformer_options``, so one loaded model serves graphs that
+    choose differently."""
 
     attention: Attention | None = None
-    """None: automatic."""
+    """Backend, precision and window of steps and blocks; None: automatic and exact."""
 
 
 class HostedModel(WanModel):
@@ -48,7 +52,6 @@ class HostedModel(WanModel):
     """Keyword inputs that this task's ``embed`` takes from core's conditioning."""
 
     _shell: weakref.ref[nn.Module] | None = None
-    _settings: HostSettings | None = None
     _prompts: OrderedDict[Hashable, Tensor]
 
     # ---- attributes that core and other nodes read ---------------------------------------------------------------
@@ -98,7 +101,8 @@ class HostedModel(WanModel):
         transformer_options: dict[str, Any] | None = None,
         **kwargs: Any,
     ) -> Tensor:
-        """Core's signature. Latent rows and columns may be odd; ``time_dim_concat`` frames are appended for attention and cut off again.
+        """Core's signature. Latent rows and columns may be odd; ``time_dim_concat`` frames are appended for attention
+        and cut off again.
 
         Returns:
             [B, C_out, F, H, W] velocity in float32.
@@ -126,7 +130,7 @@ class HostedModel(WanModel):
             refuse_foreign_patches(patcher)
         task_inputs = self._accepted_inputs(kwargs)
         clip_fea = self._accepted_clip(clip_fea)
-        self._follow_settings(options.get(SETTINGS))
+        settings: HostSettings = options.get(SETTINGS) or HostSettings()
         if x.dtype in HIGH_PRECISION:
             self.compute_dtype_override = x.dtype
 
@@ -135,7 +139,9 @@ class HostedModel(WanModel):
         if time_dim_concat is not None:
             extra = comfy.ldm.common_dit.pad_to_patch_size(time_dim_concat, self.patch_size)
             x = torch.cat([x, extra.to(x)], dim=2)
-        text_key = None if patcher is not None and weights_change_mid_run(patcher) else self._prompt_key(context, options)
+        text_key = (
+            None if patcher is not None and weights_change_mid_run(patcher) else self._prompt_key(context, options)
+        )
         velocity = super().forward(
             x,
             timestep,
@@ -144,6 +150,8 @@ class HostedModel(WanModel):
             ForwardOptions(
                 text_key=text_key,
                 cache_text=text_key is not None,
+                attention=settings.attention,
+                step=None if settings.attention is None or settings.attention.is_exact else step_of_run(options),
                 attention_override=options.get("optimized_attention_override"),
                 block_replace=block_replacements(options, self.num_layers),
                 rope=rope_options(options),
@@ -153,11 +161,12 @@ class HostedModel(WanModel):
         )
         return velocity[:, :, :frames, :rows, :columns]
 
-    def forget_prompts(self) -> None:
-        """Drop text keys and values and rotary tables: at the start and end of a run, and whenever weights move or change."""
+    def forget_run(self) -> None:
+        """Drop what belongs to one run (text keys and values, rotary tables, findings of the attention guard): at its
+        start and its end, and whenever weights move or change."""
         self._prompts.clear()
-        self.clear_text_cache()
         self._rope_cache.clear()
+        self.begin_run()
 
     # ---- pieces --------------------------------------------------------------------------------------------------
 
@@ -169,31 +178,31 @@ class HostedModel(WanModel):
         given = {name: value for name, value in kwargs.items() if value is not None}
         given.pop("denoise_mask", None)  # BaseModel has made per-frame timesteps of it
         if given.pop("reference_latent", None) is not None and "reference_latent" not in self.task_inputs:
-            _warn_once(f"{self.spec.task} models have no reference image: 'reference_latent' has no effect, here as in core")
+            _warn_once(
+                f"{self.spec.task} models have no reference image: 'reference_latent' has no effect, here as in core"
+            )
         unknown = sorted(given.keys() - self.task_inputs)
         if unknown:
             raise UnsupportedPatchError(
-                f"this MODEL was given {', '.join(map(repr, unknown))}, which a Wan2.2 {self.spec.task} transformer has no use for: "
-                "disconnect the node that adds it, or load the model that it was made for"
+                f"this MODEL was given {', '.join(map(repr, unknown))}, which a Wan2.2 {self.spec.task} transformer "
+                "has no use for: disconnect the node that adds it, or load the model that it was made for"
             )
         return given
 
     def _accepted_clip(self, clip_fea: Tensor | None) -> Tensor | None:
         if clip_fea is not None and "clip_fea" not in self.task_inputs:
-            _warn_once(f"{self.spec.task} models of Wan2.2 have no image branch: CLIP vision has no effect, here as in core")
+            _warn_once(
+                f"{self.spec.task} models of Wan2.2 have no image branch: CLIP vision has no effect, here as in core"
+            )
             return None
         return clip_fea
 
-    def _follow_settings(self, settings: HostSettings | None) -> None:
-        if settings != self._settings:
-            set_attention(self, None if settings is None else settings.attention)
-            self._settings = settings
-
     def _prompt_key(self, context: Tensor, options: Mapping[str, Any]) -> Hashable | None:
-        """A name for the prompts of this batch that means the same text as it did last time; None where core gives none.
+        """A name for the prompts of this batch that means the same text as it did last time; None where core gives
+        none.
 
-        Core's uuids are made once per run, but a node may have changed the rows since: the kept copy is compared, and if it differs
-        everything kept is dropped.
+        Core's uuids are made once per run, but a node may have changed the rows since: the kept copy is compared, and
+        if it differs everything kept is dropped.
         """
         uuids = options.get("uuids")
         if not uuids:
@@ -224,7 +233,7 @@ def adopt(net: WanModel) -> WanModel:
     """Turn a loaded engine model into one that core can host, in place; its parameters stay what they are."""
     if not isinstance(net, HostedModel):
         net.__class__ = hosted_class(type(net))
-    net._shell = net._settings = None
+    net._shell = None
     net._prompts = OrderedDict()
     net.dtype = net.text_embedding[0].weight.dtype
     attach_weight_source(net)
@@ -232,7 +241,8 @@ def adopt(net: WanModel) -> WanModel:
 
 
 def bind(net: nn.Module, shell: nn.Module) -> None:
-    """Let the model find the BaseModel that it sits in, to ask which patcher runs it. A weak reference: the two form no cycle."""
+    """Let the model find the BaseModel that it sits in, to ask which patcher runs it. A weak reference: the two form
+    no cycle."""
     net._shell = weakref.ref(shell)
 
 
@@ -248,8 +258,8 @@ def block_replacements(options: Mapping[str, Any], num_layers: int) -> dict[int,
     for kind, functions in options.get("patches", {}).items():
         if functions:
             raise UnsupportedPatchError(
-                f"a node attached a patch of kind {kind!r}, which Wan FP8's transformer does not call: remove that node, or sample with core's "
-                "own loader and without our nodes"
+                f"a node attached a patch of kind {kind!r}, which Wan FP8's transformer does not call: remove that "
+                "node, or sample with core's own loader and without our nodes"
             )
     blocks: dict[int, Callable] = {}
     for group, entries in options.get("patches_replace", {}).items():
@@ -257,12 +267,14 @@ def block_replacements(options: Mapping[str, Any], num_layers: int) -> dict[int,
             known = group == "dit" and isinstance(key, tuple) and len(key) == 2 and key[0] == "double_block"
             if not known:
                 raise UnsupportedPatchError(
-                    f"a node replaces {key!r} of {group!r}, which a Wan transformer does not have (it has 'double_block' 0 to {num_layers - 1}): "
-                    "empty that field of the node (skip-layer guidance: single_layers), or remove the node"
+                    f"a node replaces {key!r} of {group!r}, which a Wan transformer does not have (it has "
+                    f"'double_block' 0 to {num_layers - 1}): empty that field of the node (skip-layer guidance: single_layers), or "
+                    "remove the node"
                 )
             if not (isinstance(key[1], int) and 0 <= key[1] < num_layers):
                 raise UnsupportedPatchError(
-                    f"a node replaces block {key[1]}, but this model has blocks 0 to {num_layers - 1}: change the node's list of layers"
+                    f"a node replaces block {key[1]}, but this model has blocks 0 to {num_layers - 1}: change the "
+                    "node's list of layers"
                 )
             blocks[key[1]] = function
     return blocks
@@ -277,30 +289,45 @@ def rope_options(options: Mapping[str, Any]) -> RopeOptions | None:
     unknown = sorted(given.keys() - known)
     if unknown:
         raise UnsupportedPatchError(
-            f"a node sets the rope options {', '.join(map(repr, unknown))}, which Wan FP8's transformer does not know (it knows "
-            f"{', '.join(sorted(known))}): remove that node"
+            f"a node sets the rope options {', '.join(map(repr, unknown))}, which Wan FP8's transformer does not know "
+            f"(it knows {', '.join(sorted(known))}): remove that node"
         )
     return RopeOptions(**given)
+
+
+def step_of_run(options: Mapping[str, Any]) -> Step | None:
+    """Which step of the run this forward belongs to, by its sigma; None outside of a sampling run.
+
+    Over two ``KSamplerAdvanced`` core knows no more than each one's own steps; our samplers say what the whole
+    schedule is.
+    """
+    now, schedule = options.get("sigmas"), options.get(SCHEDULE)
+    if schedule is None and options.get("sample_sigmas") is not None:
+        schedule = options["sample_sigmas"].flatten().tolist()
+    if now is None or schedule is None or len(schedule) < 2:
+        return None
+    sigma, total = float(now.flatten()[0]), len(schedule) - 1
+    return Step(min(sum(s > sigma * (1 + 1e-6) for s in schedule[:-1]), total - 1), total)
 
 
 def refuse_foreign_patches(patcher: Any) -> None:
     """Raise for what other nodes did to the model's modules by path or by injection.
 
-    Such a patch (NAG on ``diffusion_model.blocks.0.cross_attn.forward``, a compiled block) was written for core's modules, whose
-    arguments ours don't have.
+    Such a patch (NAG on ``diffusion_model.blocks.0.cross_attn.forward``, a compiled block) was written for core's
+    modules, whose arguments ours don't have.
     """
     foreign = sorted(k for k in patcher.object_patches if k == "diffusion_model" or k.startswith("diffusion_model."))
     if foreign:
         more = f" and {len(foreign) - 1} more" if len(foreign) > 1 else ""
         raise UnsupportedPatchError(
-            f"a node replaces {foreign[0]!r}{more}, which is code for core's own Wan modules and cannot run in Wan FP8's transformer: "
-            "remove that node, or sample this MODEL without our nodes"
+            f"a node replaces {foreign[0]!r}{more}, which is code for core's own Wan modules and cannot run in Wan "
+            "FP8's transformer: remove that node, or sample this MODEL without our nodes"
         )
     injections = sorted(name for name, entries in getattr(patcher, "injections", {}).items() if entries)
     if injections:
         raise UnsupportedPatchError(
-            f"a node injects {', '.join(map(repr, injections))} into the model's layers while it samples, which Wan FP8's transformer cannot take: "
-            "remove that node (a LoRA loaded in bypass mode: load it the ordinary way)"
+            f"a node injects {', '.join(map(repr, injections))} into the model's layers while it samples, which Wan "
+            "FP8's transformer cannot take: remove that node (a LoRA loaded in bypass mode: load it the ordinary way)"
         )
 
 

@@ -19,9 +19,9 @@ OVERHEAD = 1.1
 def activation_bytes(spec: ModelSpec, input_shape: Sequence[int], dtype: torch.dtype) -> int:
     """Peak bytes of one forward for latents [B, C, F, H, W], conditioning channels not counted.
 
-    At the peak of a block the float32 stream and, in the GEMMs' type, either the attention's operands (the normed stream, q, k, v and
-    the output) or the FFN's (input, hidden and output) are alive; a rotary turn or a norm holds one float32 copy of its operand. The text
-    keys and values of two prompts (cond and uncond) stay for the whole run.
+    At the peak of a block the float32 stream and, in the GEMMs' type, either the attention's operands (the normed
+    stream, q, k, v and the output) or the FFN's (input, hidden and output) are alive; a rotary turn or a norm holds
+    one float32 copy of its operand. The text keys and values of two prompts (cond and uncond) stay for the whole run.
     """
     batch = input_shape[0]
     frames, rows, columns = (

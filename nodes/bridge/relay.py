@@ -1,9 +1,10 @@
-"""One sampler, several models: the sampler runs undisturbed while its model calls are answered by whichever guider is in charge.
+"""One sampler, several models: the sampler runs undisturbed while its model calls are answered by whichever guider is
+in charge.
 
-Core's samplers are functions that loop over the schedule and keep their history (previous estimates, noise trees) in local variables. To
-change the expert in the middle without losing that history, nor the exact latents, the function runs as a coroutine: in a thread of its
-own that is only ever awake while its driver waits. Every model call and every progress callback goes to the driver, which is the
-thread that ComfyUI executes nodes in.
+Core's samplers are functions that loop over the schedule and keep their history (previous estimates, noise trees) in
+local variables. To change the expert in the middle without losing that history, nor the exact latents, the function
+runs as a coroutine: in a thread of its own that is only ever awake while its driver waits. Every model call and every
+progress callback goes to the driver, which is the thread that ComfyUI executes nodes in.
 """
 
 from __future__ import annotations
@@ -42,16 +43,18 @@ class _Failed:
 class Coroutine:
     """Runs ``body`` in a thread that alternates with its driver; never both at once.
 
-    ``start`` and ``resume`` return the next ``Call`` or ``Finished``, and raise what ``body`` raised. Inside ``body``, ``ask(kind, *args)``
-    hands a call to the driver and returns its answer. The thread has the driver's inference mode, grad mode, CUDA device and stream, and
-    context variables. ``close`` ends it from any state.
+    ``start`` and ``resume`` return the next ``Call`` or ``Finished``, and raise what ``body`` raised. Inside ``body``,
+    ``ask(kind, *args)`` hands a call to the driver and returns its answer. The thread has the driver's inference mode,
+    grad mode, CUDA device and stream, and context variables. ``close`` ends it from any state.
     """
 
     def __init__(self, body: Callable[[], Any], name: str) -> None:
         self._body = body
         self._to_driver: queue.SimpleQueue[Call | Finished | _Failed] = queue.SimpleQueue()
         self._to_body: queue.SimpleQueue[Callable[[], Any]] = queue.SimpleQueue()
-        self._thread = threading.Thread(target=contextvars.copy_context().run, args=(self._run,), name=name, daemon=True)
+        self._thread = threading.Thread(
+            target=contextvars.copy_context().run, args=(self._run,), name=name, daemon=True
+        )
         self._settings = _ThreadSettings.current()
         self._ended = False
 
@@ -117,7 +120,9 @@ class _ThreadSettings:
     @classmethod
     def current(cls) -> _ThreadSettings:
         cuda = torch.cuda.is_available() and torch.cuda.is_initialized()
-        return cls(torch.is_inference_mode_enabled(), torch.is_grad_enabled(), torch.cuda.current_stream() if cuda else None)
+        return cls(
+            torch.is_inference_mode_enabled(), torch.is_grad_enabled(), torch.cuda.current_stream() if cuda else None
+        )
 
     @contextlib.contextmanager
     def applied(self) -> Iterator[None]:

@@ -33,7 +33,9 @@ def manage(module: nn.Module) -> Any:
     holder = _Holder(module, rest)
     size = management.module_size(holder)
     if load_device.type != "cpu" and size > management.get_total_memory(load_device):
-        logger.info("the text encoder's %.1f GiB exceed the memory of %s: it runs on the CPU", size / 2**30, load_device)
+        logger.info(
+            "the text encoder's %.1f GiB exceed the memory of %s: it runs on the CPU", size / 2**30, load_device
+        )
         load_device = torch.device("cpu")
     return comfy.model_patcher.ModelPatcher(holder, load_device=load_device, offload_device=rest)
 

@@ -8,20 +8,21 @@ The pieces, as the sampler nodes use them::
         sigmas=wan_fp8.sampling.sigmas(40, 5.0, "unipc"), timesteps=wan_fp8.sampling.timesteps(40, 5.0, "unipc"),
     )
 
-Each stage is a complete, ordinary run of core's ``CFGGuider`` on its own model: every wrapper, callback and hook on that MODEL is honoured, and
-at guidance 1 core skips the negative pass. The sampler itself is *not* restarted between stages (see ``relay``): its history and the exact
-latents carry across the switch, and there is one progress bar. Core's own two-``KSamplerAdvanced`` recipe restarts it, and divides the latents by
-``1 - sigma`` in between.
+Each stage is a complete, ordinary run of core's ``CFGGuider`` on its own model: every wrapper, callback and hook on
+that MODEL is honoured, and at guidance 1 core skips the negative pass. The sampler itself is *not* restarted between
+stages (see ``relay``): its history and the exact latents carry across the switch, and there is one progress bar.
+Core's own two-``KSamplerAdvanced`` recipe restarts it, and divides the latents by ``1 - sigma`` in between.
 
-Timesteps: core hands the model ``1000 * sigma`` as a float; the official solvers hand it the integer below, computed in float64.
-``with_timesteps`` object-patches ``model_sampling`` on a clone of the MODEL with one that looks the schedule's timesteps up by sigma, so that
-everything else (shift, previews, percent ranges, wrappers) stays core's. A sigma that is not on the schedule (a sampler with
-intermediate evaluations) keeps core's float.
+Timesteps: core hands the model ``1000 * sigma`` as a float; the official solvers hand it the integer below, computed
+in float64. ``with_timesteps`` object-patches ``model_sampling`` on a clone of the MODEL with one that looks the
+schedule's timesteps up by sigma, so that everything else (shift, previews, percent ranges, wrappers) stays core's. A
+sigma that is not on the schedule (a sampler with intermediate evaluations) keeps core's float.
 """
 
 from __future__ import annotations
 
 import copy
+import dataclasses
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -37,11 +38,13 @@ from tqdm.auto import trange
 
 from ...wan_fp8.errors import InputError
 from ...wan_fp8.sampling import SOLVER_NAMES, make_solver
+from .hosted_model import SCHEDULE
 from .relay import Call, Coroutine, Finished
 
 PURE_NOISE = 0.999
-"""From this sigma on, a run starts from the noise itself. The official UniPC schedule begins at S(0.999), which is 0.999 or more for every
-shift of 1 or more, and its first latents are unscaled noise; core would scale them by sigma."""
+"""From this sigma on, a run starts from the noise itself. The official UniPC schedule begins at S(0.999), which is
+0.999 or more for every shift of 1 or more, and its first latents are unscaled noise; core would scale them by
+sigma."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -85,8 +88,8 @@ def scheduler_names() -> list[str]:
 def core_sigmas(model: Any, scheduler: str, steps: int, sampler: str | None = None) -> Tensor:
     """Core's own schedule [steps + 1] for the shift that ``model`` carries (float32, CPU).
 
-    Args:
-        sampler: Name of the sampler that will run it; core takes one more step for some (uni_pc, dpm_2) and drops the last but one.
+    Args: sampler: Name of the sampler that will run it; core takes one more step for some (uni_pc, dpm_2) and drops
+        the last but one.
     """
     drop = sampler in comfy.samplers.KSampler.DISCARD_PENULTIMATE_SIGMA_SAMPLERS
     sampling = model.get_model_object("model_sampling")
@@ -107,8 +110,8 @@ def _sample_with_solver(
 ) -> Tensor:
     """A k-diffusion style sampler function around one of the official solvers.
 
-    ``model(x, sigma)`` returns the clean estimate; with a noise mask (TI2V's first frame) core has already put the given latents into
-    both its input and its output.
+    ``model(x, sigma)`` returns the clean estimate; with a noise mask (TI2V's first frame) core has already put the
+    given latents into both its input and its output.
     """
     extra_args = extra_args or {}
     run = make_solver(solver, sigmas)
@@ -194,18 +197,14 @@ def run_stages(
 ) -> tuple[dict[str, Any], dict[str, Any]]:
     """Sample ``latent`` over ``sigmas``; each model call goes to the stage that its sigma belongs to.
 
-    Args:
-        stages: At least one; ``first_step`` 0 first, then not decreasing. A stage without a step of its own is never loaded.
-        positive: Core CONDITIONING.
-        negative: Core CONDITIONING.
-        latent: Core LATENT: ``samples`` [B, C, F, H, W] in VAE space, optionally ``noise_mask`` (1 = generate; its zeros stay as given) and
-            ``batch_index``.
-        sigmas: [steps + 1], decreasing; used in float32.
-        sampler: Core SAMPLER, from ``make_sampler`` or any node.
-        seed: Of the noise, drawn on the CPU as core does, and of the samplers that add noise on the way.
-        add_noise: False when ``latent`` already carries the noise of ``sigmas[0]``.
-        noise: Noise from elsewhere, in the shape of the latents; None to draw it from ``seed``.
-        timesteps: [steps] what the model is told at each step; None for core's ``1000 * sigma``.
+    Args: stages: At least one; ``first_step`` 0 first, then not decreasing. A stage without a step of its own is never
+        loaded. positive: Core CONDITIONING. negative: Core CONDITIONING. latent: Core LATENT: ``samples`` [B, C, F, H,
+        W] in VAE space, optionally ``noise_mask`` (1 = generate; its zeros stay as given) and ``batch_index``. sigmas:
+        [steps + 1], decreasing; used in float32. sampler: Core SAMPLER, from ``make_sampler`` or any node. seed: Of
+        the noise, drawn on the CPU as core does, and of the samplers that add noise on the way. add_noise: False when
+        ``latent`` already carries the noise of ``sigmas[0]``. noise: Noise from elsewhere, in the shape of the
+        latents; None to draw it from ``seed``. timesteps: [steps] what the model is told at each step; None for core's
+        ``1000 * sigma``.
     Returns:
         The LATENT and its last clean estimate, both raw VAE latents on core's intermediate device.
     Raises:
@@ -218,9 +217,8 @@ def run_stages(
     _check_run(stages, sigmas)
     sigmas = sigmas.to("cpu", torch.float32)
     if timesteps is not None:
-        stages = [
-            Stage(model=with_timesteps(s.model, sigmas, timesteps), cfg=s.cfg, first_step=s.first_step) for s in stages
-        ]
+        stages = [dataclasses.replace(s, model=with_timesteps(s.model, sigmas, timesteps)) for s in stages]
+    stages = [dataclasses.replace(s, model=_told_of(s.model, sigmas)) for s in stages]
     first = stages[0].model
     samples = comfy.sample.fix_empty_latent_channels(first, latent["samples"])
     if not add_noise:
@@ -254,10 +252,17 @@ def _check_run(stages: Sequence[Stage], sigmas: Tensor) -> None:
     if not stages or stages[0].first_step != 0:
         raise InputError("a run needs at least one model, and the first one starts at step 0")
     starts = [stage.first_step for stage in stages]
-    if any(after < before for before, after in zip(starts, starts[1:], strict=False)):
+    if starts != sorted(starts):
         raise InputError(f"the models of a run take their steps in order; got the first steps {starts}")
     if sigmas.ndim != 1 or len(sigmas) < 2:
         raise InputError(f"a run needs at least two sigmas, before and after one step; got {list(sigmas.shape)}")
+
+
+def _told_of(model: Any, sigmas: Tensor) -> Any:
+    """A clone of MODEL that knows the schedule of the whole run; core tells it of its own steps only."""
+    told = model.clone()
+    told.model_options.setdefault("transformer_options", {})[SCHEDULE] = tuple(sigmas.tolist())
+    return told
 
 
 def _guider(stage: Stage, conditioning: tuple[Any, Any]) -> Any:
@@ -290,7 +295,8 @@ def _run_relayed(
 
 
 class _Relay(comfy.samplers.Sampler):
-    """The SAMPLER that each stage's guider is given: it drives the one real sampler as long as that asks for this stage's sigmas."""
+    """The SAMPLER that each stage's guider is given: it drives the one real sampler as long as that asks for this
+    stage's sigmas."""
 
     def __init__(self, sampler: Any, sigmas: Tensor, first_steps: Sequence[int]) -> None:
         self.stage = 0
@@ -377,7 +383,9 @@ class _GuiderStandIn:
     def __init__(self, relay: _Relay) -> None:
         self._relay = relay
 
-    def __call__(self, x: Tensor, sigma: Tensor, model_options: dict[str, Any] | None = None, seed: int | None = None) -> Tensor:
+    def __call__(
+        self, x: Tensor, sigma: Tensor, model_options: dict[str, Any] | None = None, seed: int | None = None
+    ) -> Tensor:
         return self._relay.ask_model(x, sigma, model_options or {}, seed)
 
     def __getattr__(self, name: str) -> Any:
@@ -387,7 +395,8 @@ class _GuiderStandIn:
 def _rebased_options(first: dict[str, Any], asked_with: dict[str, Any], current: dict[str, Any]) -> dict[str, Any]:
     """What the sampler changed in the options that it was started with, applied to those of the stage in charge.
 
-    Samplers append functions (``sampler_post_cfg_function``) or set keys; they do so on a copy of the first stage's options.
+    Samplers append functions (``sampler_post_cfg_function``) or set keys; they do so on a copy of the first stage's
+    options.
     """
     if asked_with is first or current is first:
         return asked_with if current is first else current

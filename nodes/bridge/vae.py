@@ -26,7 +26,9 @@ def load_vae(weights: Mapping[str, Tensor], *, dtype: torch.dtype | None = None)
         CheckpointError: not the weights of a Wan VAE.
     """
     if _MARK_21 not in weights:
-        raise CheckpointError("this file holds no Wan VAE: give the Wan2.1 VAE for T2V and I2V, the Wan2.2 VAE for TI2V")
+        raise CheckpointError(
+            "this file holds no Wan VAE: give the Wan2.1 VAE for T2V and I2V, the Wan2.2 VAE for TI2V"
+        )
     sizes = _sizes_22(weights) if _MARK_22 in weights else None
     with contextlib.nullcontext() if sizes is None else _widths(*sizes):
         vae = comfy.sd.VAE(sd=dict(weights), dtype=dtype)
@@ -39,7 +41,7 @@ def load_vae(weights: Mapping[str, Tensor], *, dtype: torch.dtype | None = None)
 
 
 def vae_version(vae: Any) -> str:
-    """"2.1" or "2.2" by latent channels, else the number of channels."""
+    """ "2.1" or "2.2" by latent channels, else the number of channels."""
     channels = getattr(vae, "latent_channels", None)
     return {16: "2.1", 48: "2.2"}.get(channels, f"{channels}-channel")
 
@@ -55,8 +57,8 @@ def check_vae_matches(model: Any, vae: Any) -> None:
     if given is not None and wanted != given:
         name = {16: "Wan2.1 VAE", 48: "Wan2.2 VAE"}.get(wanted, f"VAE with {wanted} latent channels")
         raise InputError(
-            f"this VAE has {given} latent channels and the model samples {wanted}: connect the {name} (Wan2.2 T2V and I2V use the "
-            "Wan2.1 VAE, TI2V-5B the Wan2.2 VAE)"
+            f"this VAE has {given} latent channels and the model samples {wanted}: connect the {name} (Wan2.2 T2V and "
+            "I2V use the Wan2.1 VAE, TI2V-5B the Wan2.2 VAE)"
         )
 
 

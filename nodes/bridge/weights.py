@@ -1,7 +1,9 @@
-"""Where the engine's modules get their values inside ComfyUI: from core, which may keep them elsewhere and patch them on the way.
+"""Where the engine's modules get their values inside ComfyUI: from core, which may keep them elsewhere and patch them
+on the way.
 
-Core recognises a module that it may leave in host memory, and cast for each forward, by three attributes on the instance
-(``comfy_cast_weights``, ``weight_function``, ``bias_function``). Every leaf gets them; a leaf without would be neither loaded nor cast.
+Core recognises a module that it may leave in host memory, and cast for each forward, by three attributes on the
+instance (``comfy_cast_weights``, ``weight_function``, ``bias_function``). Every leaf gets them; a leaf without would
+be neither loaded nor cast.
 """
 
 from __future__ import annotations
@@ -20,7 +22,8 @@ from ...wan_fp8.models.layers import HIGH_PRECISION, Leaf
 
 
 class ComfyWeights:
-    """A ``WeightSource`` that goes through ``comfy.ops.cast_bias_weight``, and so takes part in offload and on-the-fly LoRA.
+    """A ``WeightSource`` that goes through ``comfy.ops.cast_bias_weight``, and so takes part in offload and on-the-fly
+    LoRA.
 
     It also polls ComfyUI's cancel flag, as core's own layers do: a forward of a large model takes many seconds.
     """
@@ -28,7 +31,8 @@ class ComfyWeights:
     def __init__(self) -> None:
         accepted = inspect.signature(comfy.ops.cast_bias_weight).parameters
         self._offloadable = {"offloadable": True} if "offloadable" in accepted else {}
-        """Asks for asynchronous transfers, and promises to say when the weight was last used; older cores have neither."""
+        """Asks for asynchronous transfers, and promises to say when the weight was last used; older cores have
+        neither."""
 
     def fetch(self, module: Leaf, like: Tensor) -> tuple[Tensor, Tensor | None, Any]:
         """Weight and bias in the dtype and on the device of ``like``."""
@@ -54,8 +58,8 @@ class ComfyWeights:
     def _fetch_fp8(self, module: Leaf, like: Tensor) -> tuple[Tensor, Tensor | None, Any]:
         """Core moves the stored bytes; patches are added here, to real values.
 
-        Left to core they would be added to the bytes before the scale is multiplied in: some versions call ``convert_weight`` on the
-        way and some don't.
+        Left to core they would be added to the bytes before the scale is multiplied in: some versions call
+        ``convert_weight`` on the way and some don't.
         """
         functions, module.weight_function = module.weight_function, []  # type: ignore[assignment]
         try:
@@ -87,7 +91,8 @@ def attach_weight_source(net: nn.Module) -> None:
 
 
 def _cast_defaults() -> dict[str, Any]:
-    """The attributes that core's own layers start with: those that this core declares, and the three that every core reads."""
+    """The attributes that core's own layers start with: those that this core declares, and the three that every core
+    reads."""
     declared = {
         name: value
         for name, value in vars(getattr(comfy.ops, "CastWeightBiasOp", object)).items()
@@ -97,15 +102,20 @@ def _cast_defaults() -> dict[str, Any]:
 
 
 def place_loose_parameters(
-    patcher: Any, device_to: Any, lowvram_model_memory: Any = 0, force_patch_weights: bool = False, full_load: bool = False
+    patcher: Any,
+    device_to: Any,
+    lowvram_model_memory: Any = 0,
+    force_patch_weights: bool = False,
+    full_load: bool = False,
 ) -> None:
     """ON_LOAD callback: move and patch the parameters that core's loader passes over.
 
-    It walks modules without children. ``blocks.N.modulation`` and ``head.modulation`` sit on modules that have some: under partial load they
-    stay behind, and a LoRA for them is accepted and never applied, at full load too. Core's backup restores what is merged here.
+    It walks modules without children. ``blocks.N.modulation`` and ``head.modulation`` sit on modules that have some:
+    under partial load they stay behind, and a LoRA for them is accepted and never applied, at full load too. Core's
+    backup restores what is merged here.
     """
     net = patcher.model.diffusion_model
-    net.forget_prompts()  # the weights that made the kept keys and values may have changed
+    net.forget_run()  # the weights that made the kept keys and values may have changed
     for name in loose_parameters(net):
         key = f"diffusion_model.{name}"
         if key in patcher.patches and key not in patcher.backup:

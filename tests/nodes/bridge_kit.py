@@ -16,7 +16,8 @@ TEXT_DIM = 4096  # core detects no other
 
 
 def bridge() -> Any:
-    """``nodes.bridge`` of the pack, imported as ComfyUI does: under a parent package that is not the pack's own name."""
+    """``nodes.bridge`` of the pack, imported as ComfyUI does: under a parent package that is not the pack's own
+    name."""
     if PACKAGE not in sys.modules:
         package = types.ModuleType(PACKAGE)
         package.__path__ = [str(PACK)]
@@ -80,7 +81,9 @@ def empty_latent(channels: int = 16, frames: int = 2, size: int = 4) -> dict[str
     return {"samples": torch.zeros(1, channels, frames, size, size)}
 
 
-def ksample(model: Any, latent: dict[str, Any] | None = None, *, steps: int = 2, cfg: float = 3.5, seed: int = 7, **kw: Any) -> torch.Tensor:
+def ksample(
+    model: Any, latent: dict[str, Any] | None = None, *, steps: int = 2, cfg: float = 3.5, seed: int = 7, **kw: Any
+) -> torch.Tensor:
     """Core's KSampler; returns the latents."""
     import comfy.sample
 
@@ -135,7 +138,9 @@ def own_model(kind: str = "t2v", **options: Any) -> Any:
     return bridge().build_model_patcher(own_net(kind, **options))
 
 
-def to_fp8(weights: dict[str, torch.Tensor], rows: bool = False) -> tuple[dict[str, torch.Tensor], dict[str, torch.Tensor]]:
+def to_fp8(
+    weights: dict[str, torch.Tensor], rows: bool = False
+) -> tuple[dict[str, torch.Tensor], dict[str, torch.Tensor]]:
     """Block linears as e4m3 with a scale; returns weights and scales (by layer)."""
     out, scales = dict(weights), {}
     for name, value in weights.items():
@@ -154,7 +159,11 @@ def quantised_core_model(form: str, kind: str = "t2v", seed: int = 0) -> Any:
     import comfy.sd
 
     if form in ("fp32", "fp16", "bf16"):
-        return core_model(kind, seed=seed, model_options={"dtype": getattr(torch, {"fp32": "float32", "fp16": "float16", "bf16": "bfloat16"}[form])})
+        return core_model(
+            kind,
+            seed=seed,
+            model_options={"dtype": getattr(torch, {"fp32": "float32", "fp16": "float16", "bf16": "bfloat16"}[form])},
+        )
     weights = core_weights(kind, seed=seed)
     if form == "fp8":
         return comfy.sd.load_diffusion_model_state_dict(weights, model_options={"dtype": torch.float8_e4m3fn})
@@ -172,7 +181,9 @@ def quantised_core_model(form: str, kind: str = "t2v", seed: int = 0) -> Any:
     return comfy.sd.load_diffusion_model_state_dict(weights, metadata=metadata)
 
 
-def lora_pairs(weights: dict[str, torch.Tensor], rank: int = 4, seed: int = 5, scale: float = 1.0) -> dict[str, tuple[torch.Tensor, torch.Tensor]]:
+def lora_pairs(
+    weights: dict[str, torch.Tensor], rank: int = 4, seed: int = 5, scale: float = 1.0
+) -> dict[str, tuple[torch.Tensor, torch.Tensor]]:
     """(down, up) for every linear of the blocks, by layer name."""
     generator = torch.Generator().manual_seed(seed)
     pairs = {}

@@ -36,7 +36,8 @@ def indexed(tensor, key):
 
 @pytest.fixture
 def fake_cuda(monkeypatch):
-    """FakeTensorMode in which a CPU build of torch takes "cuda:0" for a device, and core's transfers are empty tensors there."""
+    """FakeTensorMode in which a CPU build of torch takes "cuda:0" for a device, and core's transfers are empty tensors
+    there."""
     import comfy.model_management as management
 
     def move(self, device=None, *args, **kwargs):
@@ -87,7 +88,12 @@ def fake_model(fp8=False, lora=False):
     model.model.model_sampling.sigmas = torch.empty(1000)
     model.load_device = CUDA
     if lora:
-        file = kit.core_lora({k: (torch.empty(4, d.shape[1]), torch.empty(u.shape[0], 4)) for k, (d, u) in kit.lora_pairs(weights).items()})
+        file = kit.core_lora(
+            {
+                k: (torch.empty(4, d.shape[1]), torch.empty(u.shape[0], 4))
+                for k, (d, u) in kit.lora_pairs(weights).items()
+            }
+        )
         model = kit.with_core_lora(model, {**file, "diffusion_model.blocks.0.modulation.diff": torch.empty(1, 6, 128)})
     return model
 
@@ -109,14 +115,18 @@ def test_every_operand_is_on_the_device(fake_cuda, budget, fp8, lora):
     assert forward(model).device == CUDA
 
 
-@pytest.mark.parametrize("fault", ["norm read directly", "leaf unknown to core", "modulation left behind", "scale left behind"])
+@pytest.mark.parametrize(
+    "fault", ["norm read directly", "leaf unknown to core", "modulation left behind", "scale left behind"]
+)
 def test_the_check_notices_what_it_is_for(fake_cuda, fault, monkeypatch):
     layers = kit.engine("models.layers")
     model = fake_model(fp8=fault == "scale left behind")
     net = model.model.diffusion_model
     block = net.blocks[0]
     if fault == "norm read directly":
-        monkeypatch.setattr(block.norm3, "fetch", lambda like: (block.norm3.weight, block.norm3.bias, None), raising=False)
+        monkeypatch.setattr(
+            block.norm3, "fetch", lambda like: (block.norm3.weight, block.norm3.bias, None), raising=False
+        )
     elif fault == "leaf unknown to core":
         leaf = block.self_attn.q
         del leaf.comfy_cast_weights

@@ -1,8 +1,7 @@
-"""Our transformer as a citizen of core's graph: samplers, shift, windows, caches, patches, hooks, saving, little memory."""
+"""Our transformer as a citizen of core's graph: samplers, shift, windows, caches, patches, hooks, saving, little
+memory."""
 
 from __future__ import annotations
-
-import gc
 
 import bridge_kit as kit
 import pytest
@@ -217,9 +216,7 @@ def test_patches_that_we_do_not_call_are_refused(pair, name):
     refused(model, name)
 
 
-@pytest.mark.parametrize(
-    "path", ["blocks.0.cross_attn.forward", "blocks.0.cross_attn", "blocks.1", "forward"]
-)
+@pytest.mark.parametrize("path", ["blocks.0.cross_attn.forward", "blocks.0.cross_attn", "blocks.1", "forward"])
 def test_object_patches_below_the_model_are_refused(pair, path):
     model = pair[1].clone()
     model.add_object_patch(f"diffusion_model.{path}", lambda x, context, **kw: x)
@@ -362,7 +359,9 @@ def test_partial_load_is_bit_equal_to_the_full_load(with_lora):
     model.unpatch_model(torch.device("cpu"))
     lowvram(model)
     cast = [m for m in model.model.diffusion_model.modules() if getattr(m, "comfy_cast_weights", False)]
-    assert len(cast) == sum(isinstance(m, kit.engine("models.layers").Leaf) for m in model.model.diffusion_model.modules())
+    assert len(cast) == sum(
+        isinstance(m, kit.engine("models.layers").Leaf) for m in model.model.diffusion_model.modules()
+    )
     assert torch.equal(velocity(model), full)
     model.unpatch_model(torch.device("cpu"))
     assert kit.same_bytes(kit.state_bytes(model), kit.state_bytes(kit.own_model()))
@@ -423,7 +422,9 @@ def test_model_save_of_fp8_keeps_bytes_scales_and_marks(form, with_lora, tmp_pat
     weights = {k.removeprefix("model.diffusion_model."): v for k, v in saved.items() if not k.endswith("comfy_quant")}
     again = bridge.fork(model)
     again.patches.clear()
-    __import__(f"{kit.PACKAGE}.nodes.bridge.core_weights", fromlist=["x"]).assign_weights(again.model.diffusion_model, weights)
+    __import__(f"{kit.PACKAGE}.nodes.bridge.core_weights", fromlist=["x"]).assign_weights(
+        again.model.diffusion_model, weights
+    )
     assert torch.equal(kit.ksample(again), expected)
 
 
@@ -502,16 +503,48 @@ def test_memory_estimate_of_the_real_model():
     assert twice == pytest.approx(2 * gib, rel=1e-3)
 
 
-def test_settings_travel_on_the_clone():
-    bridge, model = kit.bridge(), kit.own_model()
+def settings_seen(monkeypatch):
+    """What each self-attention call is asked for."""
+    core = kit.engine("attention.core").AttentionCore
+    original, seen = core.forward, []
+
+    def spy(self, q, k, v, setting=None, step=None):
+        seen.append((setting, step))
+        return original(self, q, k, v, setting, step)
+
+    monkeypatch.setattr(core, "forward", spy)
+    return seen
+
+
+def test_settings_travel_on_the_clone(monkeypatch):
+    bridge, model, seen = kit.bridge(), kit.own_model(), settings_seen(monkeypatch)
     attention = kit.engine("attention").Attention("reference")
     chosen = bridge.with_settings(model, attention=attention)
     assert bridge.settings_of(model).attention is None and bridge.settings_of(chosen).attention == attention
     assert chosen.model is model.model
     plain = kit.ksample(model)
-    cores = {m.setting for m in model.model.diffusion_model.modules() if hasattr(m, "setting")}
-    assert cores == {"auto"}
+    assert {s for s, _ in seen} == {None}
+    seen.clear()
     close(kit.ksample(chosen), plain)
-    assert {m.setting for m in model.model.diffusion_model.modules() if hasattr(m, "setting")} == {"reference"}
+    assert {s for s, _ in seen} == {attention}
     assert torch.equal(kit.ksample(model), plain)
-    gc.collect()
+
+
+def test_attention_knows_its_step_of_the_whole_run(monkeypatch):
+    bridge, seen = kit.bridge(), settings_seen(monkeypatch)
+    attention = kit.engine("attention").Attention("reference-fp8", bound=None)
+    high, low = (bridge.with_settings(kit.own_model(seed=s), attention=attention) for s in (0, 1))
+    bridge.run_stages(
+        [bridge.Stage(model=high, cfg=1.0), bridge.Stage(model=low, cfg=1.0, first_step=2)],
+        positive=kit.prompt(1),
+        negative=kit.prompt(2),
+        latent=kit.empty_latent(),
+        sigmas=kit.engine("sampling").sigmas(5, 5.0, "unipc"),
+        sampler=bridge.make_sampler("unipc"),
+        seed=1,
+    )
+    steps = [(step.index, step.total) for _, step in seen[:: len(seen) // 5]]
+    assert steps == [(i, 5) for i in range(5)]
+    seen.clear()
+    kit.ksample(high, steps=3)
+    assert {(step.index, step.total) for _, step in seen} == {(i, 3) for i in range(3)}

@@ -1,4 +1,5 @@
-"""Other versions of core, by fakes: what moved, appeared or went away since the pinned host must be found, not assumed."""
+"""Other versions of core, by fakes: what moved, appeared or went away since the pinned host must be found, not
+assumed."""
 
 from __future__ import annotations
 
@@ -65,7 +66,16 @@ def test_cast_of_a_core_that_pages_weights(monkeypatch):
         _prefetch = None
         made_later = property(lambda self: None)
 
-    def newer(s, input=None, dtype=None, device=None, bias_dtype=None, offloadable=False, compute_dtype=None, want_requant=False):
+    def newer(
+        s,
+        input=None,
+        dtype=None,
+        device=None,
+        bias_dtype=None,
+        offloadable=False,
+        compute_dtype=None,
+        want_requant=False,
+    ):
         assert s._v is None and s._prefetch is None and s.weight_lowvram_function is None
         assert offloadable
         weight, bias, stream = current(s, input, dtype, device, bias_dtype, offloadable=True)
@@ -116,7 +126,9 @@ def test_lora_on_fp8_on_the_fly(monkeypatch, form):
             self.key, self.patches, self.prepared_patches = key, patches, None
 
         def __call__(self, weight):
-            return comfy.lora.calculate_weight(self.patches[self.key], weight, self.key, intermediate_dtype=weight.dtype)
+            return comfy.lora.calculate_weight(
+                self.patches[self.key], weight, self.key, intermediate_dtype=weight.dtype
+            )
 
     if form == "newer":
         monkeypatch.setattr(comfy.model_patcher, "LowVramPatch", NewerPatch)
@@ -232,7 +244,9 @@ def test_bookkeeping_that_newer_patchers_add_is_not_shared():
     core.pinned.clear()
 
 
-@pytest.mark.parametrize("missing", [["injections", "hook_patches"], ["weight_wrapper_patches", "cached_hook_patches", "pinned"]])
+@pytest.mark.parametrize(
+    "missing", [["injections", "hook_patches"], ["weight_wrapper_patches", "cached_hook_patches", "pinned"]]
+)
 def test_attributes_that_a_patcher_lacks(missing):
     import comfy.model_patcher
 
@@ -277,7 +291,9 @@ def test_saving_with_other_arguments(monkeypatch):
 
 def test_memory_is_asked_for_with_or_without_conditioning_shapes():
     model = kit.own_model().model
-    assert model.memory_required([1, 16, 2, 4, 4]) == model.memory_required(input_shape=[1, 16, 2, 4, 4], cond_shapes={"x": []})
+    assert model.memory_required([1, 16, 2, 4, 4]) == model.memory_required(
+        input_shape=[1, 16, 2, 4, 4], cond_shapes={"x": []}
+    )
 
 
 def test_forward_takes_arguments_of_later_cores():
@@ -320,5 +336,8 @@ def test_a_quantisation_that_we_do_not_read_is_refused_by_name():
     read = __import__(f"{kit.PACKAGE}.nodes.bridge.core_weights", fromlist=["x"])._plain_parts
     value = quantised_tensor(torch.zeros(4, 8, dtype=torch.uint8), torch.rand(4), "dict")
     value._layout_type = "TensorCoreNVFP4Layout"
-    with pytest.raises(kit.engine("errors").UnsupportedPatchError, match=r"blocks\.0\.ffn\.0\.weight is stored as TensorCoreNVFP4Layout"):
+    with pytest.raises(
+        kit.engine("errors").UnsupportedPatchError,
+        match=r"blocks\.0\.ffn\.0\.weight is stored as TensorCoreNVFP4Layout",
+    ):
         read("blocks.0.ffn.0.weight", value)

@@ -76,7 +76,11 @@ def test_switching_between_equal_experts_changes_nothing(experts, sampler):
 def test_one_stage_is_cores_ksampler(experts, sampler):
     bridge = kit.bridge()
     sigmas = bridge.core_sigmas(experts[0], "simple", 4, sampler)
-    core_sampler = bridge.make_sampler(sampler) if sampler != "euler" else __import__("comfy.samplers").samplers.sampler_object(sampler)
+    core_sampler = (
+        bridge.make_sampler(sampler)
+        if sampler != "euler"
+        else __import__("comfy.samplers").samplers.sampler_object(sampler)
+    )
     ours, _ = run([bridge.Stage(model=experts[0], cfg=3.5)], core_sampler, sigmas)
     assert torch.equal(ours, kit.ksample(experts[0], steps=4, sampler=sampler))
 
@@ -118,7 +122,8 @@ def by_hand(high, low, switch, cfg, solver, steps, shift, noise, prompts):
 
 @pytest.mark.parametrize(("solver", "shift"), [("unipc", 12.0), ("unipc", 5.0), ("dpm++", 3.0), ("euler", 5.0)])
 def test_official_solvers_follow_the_official_loop(experts, solver, shift):
-    """Pure noise at the start, integer timesteps, history carried across the switch; the same in our model and core's."""
+    """Pure noise at the start, integer timesteps, history carried across the switch; the same in our model and
+    core's."""
     sampling, steps = kit.engine("sampling"), 8
     models = [kit.bridge().fork(m) for m in experts]
     sigmas, timesteps = sampling.sigmas(steps, shift, solver), sampling.timesteps(steps, shift, solver)
@@ -180,7 +185,8 @@ def test_ti2v_first_frame_is_kept(solver):
 
 
 def test_latents_survive_the_switch_where_core_loses_them(experts):
-    """After one step at a high shift the latents are nearly all noise; core's pair of samplers divides by 1 - sigma there."""
+    """After one step at a high shift the latents are nearly all noise; core's pair of samplers divides by 1 - sigma
+    there."""
     bridge, sampling = kit.bridge(), kit.engine("sampling")
     sigmas = sampling.sigmas(60, 12.0, "euler")[:5]
     one, _ = run([bridge.Stage(model=experts[0], cfg=1.0)], "euler", sigmas)
@@ -297,7 +303,11 @@ def test_each_stage_is_a_whole_run_for_its_own_wrappers(experts):
         model.add_wrapper_with_key("outer_sample", "noted", outer)
         return model
 
-    run(stages(noted(experts[0], "high"), noted(experts[1], "low"), 2), "euler", kit.bridge().core_sigmas(experts[0], "simple", 4))
+    run(
+        stages(noted(experts[0], "high"), noted(experts[1], "low"), 2),
+        "euler",
+        kit.bridge().core_sigmas(experts[0], "simple", 4),
+    )
     assert events == ["high in", "high out", "low in", "low out"]
 
 

@@ -30,7 +30,8 @@ def test_fork_gives_cores_latents(kind):
 
 
 @pytest.mark.parametrize(
-    ("form", "tolerance"), [("fp32", 1e-5), ("bf16", 2e-2), ("fp16", 4e-3), ("fp8", 1e-5), ("scaled_fp8", 1e-5), ("mixed", 2e-2)]
+    ("form", "tolerance"),
+    [("fp32", 1e-5), ("bf16", 2e-2), ("fp16", 4e-3), ("fp8", 1e-5), ("scaled_fp8", 1e-5), ("mixed", 2e-2)],
 )
 def test_every_storage_format_of_core(form, tolerance):
     model = kit.quantised_core_model(form)
@@ -129,7 +130,11 @@ def tensor_bytes():
     """Bytes of distinct storages that are alive in this process."""
     seen = {}
     for item in gc.get_objects():
-        if isinstance(item, torch.Tensor) and type(item) in (torch.Tensor, torch.nn.Parameter) and item.device.type == "cpu":
+        if (
+            isinstance(item, torch.Tensor)
+            and type(item) in (torch.Tensor, torch.nn.Parameter)
+            and item.device.type == "cpu"
+        ):
             storage = item.untyped_storage()
             seen[storage.data_ptr()] = storage.nbytes()
     return sum(seen.values())
@@ -190,7 +195,7 @@ def test_attachments_come_along_and_stay_separate():
     assert ours.get_model_object("model_sampling").shift == 3.0
     assert "wan_fp8" not in model.wrappers.get("outer_sample", {})
     assert ours.patches_uuid != model.patches_uuid
-    # The model that the shell was copied from had the shift applied at that moment; without the patch the default is back.
+    # The shift was applied to the model that the shell was copied from; without the patch the default is back.
     bare = bridge.fork(model)
     bare.object_patches.clear()
     assert bare.get_model_object("model_sampling").shift == 8.0
@@ -211,7 +216,10 @@ def test_other_models_are_refused_by_name():
         pass
 
     model = kit.core_model()
-    net, kwargs = model.model.diffusion_model, dict(dim=128, ffn_dim=256, num_heads=1, num_layers=1, operations=comfy.ops.disable_weight_init)
+    net, kwargs = (
+        model.model.diffusion_model,
+        dict(dim=128, ffn_dim=256, num_heads=1, num_layers=1, operations=comfy.ops.disable_weight_init),
+    )
     cases = {
         "VACE": lambda: wan.VaceWanModel(vace_layers=1, vace_in_dim=96, in_dim=16, **kwargs),
         "Wan2.1 image-to-video": lambda: wan.WanModel(model_type="i2v", in_dim=36, **kwargs),
