@@ -272,7 +272,7 @@ def _names(requirement: str, package: str) -> bool:
 def _mend_companions(python: Path) -> None:
     """Make torchvision and torchaudio importable beside a CPU build of torch; with a matching build this changes
     nothing."""
-    packages = Path(_output(python, "import sysconfig; print(sysconfig.get_paths()['purelib'])"))
+    packages = Path(site_packages(python))
     if _import_error(python, "torchvision"):
         extension = packages / "torchvision" / "extension.py"
         text = extension.read_text(encoding="utf-8")
@@ -287,7 +287,9 @@ def _mend_companions(python: Path) -> None:
         )
 
 
-def _output(python: Path, code: str) -> str:
+def site_packages(python: Path) -> str:
+    """The folder that an interpreter's pure Python packages are installed in."""
+    code = "import sysconfig; print(sysconfig.get_paths()['purelib'])"
     return subprocess.run([python, "-c", code], capture_output=True, text=True, check=True).stdout.strip()
 
 

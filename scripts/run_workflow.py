@@ -90,23 +90,18 @@ class RunProgress:
 
 
 @contextlib.contextmanager
-def connect(
-    server: str | None, comfyui: Path | None, output: Path | None, models: Path | None
-) -> Iterator[tuple[Client, Path | None]]:
-    """A client of the server to use, and the folder its outputs appear in, None when that is not on this machine.
-
-    The server is the running one at ``server``; else one started, for this run, from the ComfyUI in ``comfyui`` with
-    all its models and packs; else from the pinned host, built first if need be.
-    """
-    if server is not None:
-        yield Client(server), None
-        return
+def start(
+    comfyui: Path | None, base: Path | None, output: Path | None, models: Path | None
+) -> Iterator[tuple[Client, Path]]:
+    """Start a ComfyUI for this run: the one in ``comfyui`` or ``COMFYUI_DIR`` with its own models and packs, else the
+    pinned one, built first if need be. Gives a client of it and the folder its outputs appear in."""
     try:
         chosen = host.adopt(comfyui) if comfyui is not None else host.ensure()
-        base, folder = (OWN_FOLDERS, output or OUTPUT) if chosen.pinned else (None, output)
+        if chosen.pinned:
+            base, output = base or OWN_FOLDERS, output or OUTPUT
         with contextlib.ExitStack() as stack:
             with console.status("starting ComfyUI ..."):
-                running = stack.enter_context(start_server(chosen, base=base, output=folder, models=models))
+                running = stack.enter_context(start_server(chosen, base=base, output=output, models=models))
             yield Client(running.url), running.output
     except host.HostError as error:
         raise ServerUnreachable(str(error)) from None
@@ -178,6 +173,13 @@ def main(
             help="Start this ComfyUI for the run, with its models and packs. Default: COMFYUI_DIR, else a pinned one.",
         ),
     ] = None,
+    base_directory: Annotated[
+        Path | None,
+        typer.Option(
+            metavar="DIR",
+            help="Start it on this folder of models, inputs, settings and packs instead of its own.",
+        ),
+    ] = None,
     models: Annotated[
         Path | None, typer.Option(metavar="DIR", help="Another models folder to search, laid out like ComfyUI's.")
     ] = None,
@@ -200,10 +202,11 @@ def main(
         typer.echo(context.get_help())
         raise typer.Exit(0 if show_help else WorkflowError.exit_code)
     try:
-        if server is not None and (models is not None or comfyui is not None):
-            raise WorkflowError("--server names a server that runs already: --comfyui and --models cannot apply to it.")
+        if server is not None and any((comfyui, base_directory, models)):
+            raise WorkflowError("--server names a ComfyUI that runs already: options for starting one cannot apply to it.")
         load(workflow)  # a file that cannot be read is told before a server is started
-        with connect(server, comfyui, output, models) as (client, local):
+        own = start(comfyui, base_directory, output, models)
+        with own if server is None else contextlib.nullcontext((Client(server), None)) as (client, local):
             if show_help:
                 info = client.object_info()
                 Console().print(describe(workflow, settings(to_prompt(load(workflow), info), info)))

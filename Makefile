@@ -1,0 +1,40 @@
+# make demo   a video from nothing: sets up ComfyUI, makes a tiny checkpoint, runs workflows/t2v_a14b.json
+# make test   the whole test suite against that ComfyUI          make ui     only the tests in a browser
+# make check  ruff and mypy                                      make host   only set up the ComfyUI, in .host/
+# make clean  removes caches, .out/ and .host/, never output/
+#
+# COMFYUI_DIR=... make demo uses your own ComfyUI. PYTHON=... names the interpreter to build with.
+
+PYTHON ?= $(or $(shell for p in python3 python3.13 python3.12 python3.11 python3.14; do \
+	$$p -c 'import sys; sys.exit(not (3, 11) <= sys.version_info[:2] <= (3, 14))' 2>/dev/null && echo $$p && break; done),python3)
+WAN_FP8_HOST_DIR ?= .host
+VENV = $(WAN_FP8_HOST_DIR)/venv/bin
+# The tests and checks always use the pinned host, whatever COMFYUI_DIR says: their numbers are compared with its.
+PINNED = env -u COMFYUI_DIR -u PYTHONDONTWRITEBYTECODE
+PYTEST = $(PINNED) OMP_NUM_THREADS=1 $(VENV)/python -P -m pytest -c tests/pytest.ini --rootdir tests
+TESTS ?= tests
+
+.PHONY: demo test check host clean ui
+
+demo:
+	@$(PYTHON) scripts/demo.py
+
+host:
+	@$(PINNED) $(PYTHON) scripts/host.py >/dev/null
+
+test: host
+	@$(PYTEST) $(TESTS)
+
+ui: host
+	@$(PYTEST) tests/ui
+
+# The pack's modules import each other relatively; the link gives mypy a package name to resolve that from.
+check: host
+	@$(VENV)/ruff check .
+	@mkdir -p .out/typing && ln -sfn ../.. .out/typing/wan_fp8_pack
+	@$(VENV)/mypy -p wan_fp8_pack.wan_fp8 -p wan_fp8_pack.nodes
+	@$(VENV)/mypy scripts
+
+clean:
+	rm -rf .host .out .pytest_cache .mypy_cache .ruff_cache .hypothesis
+	find . -name __pycache__ -type d -prune -exec rm -rf {} +

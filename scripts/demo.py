@@ -1,0 +1,63 @@
+#!/usr/bin/env python3
+"""``make demo``: from nothing to a video. Sets up a ComfyUI, makes a tiny Wan2.2 checkpoint, runs the shipped workflow.
+
+The checkpoint has the real layout and key names and random weights, so the video shows noise; everything that happens on
+the way is what happens with the real one. With ``COMFYUI_DIR`` the demo runs in that ComfyUI's code and interpreter, with
+folders of its own for models and settings, and adds nothing there but the link to the pack.
+
+Standard library only: this runs before anything is installed.
+"""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import host
+
+BASE = host.HOST_DIR / "demo"
+CHECKPOINT = "Wan2.2-T2V-A14B-tiny"
+WORKFLOW = host.PACK / "workflows" / "t2v_a14b.json"
+SETTINGS = (f"checkpoint={CHECKPOINT}", "width=256", "height=144", "length=17", "steps=6")
+"""Small enough for two CPU cores."""
+
+
+def make_checkpoint(chosen: host.Host, client: Path) -> None:
+    """Write the tiny checkpoint where the demo's ComfyUI looks for it, unless it is there."""
+    target = BASE / "models" / "wan" / CHECKPOINT
+    script = host.PACK / "scripts" / "make_tiny_checkpoint.py"
+    sources = [script, *sorted((host.PACK / "scripts" / "tiny_checkpoint").glob("*.py"))]
+    if target.is_dir() and all(path.stat().st_mtime < target.stat().st_mtime for path in sources):
+        return
+    target.parent.mkdir(parents=True, exist_ok=True)
+    environment = dict(os.environ)
+    if not chosen.pinned:  # its interpreter has torch; the command line's libraries, pure Python, come from our own
+        environment["PYTHONPATH"] = host.site_packages(client)
+    command = [chosen.python, script, target, "--task", "t2v"]
+    done = subprocess.run(command, env=environment, capture_output=True, text=True, check=False)
+    if done.returncode != 0:
+        raise host.HostError(f"The tiny checkpoint could not be made:\n{done.stdout}{done.stderr}")
+
+
+def main() -> int:
+    try:
+        chosen = host.ensure()
+        client = host.client_python()
+        make_checkpoint(chosen, client)
+    except host.HostError as error:
+        host.say(str(error))
+        return 1
+    except KeyboardInterrupt:
+        return 130
+    runner = [client, host.PACK / "scripts" / "run_workflow.py", WORKFLOW, "--base-directory", BASE, "--output", host.PACK / "output"]
+    try:
+        done = subprocess.run([*runner, *(word for s in SETTINGS for word in ("--set", s))], check=False)
+    except KeyboardInterrupt:  # the terminal sent it to the runner too, which cancels the prompt and says so
+        return 130
+    return done.returncode
+
+
+if __name__ == "__main__":
+    sys.exit(main())
