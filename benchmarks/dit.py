@@ -19,7 +19,6 @@ from typing import Annotated
 
 import common
 import torch
-import torch.nn.functional as F
 import typer
 from rich.console import Console
 from rich.table import Table
@@ -27,6 +26,8 @@ from torch import Tensor
 
 from wan_fp8 import Attention, set_attention
 from wan_fp8.attention import AttentionCore
+from wan_fp8.attention.backends import flash3
+from wan_fp8.kernels import attention_cast
 from wan_fp8.models.specs import SPECS, ModelSpec, Task
 from wan_fp8.models.wan import WanModel, build_model
 
@@ -79,6 +80,20 @@ def model_inputs(
     return x, timestep, context
 
 
+def open_window(attention: str) -> Attention:
+    """The setting of a backend by name; a low-precision one in every step and block, its guard on."""
+    return Attention(attention, skip_first_steps=0, skip_last_steps=0, skip_first_blocks=0, skip_last_blocks=0)
+
+
+def attention_alone(core: AttentionCore, q: Tensor, k: Tensor, v: Tensor):
+    """The kernel by itself: for FP8, on operands that are cast already."""
+    if core.setting.is_exact or core.always_exact:
+        return lambda: core(q, k, v)
+    cast = attention_cast.fused(q, k, v)
+    scales = {"q_descale": cast.q_scale, "k_descale": cast.k_scale, "v_descale": cast.v_scale}
+    return lambda: flash3._call(cast.q, cast.k, cast.v, **scales)
+
+
 def floor_terms(model: WanModel, tokens: int, device: str, dtype: torch.dtype, stream_bytes: int) -> dict[str, float]:
     """Milliseconds that one block cannot go below, term by term, measured now on this device."""
     spec = model.spec
@@ -90,20 +105,20 @@ def floor_terms(model: WanModel, tokens: int, device: str, dtype: torch.dtype, s
     def fastest(function) -> float:
         return min(common.milliseconds(function, device))
 
-    def gemm(layer, value: Tensor) -> float:
-        return fastest(lambda: F.linear(value, layer.weight, layer.bias))
+    def gemm(layer, value: Tensor, **options: bool) -> float:
+        return fastest(lambda: layer(value, **options))
 
-    def attend(keys: int) -> float:
+    def attend(core: AttentionCore, keys: int) -> float:
         shapes = [(1, count, spec.num_heads, spec.head_dim) for count in (tokens, keys, keys)]
         qkv = [torch.randn(shape, device=device, dtype=dtype) for shape in shapes]
-        return fastest(lambda: block.self_attn.inner_attention(*qkv))
+        return fastest(attention_alone(core, *qkv))
 
     terms = {
-        "self_attention": attend(tokens),
-        "cross_attention": attend(TEXT_TOKENS),
+        "self_attention": attend(block.self_attn.inner_attention, tokens),
+        "cross_attention": attend(block.cross_attn.inner_attention, TEXT_TOKENS),
         "gemm_self_qkvo": 4 * gemm(block.self_attn.q, x),
         "gemm_cross_qo": 2 * gemm(block.cross_attn.q, x),
-        "gemm_ffn_0": gemm(block.ffn[0], x),
+        "gemm_ffn_0_gelu": gemm(block.ffn[0], x, gelu=True),
         "gemm_ffn_2": gemm(block.ffn[2], wide),
     }
     source = torch.empty(2**28 if device != "cpu" else 2**22, dtype=torch.int32, device=device).random_()
@@ -117,8 +132,10 @@ def floor_terms(model: WanModel, tokens: int, device: str, dtype: torch.dtype, s
         "residual_norm": 3 * one * (2 * stream_bytes + 2 * half),
         "qk_norm_rope": 4 * one * half,
         "cross_q_norm": 2 * one * half,
-        "gelu": 2 * tokens * ffn * half,
     }
+    if not block.self_attn.inner_attention.setting.is_exact:
+        # q, k and v read twice (statistics, cast) and written once in FP8; the mean of V added to the output
+        moved["fp8_attention_casts"] = one * (3 * (2 * half + 1) + 2 * half)
     terms |= {name: value / bandwidth for name, value in moved.items()}
     gigabytes = sum(moved.values()) / 1e9
     console.print(f"copy bandwidth {bandwidth / 1e9:.2f} TB/s; fused passes move {gigabytes:.1f} GB a block")
@@ -173,7 +190,7 @@ def measure(
     grid = latent_grid(spec, width, height, frames)
     tokens = grid[0] * grid[1] * grid[2] // 4
     model = random_model(spec, layers[1], device, dtype)
-    set_attention(model, Attention(attention))
+    set_attention(model, open_window(attention))
     model.fused_kernels, model.stream_dtype_override = kernels, stream
     x, timestep, context = model_inputs(spec, grid, device, dtype)
     every_block = model.blocks
@@ -211,7 +228,7 @@ def measure(
         "tokens": tokens,
         "recipe": "none",
         "backend": str(dtype).removeprefix("torch."),
-        "attention": resolution.backend.name,
+        "attention": attention if attention != "auto" else resolution.backend.name,
         "sparsity": None,
         "cache": None,
         "world_size": 1,
