@@ -10,7 +10,7 @@ from typing import Any
 
 import pytest
 import torch
-from hypothesis import given, settings
+from hypothesis import assume, example, given, settings
 from hypothesis import strategies as st
 from safetensors import safe_open
 from safetensors.torch import load_file
@@ -292,10 +292,13 @@ def both_tokenizers(tmp_path_factory: pytest.TempPathFactory) -> tuple[Any, Any]
     return load_tokenizer(folder / "tokenizer.json"), load_tokenizer(folder / "spiece.model")
 
 
-@settings(max_examples=200, deadline=None)
+@settings(max_examples=100, deadline=None)
 @given(st.text(max_size=40))
+@example("🐈‍⬛ \u0301 <pad")
 def test_both_tokenizer_files_give_any_text_the_same_known_ids(both_tokenizers: tuple[Any, Any], raw: str) -> None:
     cleaned = clean_prompt(raw)
+    # Only tokenizer.json reads a spelled-out special or byte token as that token, as the published code does.
+    assume(not any(token in cleaned for token in ("<pad>", "</s>", "<unk>", "<0x")))
     as_json, as_spiece = (tokenizer.ids(cleaned) for tokenizer in both_tokenizers)
     assert as_json == as_spiece
     assert as_json[-1] == 1 and 2 not in as_json

@@ -56,7 +56,10 @@ def cut_ids(ids: list[int], limit: int = MAX_TOKENS) -> tuple[list[int], int]:
 
 
 class JsonTokenizer:
-    """A Hugging Face ``tokenizer.json``, exactly as the file describes it."""
+    """A Hugging Face ``tokenizer.json``, exactly as the file describes it.
+
+    A prompt that spells out a special token (``</s>``) gets that token, as in the published code.
+    """
 
     def __init__(self, path: Path) -> None:
         from tokenizers import Tokenizer
