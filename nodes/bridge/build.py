@@ -28,8 +28,8 @@ def build_model_patcher(net: WanModel) -> Any:
     Raises:
         CheckpointError: core knows no Wan model of these shapes.
     """
-    adopt(net)
-    weights = net.state_dict()
+    hosted = adopt(net)
+    weights = hosted.state_dict()
     config = comfy.model_detection.model_config_from_unet(weights, "")
     if config is None or config.unet_config.get("image_model") != "wan2.1":
         raise CheckpointError(
@@ -38,13 +38,13 @@ def build_model_patcher(net: WanModel) -> Any:
         )
     load_device = comfy.model_management.get_torch_device()
     offload_device = comfy.model_management.unet_offload_device()
-    config.set_inference_dtype(net.dtype, _compute_dtype(net.dtype, load_device, config))
+    config.set_inference_dtype(hosted.dtype, _compute_dtype(hosted.dtype, load_device, config))
     config.unet_config["disable_unet_model_creation"] = True
     shell = config.get_model(weights, "")
-    shell.diffusion_model = net
+    shell.diffusion_model = hosted
     shell.device = offload_device
     shell.__class__ = shell_class(type(shell))
-    bind(net, shell)
+    bind(hosted, shell)
     patcher = comfy.model_patcher.ModelPatcher(shell, load_device=load_device, offload_device=offload_device)
     attach(patcher)
     return patcher

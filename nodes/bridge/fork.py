@@ -8,7 +8,6 @@ storage. Both may be sampled in one graph, in any order, with other LoRAs; core 
 from __future__ import annotations
 
 import copy
-import functools
 import inspect
 import uuid
 from collections.abc import Callable
@@ -66,8 +65,9 @@ def fork(patcher: Any) -> Any:
     Works for a MODEL from core's loaders (bf16, fp16, fp32, plain fp8, scaled fp8, mixed precision) and for one of
     ours. If the weights lie on the GPU they are unloaded first: two models on one GPU copy would be counted once.
 
-    Raises: UnsupportedPatchError: not a Wan2.2 T2V, I2V or TI2V model, a storage format that we don't read, or foreign
-        patches on its modules.
+    Raises:
+        UnsupportedPatchError: not a Wan2.2 T2V, I2V or TI2V model, a storage format that we don't read, or foreign
+            patches on its modules.
     """
     patcher = _classic(patcher)
     spec = spec_of(patcher)
@@ -76,7 +76,7 @@ def fork(patcher: Any) -> Any:
     with torch.device("meta"):
         net = build_model(spec, model_class=_engine_class(patcher))
     assign_weights(net, clean_weights(patcher))
-    adopt(net)
+    net = adopt(net)
     net.dtype = patcher.model.diffusion_model.dtype
     if is_hosted(patcher):
         _copy_choices(patcher.model.diffusion_model, net)
@@ -116,14 +116,14 @@ def _leave_device(patcher: Any) -> None:
         patcher.detach()
 
 
-def _copy_choices(old: nn.Module, new: nn.Module) -> None:
+def _copy_choices(old: HostedModel, new: HostedModel) -> None:
     for name in ("stream_dtype_override", "fused_kernels", "token_multiple"):
         if hasattr(old, name):
             setattr(new, name, getattr(old, name))
     new.stack_wrappers.update(old.stack_wrappers)
 
 
-def _shell_of(patcher: Any, net: nn.Module) -> nn.Module:
+def _shell_of(patcher: Any, net: HostedModel) -> nn.Module:
     """A BaseModel around ``net`` that shares everything else with the one it came from, and claims no memory."""
     old = patcher.model
     shell = copy.copy(old)
@@ -250,11 +250,19 @@ def _on_detach(patcher: Any, unpatch_all: bool = True) -> None:
     patcher.model.diffusion_model.forget_run()
 
 
-@functools.cache
-def shell_class(base: type) -> type:
+_SHELLS: dict[type, type] = {}
+
+
+def shell_class(base: Any) -> Any:
     """``base`` (WAN21, WAN22, …) that knows what our forward needs and what our weights look like in a file."""
     if getattr(base, "hosts_wan_fp8", False):
         return base
+    if base not in _SHELLS:
+        _SHELLS[base] = _make_shell_class(base)
+    return _SHELLS[base]
+
+
+def _make_shell_class(base: Any) -> type:
 
     def memory_required(self: Any, input_shape: Any, cond_shapes: Any = None) -> float:
         del cond_shapes
@@ -263,7 +271,7 @@ def shell_class(base: type) -> type:
         return activation_bytes(self.diffusion_model.spec, input_shape, compute)
 
     def state_dict_for_saving(self: Any, *args: Any, **kwargs: Any) -> dict[str, Tensor]:
-        saved = base.state_dict_for_saving(self, *args, **kwargs)  # type: ignore[attr-defined]
+        saved = base.state_dict_for_saving(self, *args, **kwargs)
         return _with_fp8_marks(saved)
 
     members = {

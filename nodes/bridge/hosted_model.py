@@ -13,7 +13,7 @@ import weakref
 from collections import OrderedDict
 from collections.abc import Callable, Hashable, Mapping
 from dataclasses import dataclass, fields
-from typing import Any
+from typing import Any, cast
 
 import comfy.ldm.common_dit
 import comfy.patcher_extension
@@ -221,26 +221,32 @@ class HostedModel(WanModel):
         return key
 
 
-@functools.cache
-def hosted_class(engine_class: type[WanModel]) -> type[WanModel]:
-    """The engine's class with core's face."""
+_HOSTED: dict[type[WanModel], type[HostedModel]] = {}
+
+
+def hosted_class(engine_class: type[WanModel]) -> type[HostedModel]:
+    """The engine's class with core's face; one for each engine class."""
     if issubclass(engine_class, HostedModel):
         return engine_class
-    return type(f"Hosted{engine_class.__name__}", (HostedModel, engine_class), {"__doc__": engine_class.__doc__})
+    if engine_class not in _HOSTED:
+        bases, members = (HostedModel, engine_class), {"__doc__": engine_class.__doc__}
+        _HOSTED[engine_class] = type(f"Hosted{engine_class.__name__}", bases, members)
+    return _HOSTED[engine_class]
 
 
-def adopt(net: WanModel) -> WanModel:
+def adopt(net: WanModel) -> HostedModel:
     """Turn a loaded engine model into one that core can host, in place; its parameters stay what they are."""
     if not isinstance(net, HostedModel):
         net.__class__ = hosted_class(type(net))
-    net._shell = None
-    net._prompts = OrderedDict()
-    net.dtype = net.text_embedding[0].weight.dtype
-    attach_weight_source(net)
-    return net
+    model = cast(HostedModel, net)
+    model._shell = None
+    model._prompts = OrderedDict()
+    model.dtype = cast(torch.dtype, model.text_embedding[0].weight.dtype)
+    attach_weight_source(model)
+    return model
 
 
-def bind(net: nn.Module, shell: nn.Module) -> None:
+def bind(net: HostedModel, shell: nn.Module) -> None:
     """Let the model find the BaseModel that it sits in, to ask which patcher runs it. A weak reference: the two form
     no cycle."""
     net._shell = weakref.ref(shell)
@@ -268,8 +274,8 @@ def block_replacements(options: Mapping[str, Any], num_layers: int) -> dict[int,
             if not known:
                 raise UnsupportedPatchError(
                     f"a node replaces {key!r} of {group!r}, which a Wan transformer does not have (it has "
-                    f"'double_block' 0 to {num_layers - 1}): empty that field of the node (skip-layer guidance: single_layers), or "
-                    "remove the node"
+                    f"'double_block' 0 to {num_layers - 1}): empty that field of the node (skip-layer guidance: "
+                    "single_layers), or remove the node"
                 )
             if not (isinstance(key[1], int) and 0 <= key[1] < num_layers):
                 raise UnsupportedPatchError(

@@ -88,8 +88,9 @@ def scheduler_names() -> list[str]:
 def core_sigmas(model: Any, scheduler: str, steps: int, sampler: str | None = None) -> Tensor:
     """Core's own schedule [steps + 1] for the shift that ``model`` carries (float32, CPU).
 
-    Args: sampler: Name of the sampler that will run it; core takes one more step for some (uni_pc, dpm_2) and drops
-        the last but one.
+    Args:
+        sampler: Name of the sampler that will run it; core takes one more step for some (uni_pc, dpm_2) and drops
+            the last but one.
     """
     drop = sampler in comfy.samplers.KSampler.DISCARD_PENULTIMATE_SIGMA_SAMPLERS
     sampling = model.get_model_object("model_sampling")
@@ -162,8 +163,11 @@ def with_timesteps(model: Any, sigmas: Tensor, timesteps: Tensor) -> Any:
         timesteps: [steps], 0..1000.
     """
     current = model.get_model_object("model_sampling")
+    base: Any = getattr(current, "unscheduled", type(current))
 
-    class ScheduledTimesteps(type(current)):  # type: ignore[misc]
+    class ScheduledTimesteps(base):
+        unscheduled = base
+
         def timestep(self, sigma: Tensor) -> Tensor:
             value = torch.as_tensor(sigma)
             on_schedule = value.float()[..., None] == self.schedule_sigmas.to(value.device)
@@ -197,14 +201,19 @@ def run_stages(
 ) -> tuple[dict[str, Any], dict[str, Any]]:
     """Sample ``latent`` over ``sigmas``; each model call goes to the stage that its sigma belongs to.
 
-    Args: stages: At least one; ``first_step`` 0 first, then not decreasing. A stage without a step of its own is never
-        loaded. positive: Core CONDITIONING. negative: Core CONDITIONING. latent: Core LATENT: ``samples`` [B, C, F, H,
-        W] in VAE space, optionally ``noise_mask`` (1 = generate; its zeros stay as given) and ``batch_index``. sigmas:
-        [steps + 1], decreasing; used in float32. sampler: Core SAMPLER, from ``make_sampler`` or any node. seed: Of
-        the noise, drawn on the CPU as core does, and of the samplers that add noise on the way. add_noise: False when
-        ``latent`` already carries the noise of ``sigmas[0]``. noise: Noise from elsewhere, in the shape of the
-        latents; None to draw it from ``seed``. timesteps: [steps] what the model is told at each step; None for core's
-        ``1000 * sigma``.
+    Args:
+        stages: At least one; ``first_step`` 0 first, then not decreasing. A stage without a step of its own is never
+            loaded.
+        positive: Core CONDITIONING.
+        negative: Core CONDITIONING.
+        latent: Core LATENT: ``samples`` [B, C, F, H, W] in VAE space, optionally ``noise_mask`` (1 = generate; its
+            zeros stay as given) and ``batch_index``.
+        sigmas: [steps + 1], decreasing; used in float32.
+        sampler: Core SAMPLER, from ``make_sampler`` or any node.
+        seed: Of the noise, drawn on the CPU as core does, and of the samplers that add noise on the way.
+        add_noise: False when ``latent`` already carries the noise of ``sigmas[0]``.
+        noise: Noise from elsewhere, in the shape of the latents; None to draw it from ``seed``.
+        timesteps: [steps] what the model is told at each step; None for core's ``1000 * sigma``.
     Returns:
         The LATENT and its last clean estimate, both raw VAE latents on core's intermediate device.
     Raises:

@@ -42,7 +42,7 @@ def load_vae(weights: Mapping[str, Tensor], *, dtype: torch.dtype | None = None)
 
 def vae_version(vae: Any) -> str:
     """ "2.1" or "2.2" by latent channels, else the number of channels."""
-    channels = getattr(vae, "latent_channels", None)
+    channels = int(getattr(vae, "latent_channels", 0))
     return {16: "2.1", 48: "2.2"}.get(channels, f"{channels}-channel")
 
 
