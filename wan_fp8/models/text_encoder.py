@@ -206,29 +206,33 @@ def load_text_encoder(
     if dtype not in STORAGE_DTYPES:
         names = ", ".join(str(d).removeprefix("torch.") for d in STORAGE_DTYPES)
         raise InputError(f"the text encoder's dtype must be one of {names}; got {str(dtype).removeprefix('torch.')}")
-    state_dict = source if isinstance(source, Mapping) else _read(Path(source))
-    tokens, searched = _choose_tokenizer(source, state_dict, tokenizer)
+    state_dict, spiece = _read(source, dtype, device)
+    tokens, searched = _choose_tokenizer(source, spiece, tokenizer)
     tensors = normalized_names(state_dict)
+    del state_dict  # so that each tensor of a file goes as soon as it has been converted
     compute_dtype = torch.bfloat16 if dtype == E4M3 else dtype
     model = build_umt5(tensors, spec_of(tensors), storage_dtype=dtype, compute_dtype=compute_dtype, device=device)
     return TextEncoder(model, tokens, storage_dtype=dtype, searched=searched)
 
 
-def _read(path: Path) -> Mapping[str, Tensor]:
-    from ..checkpoint.load import load_text_encoder_state_dict
+def _read(source: Source, dtype: torch.dtype, device: torch.device | str) -> tuple[Mapping[str, Tensor], bytes | None]:
+    """Weights, and the SentencePiece model that came with them."""
+    if isinstance(source, Mapping):
+        embedded = next((value for key, value in source.items() if key.endswith("spiece_model")), None)
+        return source, None if embedded is None else bytes(embedded.flatten().tolist())
+    from ..checkpoint.encoders import load_text_encoder_state_dict
 
-    return load_text_encoder_state_dict(path)
+    if dtype == E4M3:  # as stored and on the CPU: only the quantised weights ever reach the device
+        return load_text_encoder_state_dict(source, dtype=None)
+    return load_text_encoder_state_dict(source, dtype=dtype, device=device)
 
 
-def _choose_tokenizer(
-    source: Source, state_dict: Mapping[str, Tensor], tokenizer: Any
-) -> tuple[PromptTokenizer | None, str]:
+def _choose_tokenizer(source: Source, spiece: bytes | None, tokenizer: Any) -> tuple[PromptTokenizer | None, str]:
     """The tokenizer and, if there is none, words for where it was looked for."""
     if tokenizer is not None:
         return load_tokenizer(tokenizer), ""
-    embedded = next((value for key, value in state_dict.items() if key.endswith("spiece_model")), None)
-    if embedded is not None:
-        return load_tokenizer(embedded.cpu().to(torch.uint8).numpy().tobytes()), ""
+    if spiece is not None:
+        return load_tokenizer(spiece), ""
     if isinstance(source, Mapping):
         return None, " (a state dict was given)"
     found = find_tokenizer(Path(source))

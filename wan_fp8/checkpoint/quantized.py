@@ -1,0 +1,194 @@
+"""How a file stores quantised weights, in every convention in use, reduced to one rule: w = stored * scale.
+
+| storage | marker | scale |
+| --- | --- | --- |
+| ``fp8`` | none | none (1) |
+| ``scaled_fp8`` | tensor ``scaled_fp8``, or scales alone | ``X.scale_weight`` or ``X.weight_scale`` scalar |
+| ``comfy_quant`` | uint8 tensor ``X.comfy_quant`` holding JSON | ``X.weight_scale`` scalar |
+| ``quantization_metadata`` | file metadata ``_quantization_metadata`` | ``X.weight_scale`` scalar |
+| ``lightx2v_fp8``, ``lightx2v_int8`` | none | ``X.weight_scale`` [rows, 1] |
+
+Source: ComfyUI ``comfy/ops.py``, ``comfy/model_detection.py``; LightX2V ``lightx2v/common/ops/mm``.
+"""
+
+from __future__ import annotations
+
+import json
+from collections import Counter
+from collections.abc import Iterable
+from dataclasses import dataclass, field
+from enum import StrEnum
+
+import torch
+from torch import Tensor
+
+from ..errors import CheckpointError
+from .tensors import FP8_DTYPES, TensorInfo, TensorSource
+
+MARKER = "scaled_fp8"
+_SCALES = (".scale_weight", ".weight_scale")
+_INPUT_SCALES = (".scale_input", ".input_scale")
+_COMFY = ".comfy_quant"
+_METADATA = "_quantization_metadata"
+_KNOWN_FORMATS = ("float8_e4m3fn", "float8_e5m2")
+_FOREIGN_SUFFIXES = {
+    ".weight_scale_2": "nvfp4",
+    ".weight.absmax": "bitsandbytes 4-bit",
+    ".weight.quant_map": "bitsandbytes 4-bit",
+    ".SCB": "bitsandbytes int8",
+    ".qweight": "a packed int4 format (GPTQ, AWQ or SVDQuant)",
+    ".wscales": "SVDQuant int4 (nunchaku)",
+}
+_STORED_NAMES = {torch.float32: "fp32", torch.bfloat16: "bf16", torch.float16: "fp16", torch.float64: "fp64"}
+
+
+class Storage(StrEnum):
+    """How the bulk of the weights is stored."""
+
+    FP32 = "fp32"
+    BF16 = "bf16"
+    FP16 = "fp16"
+    FP64 = "fp64"
+    FP8 = "fp8"
+    SCALED_FP8 = "scaled_fp8"
+    COMFY_QUANT = "comfy_quant"
+    QUANTIZATION_METADATA = "quantization_metadata"
+    LIGHTX2V_FP8 = "lightx2v_fp8"
+    LIGHTX2V_INT8 = "lightx2v_int8"
+    UNSUPPORTED = "unsupported"
+
+
+@dataclass(frozen=True, slots=True)
+class Quantization:
+    """What of a source's tensors is weights, what is scales, and what is neither."""
+
+    storage: Storage
+    scales: dict[str, str] = field(default_factory=dict)
+    """Weight name -> name of its scale tensor. A weight without an entry has scale 1."""
+    extras: frozenset[str] = frozenset()
+    """Scales, activation scales and markers: everything that is no parameter."""
+    unsupported: str | None = None
+    """The format that cannot be read, as users know it."""
+
+    def require_readable(self, label: str) -> None:
+        """CheckpointError naming the format when this package cannot read it."""
+        if self.unsupported is not None:
+            raise CheckpointError(
+                f"{label} stores its weights as {self.unsupported}; this loader takes bf16, fp16, fp32, FP8 (plain, "
+                "scaled_fp8, comfy_quant) and LightX2V fp8/int8: use one of those files of the same model"
+            )
+
+
+def read_quantization(source: TensorSource, names: Iterable[str], prefix: str = "") -> Quantization:
+    """Find scales and markers among ``names`` (a part of the source's, all beginning with ``prefix``).
+
+    Reads the JSON tensors of ``comfy_quant``, and no weight.
+    """
+    names = list(names)
+    present = set(names)
+    scales, extras = {}, set()
+    for name in names:
+        if name == prefix + MARKER or name.endswith((_COMFY, *_INPUT_SCALES)):
+            extras.add(name)
+        for suffix in _SCALES:
+            weight = name.removesuffix(suffix) + ".weight"
+            if name.endswith(suffix) and weight in present:
+                scales[weight] = name
+                extras.add(name)
+    storage, unsupported = _storage(source, names, prefix, scales)
+    return Quantization(storage, scales, frozenset(extras), unsupported)
+
+
+def _storage(
+    source: TensorSource, names: list[str], prefix: str, scales: dict[str, str]
+) -> tuple[Storage, str | None]:
+    foreign = next((what for name in names for end, what in _FOREIGN_SUFFIXES.items() if name.endswith(end)), None)
+    declared, formats = _declared(source, names, prefix)
+    unknown = sorted(formats.difference(_KNOWN_FORMATS))
+    if unknown or foreign:
+        return Storage.UNSUPPORTED, ", ".join(unknown) or foreign
+    bulk = _bulk(source, names, prefix)
+    odd = _odd_scale(source, scales)
+    if odd is not None:
+        return Storage.UNSUPPORTED, odd
+    if declared is not None:
+        return declared, None
+    if bulk.dtype is torch.int8:
+        return (Storage.LIGHTX2V_INT8, None) if scales else (Storage.UNSUPPORTED, "int8 without scales")
+    if bulk.dtype in FP8_DTYPES:
+        rows = any(len(source.info(name).shape) == 2 and source.info(name).shape[0] > 1 for name in scales.values())
+        return (Storage.LIGHTX2V_FP8 if rows else Storage.SCALED_FP8 if scales else Storage.FP8), None
+    if bulk.dtype is None or bulk.dtype not in _STORED_NAMES:
+        return Storage.UNSUPPORTED, bulk.stored.lower()
+    return Storage(_STORED_NAMES[bulk.dtype]), None
+
+
+def _declared(source: TensorSource, names: list[str], prefix: str) -> tuple[Storage | None, set[str]]:
+    """The convention that the file names itself, and the formats of its layers."""
+    markers = [name for name in names if name.endswith(_COMFY)]
+    if markers:
+        return Storage.COMFY_QUANT, {_layer_format(source, name) for name in markers}
+    if _METADATA in source.metadata:
+        return Storage.QUANTIZATION_METADATA, _metadata_formats(source)
+    return (Storage.SCALED_FP8 if prefix + MARKER in names else None), set()
+
+
+def _layer_format(source: TensorSource, name: str) -> str:
+    info = source.info(name)
+    if info.dtype is not torch.uint8 or info.nbytes > 1 << 16:
+        raise CheckpointError(f"{source.label}: {name} is {info.stored} {list(info.shape)}, not a short JSON text")
+    return _format_of(source.label, name, bytes(source.read(name).flatten().tolist()).decode("utf-8", "replace"))
+
+
+def _format_of(label: str, name: str, text: str) -> str:
+    try:
+        config = json.loads(text)
+        return str(config["format"] if isinstance(config, dict) else config)
+    except (ValueError, KeyError, RecursionError):
+        raise CheckpointError(f"{label}: {name} does not name a quantisation format; download the file again") from None
+
+
+def _metadata_formats(source: TensorSource) -> set[str]:
+    try:
+        layers = json.loads(source.metadata[_METADATA])["layers"]
+        return {str(conf["format"] if isinstance(conf, dict) else conf) for conf in layers.values()}
+    except (ValueError, KeyError, TypeError, AttributeError, RecursionError):
+        raise CheckpointError(
+            f"{source.label} has quantisation metadata without layer formats; download the file again"
+        ) from None
+
+
+def _bulk(source: TensorSource, names: list[str], prefix: str) -> TensorInfo:
+    """The type that holds most matrix elements (of all tensors where there is no matrix)."""
+    counts: Counter[str] = Counter()
+    example: dict[str, TensorInfo] = {}
+    for name in names:
+        info = source.info(name)
+        elements = 1
+        for length in info.shape:
+            elements *= length
+        if name != prefix + MARKER and not name.endswith(_COMFY):
+            counts[info.stored] += elements * (1000 if len(info.shape) >= 2 else 1)
+            example[info.stored] = info
+    return example[counts.most_common(1)[0][0]] if counts else TensorInfo((), torch.float32, "F32", 0)
+
+
+def _odd_scale(source: TensorSource, scales: dict[str, str]) -> str | None:
+    """The name of a format whose scales are neither one number nor one per row; None when all are."""
+    for weight, name in scales.items():
+        scale, rows = source.info(name), (source.info(weight).shape or (1,))[0]
+        if scale.shape in ((), (1,), (1, 1), (rows,), (rows, 1)) and scale.dtype in _STORED_NAMES:
+            continue
+        if source.info(weight).dtype not in (*FP8_DTYPES, torch.int8):
+            return "nvfp4" if scale.dtype in FP8_DTYPES else "a packed 4-bit format"
+        return "mxfp8" if scale.stored in ("U8", "F8_E8M0", "uint8") else f"block-scaled {scale.stored.lower()}"
+    return None
+
+
+def read_scale(source: TensorSource, weight: str, quantization: Quantization) -> Tensor | None:
+    """The fp32 scale of a stored weight: a scalar, or [rows, 1]; None where it has none (scale 1)."""
+    name = quantization.scales.get(weight)
+    if name is None:
+        return None
+    scale = source.read(name, torch.float32)
+    return scale.reshape(()).clone() if scale.numel() == 1 else scale.reshape(-1, 1).clone()
