@@ -18,7 +18,7 @@ from torch import Tensor
 from wan_fp8.errors import CheckpointError, InputError
 from wan_fp8.models.text_encoder import TextEncoder, load_text_encoder
 from wan_fp8.models.tokenizer import clean_prompt, cut_ids, find_tokenizer, load_tokenizer
-from wan_fp8.models.umt5 import quantize_rows
+from wan_fp8.models.umt5 import build_umt5, normalized_names, quantize_rows, spec_of
 
 PACK = Path(__file__).resolve().parents[2]
 VOCAB, WIDTH, HEADS, HEAD_DIM, FFN, LAYERS = 60, 48, 3, 8, 40, 3
@@ -294,6 +294,13 @@ def test_the_source_is_not_changed() -> None:
     load_text_encoder(sd, dtype=torch.float8_e4m3fn).encode_ids(ids_and_mask()[0])
     assert sd.keys() == before.keys()
     assert all(torch.equal(sd[key], before[key]) for key in sd)
+
+
+def test_weights_are_given_back_while_they_are_converted() -> None:
+    """Loading in another type never holds all weights twice: each stored tensor goes once its converted copy exists."""
+    tensors = normalized_names(official_state_dict())
+    build_umt5(tensors, spec_of(tensors), storage_dtype=torch.bfloat16, compute_dtype=torch.bfloat16, device="cpu")
+    assert tensors == {}
 
 
 def test_the_embedding_table_exists_once(encoder: TextEncoder) -> None:

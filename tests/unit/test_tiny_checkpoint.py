@@ -236,11 +236,11 @@ def test_text_encoder_is_the_same_in_every_layout(made: Any) -> None:
     from transformers import UMT5EncoderModel
 
     official, diffusers, comfy = (made("t2v", layout) for layout in ("official", "diffusers", "comfy"))
-    first = load_text_encoder(
-        torch.load(official / "models_t5_umt5-xxl-enc-bf16.pth", weights_only=True),
-        tokenizer=official / "google" / "umt5-xxl",
-    )
-    third = load_text_encoder(load_file(comfy / "text_encoders" / "umt5_xxl_tiny.safetensors"))
+    first = load_text_encoder(official)
+    third = load_text_encoder(comfy / "text_encoders" / "umt5_xxl_tiny.safetensors")
+    for source in (official, official / "models_t5_umt5-xxl-enc-bf16.pth", diffusers, diffusers / "text_encoder"):
+        found = load_text_encoder(source)  # with the tokenizer that lies beside it
+        assert torch.equal(found.encode("a cat"), third.encode("a cat")), source
     prompt = "Two cats box on a stage, 两只猫 🐈"
     assert first.tokenize(prompt) == third.tokenize(prompt)
     rows = first.encode_prompt(prompt)

@@ -155,7 +155,7 @@ def spec_of(tensors: Mapping[str, Tensor]) -> UMT5Spec:
 
 
 def build_umt5(
-    tensors: Mapping[str, Tensor],
+    tensors: dict[str, Tensor],
     spec: UMT5Spec,
     *,
     storage_dtype: torch.dtype,
@@ -165,7 +165,7 @@ def build_umt5(
     """transformers' ``UMT5EncoderModel`` holding ``tensors``, in eval mode, without gradients.
 
     Args:
-        tensors: As ``normalized_names`` returns them.
+        tensors: As ``normalized_names`` returns them; emptied on the way, so that the weights never exist twice.
         spec: As ``spec_of`` returns it.
         storage_dtype: Of the linears: a float type, or float8_e4m3fn.
         compute_dtype: Of everything else, and of the activations.
@@ -217,14 +217,13 @@ def _skeleton(spec: UMT5Spec, *, fp8: bool) -> nn.Module:
 
 
 def _converted(
-    tensors: Mapping[str, Tensor], *, fp8: bool, dtype: torch.dtype, device: Any
+    tensors: dict[str, Tensor], *, fp8: bool, dtype: torch.dtype, device: Any
 ) -> Iterator[tuple[str, Tensor]]:
-    """Each tensor under its final name, in its final type, on its final device."""
-    for name, tensor in tensors.items():
-        if name.endswith(".weight_scale"):
-            continue
-        module = name.removesuffix(".weight")
-        scale = tensors.get(f"{module}.weight_scale")
+    """Each tensor under its final name, in its final type, on its final device; taken out of ``tensors``."""
+    scales = {name: tensors.pop(name) for name in list(tensors) if name.endswith(".weight_scale")}
+    for name in list(tensors):
+        tensor, module = tensors.pop(name), name.removesuffix(".weight")
+        scale = scales.get(f"{module}.weight_scale")
         if fp8 and re.search(r"\.(SelfAttention|DenseReluDense)\.(q|k|v|o|wi_0|wi_1|wo)$", module):
             qdata, row_scale = quantize_rows(tensor.to(device), scale)
             yield f"{module}.qdata", qdata
