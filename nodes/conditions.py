@@ -78,7 +78,7 @@ def stretch_warning(image: Tensor, width: int, height: int) -> str | None:
 
 def check_vae(vae: Any, task: Task) -> None:
     """Raise InputError if ``vae`` makes latents of another kind than the task's model takes."""
-    wanted, got = sampling.LAYOUTS[task].channels, getattr(require(vae), "latent_channels", None)
+    wanted, got = sampling.LAYOUTS[task].channels, int(getattr(require(vae), "latent_channels", 0))
     if got != wanted:
         names = {16: "Wan 2.1 VAE", 48: "Wan 2.2 VAE"}
         raise InputError(

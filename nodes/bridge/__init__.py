@@ -8,6 +8,7 @@ from __future__ import annotations
 from .build import build_model_patcher
 from .fork import fork, hosted, is_hosted, spec_of
 from .hosted_model import HostSettings
+from .lora import WithLora, load_lora
 from .residency import make_resident, manage
 from .sampling import (
     Stage,
@@ -21,17 +22,20 @@ from .sampling import (
     with_timesteps,
 )
 from .settings import settings_of, with_settings
-from .vae import check_vae_matches, load_vae, vae_version
+from .vae import check_vae_matches, lazy_vae, load_vae, vae_version
 
 __all__ = [
     "HostSettings",
     "Stage",
+    "WithLora",
     "build_model_patcher",
     "check_vae_matches",
     "core_sigmas",
     "fork",
     "hosted",
     "is_hosted",
+    "lazy_vae",
+    "load_lora",
     "load_vae",
     "make_resident",
     "make_sampler",

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from typing import Any
 
 import comfy.ldm.wan.vae2_2
@@ -38,6 +38,36 @@ def load_vae(weights: Mapping[str, Tensor], *, dtype: torch.dtype | None = None)
             f"the VAE file is incomplete: {len(missing)} weights are missing, {missing[0]!r} for one; download it again"
         )
     return vae
+
+
+def lazy_vae(read: Callable[[], Mapping[str, Tensor]], *, dtype: torch.dtype | None = None) -> Any:
+    """A core VAE whose weights are read when something first asks it for anything.
+
+    Args:
+        read: Gives the weights under the official names; called once.
+        dtype: As for ``load_vae``.
+    """
+    return _LazyVAE(read, dtype)
+
+
+class _LazyVAE(comfy.sd.VAE):
+    """Has no attribute of its own until the first one is asked for; then it is what ``load_vae`` makes."""
+
+    def __init__(self, read: Callable[[], Mapping[str, Tensor]], dtype: torch.dtype | None) -> None:
+        self.__dict__["_pending"] = (read, dtype)
+
+    def __getattr__(self, name: str) -> Any:
+        if name.startswith("__") or "_pending" not in self.__dict__:
+            raise AttributeError(f"{type(self).__name__} has no attribute {name!r}")
+        read, dtype = self.__dict__["_pending"]
+        loaded = load_vae(read(), dtype=dtype)
+        self.__dict__.update(loaded.__dict__)
+        del self.__dict__["_pending"]
+        return getattr(self, name)
+
+    def get_ram_usage(self) -> int:
+        """Asked by core of everything that it caches, which is no reason to load."""
+        return 0 if "_pending" in self.__dict__ else super().get_ram_usage()
 
 
 def vae_version(vae: Any) -> str:

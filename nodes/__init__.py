@@ -1,0 +1,37 @@
+"""The extension that ComfyUI loads, and the list of its nodes.
+
+Node ids and inputs are saved in users' workflows: they never change.
+"""
+
+from __future__ import annotations
+
+from comfy_api.latest import ComfyExtension, io
+
+from .loaders import WanFP8LoadCheckpoint
+from .samplers import WanFP8SampleI2V, WanFP8SampleT2V, WanFP8SampleTI2V
+from .schedules import WanFP8Sigmas, WanFP8Solver
+from .sources import register_model_folder
+from .text import WanFP8TextEncode
+
+NODES: list[type[io.ComfyNode]] = [
+    WanFP8LoadCheckpoint,
+    WanFP8TextEncode,
+    WanFP8SampleT2V,
+    WanFP8SampleI2V,
+    WanFP8SampleTI2V,
+    WanFP8Sigmas,
+    WanFP8Solver,
+]
+
+
+class WanFP8Extension(ComfyExtension):
+    """Everything that this pack adds to ComfyUI."""
+
+    async def get_node_list(self) -> list[type[io.ComfyNode]]:
+        return NODES
+
+
+async def comfy_entrypoint() -> ComfyExtension:
+    """Called once by ComfyUI when it loads the pack."""
+    register_model_folder()
+    return WanFP8Extension()
