@@ -62,7 +62,8 @@ def device_name(device: str = "cpu") -> str:
 
 def write_results(path: str | Path, rows: list[dict[str, Any]], device: str = "cpu") -> None:
     """Write ``{"device", "versions", "date", "command", "rows"}``; the command is this script's own line."""
-    command = " ".join(["python", Path(sys.argv[0]).resolve().relative_to(ROOT).as_posix(), *sys.argv[1:]])
+    arguments = [Path(a).name if Path(a).is_absolute() else a for a in sys.argv[1:]]  # no path of one machine
+    command = " ".join(["python", Path(sys.argv[0]).resolve().relative_to(ROOT).as_posix(), *arguments])
     result = {
         "device": device_name(device),
         "versions": versions(),
