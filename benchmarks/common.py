@@ -18,6 +18,8 @@ RESULTS = ROOT / "benchmarks" / "results"
 if str(ROOT) not in sys.path:  # scripts run from a clone; the pack is not an installed package
     sys.path.insert(0, str(ROOT))
 
+_ARGUMENTS = sys.argv[1:]  # as given: a script may have to hide them from a library that parses the command line
+
 _PACKAGES = (
     "torch",
     "triton",
@@ -62,7 +64,7 @@ def device_name(device: str = "cpu") -> str:
 
 def write_results(path: str | Path, rows: list[dict[str, Any]], device: str = "cpu") -> None:
     """Write ``{"device", "versions", "date", "command", "rows"}``; the command is this script's own line."""
-    arguments = [Path(a).name if Path(a).is_absolute() else a for a in sys.argv[1:]]  # no path of one machine
+    arguments = [Path(a).name if Path(a).is_absolute() else a for a in _ARGUMENTS]  # no path of one machine
     command = " ".join(["python", Path(sys.argv[0]).resolve().relative_to(ROOT).as_posix(), *arguments])
     result = {
         "device": device_name(device),

@@ -2,7 +2,8 @@
 
     python benchmarks/dit.py --model i2v-A14B --size 1280x720 --frames 81 --layers 3,6 --attention fa3 --json out.json
 
-Time per block is the difference between two layer counts. ``floor_ms`` is the sum, for one block, of the fastest of
+Time per block is the difference between two layer counts, run in turn. ``floor_ms`` is the sum, for one block, of the
+fastest of
 five runs of every GEMM
 and attention call by itself plus the bytes that fused passes must move over the copy bandwidth of the same run; every
 term is printed.
@@ -14,6 +15,7 @@ from __future__ import annotations
 import dataclasses
 import itertools
 import math
+import statistics
 from collections import defaultdict
 from typing import Annotated
 
@@ -199,17 +201,19 @@ def measure(
         return model(x, timestep, context)
 
     cuda = device.startswith("cuda")
-    times = {}
-    for count in layers:
-        model.blocks = every_block[:count]
-        model.clear_text_cache()
-        if cuda:
-            torch.cuda.reset_peak_memory_stats()
-        times[count] = common.median_ms(forward, device)
+    rounds = 7 if tokens > 40_000 else 15
+    times: dict[int, list[float]] = {count: [] for count in layers}
+    if cuda:
+        torch.cuda.reset_peak_memory_stats()
+    for round_ in range(rounds):  # in turn, so that a warming GPU slows both counts alike
+        for count in layers:
+            model.blocks = every_block[:count]
+            times[count] += common.milliseconds(forward, device, repeats=1, warmup=2 if round_ == 0 else 1)
     peak_gib = torch.cuda.max_memory_allocated() / 2**30 if cuda else None
     weights_gib = sum(p.numel() * p.element_size() for p in model.parameters()) / 2**30
-    layer_ms = (times[layers[1]] - times[layers[0]]) / (layers[1] - layers[0])
-    fixed_ms = times[layers[0]] - layers[0] * layer_ms
+    medians = {count: statistics.median(values) for count, values in times.items()}
+    layer_ms = (medians[layers[1]] - medians[layers[0]]) / (layers[1] - layers[0])
+    fixed_ms = medians[layers[0]] - layers[0] * layer_ms
     model.blocks = every_block[: layers[0]]
     used = kernels_used(forward, device)
     resolution = next(m for m in model.modules() if isinstance(m, AttentionCore)).resolve(

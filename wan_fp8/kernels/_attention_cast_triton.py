@@ -14,7 +14,13 @@ from torch import Tensor
 E4M3_MAX = tl.constexpr(448.0)
 TINY = tl.constexpr(1e-12)
 ROWS = 512
-TILE = 32
+"""Tokens that one program of the statistics pass reduces."""
+TILE = 8
+COLUMNS = 1024
+"""Tokens and channels held in registers at a time: 16 KB in flight a program."""
+REDUCE_TILE = 32
+CAST_ROWS = 8
+"""Tokens that one program casts with one reading of the means and scales."""
 
 
 @triton.jit
@@ -26,21 +32,22 @@ def _statistics_kernel(
     sample."""
     chunk, batch = tl.program_id(0), tl.program_id(2)
     columns = tl.program_id(1) * COLUMNS + tl.arange(0, COLUMNS)
-    total = tl.zeros((COLUMNS,), dtype=tl.float32)
-    low = tl.full((COLUMNS,), float("inf"), dtype=tl.float32)
-    high = tl.full((COLUMNS,), float("-inf"), dtype=tl.float32)
+    in_row = columns < dim
+    total = tl.zeros((TILE, COLUMNS), dtype=tl.float32)
+    low = tl.full((TILE, COLUMNS), float("inf"), dtype=tl.float32)
+    high = tl.full((TILE, COLUMNS), float("-inf"), dtype=tl.float32)
     base = x_ptr + batch.to(tl.int64) * stride_b + columns[None, :]
-    for start in range(0, ROWS, TILE):
+    for start in range(0, ROWS, TILE):  # reduced over the tile only once, at the end
         rows = chunk * ROWS + start + tl.arange(0, TILE)
-        inside = (rows < tokens)[:, None] & (columns < dim)[None, :]
+        inside = (rows < tokens)[:, None] & in_row[None, :]
         x = tl.load(base + rows.to(tl.int64)[:, None] * stride_s, mask=inside, other=0.0).to(tl.float32)
-        total += tl.sum(x, axis=0)
-        low = tl.minimum(low, tl.min(tl.where(inside, x, float("inf")), axis=0))
-        high = tl.maximum(high, tl.max(tl.where(inside, x, float("-inf")), axis=0))
+        total += x
+        low = tl.minimum(low, tl.where(inside, x, float("inf")))
+        high = tl.maximum(high, tl.where(inside, x, float("-inf")))
     out = (batch * tl.num_programs(0) + chunk).to(tl.int64) * dim + columns
-    tl.store(sum_ptr + out, total, mask=columns < dim)
-    tl.store(low_ptr + out, low, mask=columns < dim)
-    tl.store(high_ptr + out, high, mask=columns < dim)
+    tl.store(sum_ptr + out, tl.sum(total, axis=0), mask=in_row)
+    tl.store(low_ptr + out, tl.min(low, axis=0), mask=in_row)
+    tl.store(high_ptr + out, tl.max(high, axis=0), mask=in_row)
 
 
 @triton.jit
@@ -70,18 +77,22 @@ def _reduce_kernel(
 @triton.jit
 def _cast_kernel(
     x_ptr, mean_ptr, scale_ptr, out_ptr, tokens, stride_b, stride_s, dim, heads,
-    WIDTH: tl.constexpr, BLOCK: tl.constexpr,
+    WIDTH: tl.constexpr, BLOCK: tl.constexpr, ROWS: tl.constexpr,
 ):  # fmt: skip
-    """One token: subtract the mean, divide by the head's scale, clamp, cast."""
-    token, batch = tl.program_id(0), tl.program_id(1)
+    """A few tokens: subtract the mean, divide by the head's scale, clamp, cast."""
+    first, batch = tl.program_id(0) * ROWS, tl.program_id(1)
     columns = tl.arange(0, BLOCK)
-    inside = columns < dim
-    x = tl.load(x_ptr + batch.to(tl.int64) * stride_b + token.to(tl.int64) * stride_s + columns, mask=inside, other=0.0)
-    mean = tl.load(mean_ptr + batch * dim + columns, mask=inside, other=0.0)
-    scale = tl.load(scale_ptr + batch * heads + columns // WIDTH, mask=inside, other=1.0)
-    value = tl.clamp((x.to(tl.float32) - mean) / scale, -E4M3_MAX, E4M3_MAX)
-    out = (batch * tokens + token).to(tl.int64) * dim + columns
-    tl.store(out_ptr + out, value.to(tl.float8e4nv), mask=inside)
+    in_row = columns < dim
+    mean = tl.load(mean_ptr + batch * dim + columns, mask=in_row, other=0.0)
+    inverse = 1.0 / tl.load(scale_ptr + batch * heads + columns // WIDTH, mask=in_row, other=1.0)
+    for row in range(0, ROWS):
+        token = first + row
+        inside = in_row & (token < tokens)
+        place = batch.to(tl.int64) * stride_b + token.to(tl.int64) * stride_s + columns
+        x = tl.load(x_ptr + place, mask=inside, other=0.0).to(tl.float32)
+        value = tl.clamp((x - mean) * inverse, -E4M3_MAX, E4M3_MAX)
+        out = (batch * tokens + token).to(tl.int64) * dim + columns
+        tl.store(out_ptr + out, value.to(tl.float8e4nv), mask=inside)
 
 
 @triton.jit
@@ -107,14 +118,14 @@ def statistics(x_BSNE: Tensor, smooth: bool) -> tuple[Tensor, Tensor]:
     dim = heads * width
     chunks = triton.cdiv(tokens, ROWS)
     partial = [torch.empty(batch, chunks, dim, device=x_BSNE.device, dtype=torch.float32) for _ in range(3)]
-    columns = 256
+    columns = min(COLUMNS, triton.next_power_of_2(dim))
     _statistics_kernel[(chunks, triton.cdiv(dim, columns), batch)](
-        x_BSNE, *partial, tokens, *_strides(x_BSNE), dim, ROWS=ROWS, TILE=TILE, COLUMNS=columns, num_warps=4
+        x_BSNE, *partial, tokens, *_strides(x_BSNE), dim, ROWS=ROWS, TILE=TILE, COLUMNS=columns, num_warps=8
     )
     mean = torch.empty(batch, dim, device=x_BSNE.device, dtype=torch.float32)
     scale = torch.empty(batch, heads, device=x_BSNE.device, dtype=torch.float32)
     _reduce_kernel[(heads, batch)](
-        *partial, mean, scale, tokens, dim, CHUNKS=chunks, SMOOTH=smooth, WIDTH=width, TILE=TILE, num_warps=4
+        *partial, mean, scale, tokens, dim, CHUNKS=chunks, SMOOTH=smooth, WIDTH=width, TILE=REDUCE_TILE, num_warps=4
     )
     return mean, scale
 
@@ -124,9 +135,9 @@ def cast(x_BSNE: Tensor, mean: Tensor, scale: Tensor) -> Tensor:
     batch, tokens, heads, width = x_BSNE.shape
     out = torch.empty(x_BSNE.shape, device=x_BSNE.device, dtype=torch.float8_e4m3fn)
     block = triton.next_power_of_2(heads * width)
-    _cast_kernel[(tokens, batch)](
+    _cast_kernel[(triton.cdiv(tokens, CAST_ROWS), batch)](
         x_BSNE, mean, scale, out, tokens, *_strides(x_BSNE), heads * width, heads,
-        WIDTH=width, BLOCK=block, num_warps=min(8, max(1, block // 1024)),
+        WIDTH=width, BLOCK=block, ROWS=CAST_ROWS, num_warps=min(8, max(1, block // 1024)),
     )  # fmt: skip
     return out
 

@@ -18,8 +18,6 @@ from torch import Tensor
 
 E4M3_MAX = 448.0
 TINY = 1e-12
-ROWS = 512
-"""Tokens that one program of the statistics pass reduces."""
 
 
 @dataclass(frozen=True, slots=True)
