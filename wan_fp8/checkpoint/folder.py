@@ -102,7 +102,7 @@ def _official_pair(folder: Path) -> CheckpointFolder:
     config = _config(next(iter(found.values())))
     task = config_task(config)
     if len(found) == 1:
-        (expert, present), = found.items()
+        ((expert, present),) = found.items()
         absent = EXPERT_FOLDERS[LOW_NOISE if expert == HIGH_NOISE else HIGH_NOISE]
         model = f"{task.upper()}-A14B" if task else "this model"
         raise CheckpointError(

@@ -99,9 +99,7 @@ def read_quantization(source: TensorSource, names: Iterable[str], prefix: str = 
     return Quantization(storage, scales, frozenset(extras), unsupported)
 
 
-def _storage(
-    source: TensorSource, names: list[str], prefix: str, scales: dict[str, str]
-) -> tuple[Storage, str | None]:
+def _storage(source: TensorSource, names: list[str], prefix: str, scales: dict[str, str]) -> tuple[Storage, str | None]:
     foreign = next((what for name in names for end, what in _FOREIGN_SUFFIXES.items() if name.endswith(end)), None)
     declared, formats = _declared(source, names, prefix)
     unknown = sorted(formats.difference(_KNOWN_FORMATS))

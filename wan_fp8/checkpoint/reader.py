@@ -105,9 +105,7 @@ def _merged(
     return tensors, metadata
 
 
-def open_source(
-    source: str | Path | Mapping[str, Tensor] | TensorSource, *, map_files: bool = True
-) -> TensorSource:
+def open_source(source: str | Path | Mapping[str, Tensor] | TensorSource, *, map_files: bool = True) -> TensorSource:
     """Open a weight file, a folder of shards, or a state dict, without reading a weight.
 
     Raises:

@@ -51,9 +51,7 @@ PARTS = (
         ("feature_extractor.conv_layers.0.conv.weight", "encoder.layer_norm.bias"),
         Kind.AUDIO_ENCODER,
     ),
-    Signature(
-        "a Whisper audio encoder", ("encoder.conv1.weight", "encoder.embed_positions.weight"), Kind.OTHER
-    ),
+    Signature("a Whisper audio encoder", ("encoder.conv1.weight", "encoder.embed_positions.weight"), Kind.OTHER),
 )
 """Encoders that stand beside a Wan transformer."""
 

@@ -147,9 +147,7 @@ class DictSource(TensorSource):
         self._values = {}
 
 
-def convert(
-    value: Tensor, dtype: torch.dtype | None, device: torch.device | str, scale: Tensor | None
-) -> Tensor:
+def convert(value: Tensor, dtype: torch.dtype | None, device: torch.device | str, scale: Tensor | None) -> Tensor:
     """``value * scale`` in fp32, rounded once to ``dtype``, on ``device``. The bytes travel in their stored type."""
     value = value.to(device)
     if scale is None:

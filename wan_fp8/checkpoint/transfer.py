@@ -181,9 +181,7 @@ def _pieces(first: int, last: int, row: int, piece: int = PIECE) -> range:
     return range(first, last, piece if row == 1 else max(1, piece // row) * row)
 
 
-def _cast_fill(
-    file: FileBytes, offset: int, flat: Tensor, stored: torch.dtype, scale: Tensor | None, row: int
-) -> Fill:
+def _cast_fill(file: FileBytes, offset: int, flat: Tensor, stored: torch.dtype, scale: Tensor | None, row: int) -> Fill:
     """Through torch's own casts, a piece at a time."""
     factor, row = _scale_rows(scale, row)
 
