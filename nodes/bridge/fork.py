@@ -20,6 +20,7 @@ import comfy.patcher_extension
 import torch
 from torch import Tensor, nn
 
+from ...wan_fp8 import kernels
 from ...wan_fp8.errors import UnsupportedPatchError
 from ...wan_fp8.models.layers import HIGH_PRECISION
 from ...wan_fp8.models.specs import ModelSpec
@@ -268,7 +269,10 @@ def _make_shell_class(base: Any) -> type:
         del cond_shapes
         compute = self.manual_cast_dtype or self.get_dtype()
         compute = compute if compute in HIGH_PRECISION else torch.bfloat16
-        return activation_bytes(self.diffusion_model.spec, input_shape, compute)
+        patcher, net = self.current_patcher, self.diffusion_model
+        device = comfy.model_management.get_torch_device() if patcher is None else torch.device(patcher.load_device)
+        fused = net.fused_kernels != "eager" and kernels.refusal(device, compute) is None
+        return activation_bytes(net.spec, input_shape, compute, fused=fused)
 
     def state_dict_for_saving(self: Any, *args: Any, **kwargs: Any) -> dict[str, Tensor]:
         saved = base.state_dict_for_saving(self, *args, **kwargs)

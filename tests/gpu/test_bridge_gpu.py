@@ -40,7 +40,7 @@ def core():
 
 @pytest.fixture(autouse=True)
 def inference():
-    torch.backends.cuda.matmul.allow_tf32 = False
+    torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = False
     with torch.inference_mode():
         yield
     kit.unload_everything()
@@ -80,12 +80,13 @@ def fp8():
 
 
 def test_fork_gives_cores_latents_within_bf16_noise():
-    exact = kit.ksample(kit.core_model())
+    exact = kit.ksample(kit.core_model(model_options={"dtype": torch.float32}))
     core = kit.core_model(model_options={"dtype": torch.bfloat16})
     theirs, ours = kit.ksample(core), kit.ksample(kit.bridge().fork(core))
     assert kit.distance(ours, theirs) < 3e-2
     assert kit.distance(ours, exact) < 1.2 * kit.distance(theirs, exact)
-    assert kit.distance(kit.ksample(kit.bridge().fork(kit.core_model())), exact) < 1e-4
+    single = kit.bridge().fork(kit.core_model(model_options={"dtype": torch.float32}))
+    assert kit.distance(kit.ksample(single), exact) < 1e-4
 
 
 @pytest.mark.parametrize("make", [own, fp8])
@@ -174,4 +175,4 @@ def test_memory_estimate_against_the_peak():
     told = memory.activation_bytes(spec, shape, torch.bfloat16)
     print(f"peak {peak / 2**30:.2f} GiB, estimate {told / 2**30:.2f} GiB")
     model.unpatch_model(torch.device("cpu"))
-    assert peak <= told <= 1.7 * peak
+    assert peak <= told <= 1.4 * peak
