@@ -246,12 +246,13 @@ class WanModel(nn.Module):
         self, positions: Tensor | None, grid: tuple[int, int, int], options: RopeOptions | None, device: torch.device
     ) -> tuple[Tensor, Tensor]:
         dtype = self.high_dtype
+        build_on = device if device.type == "cuda" else torch.device("cpu")  # fp64 is not to be had everywhere
         if positions is not None:
-            cos, sin = wan.rope_table(positions, self.spec.head_dim, dtype)
+            cos, sin = wan.rope_table(positions.to(build_on), self.spec.head_dim, dtype)
             return cos.to(device), sin.to(device)
         key = (grid, options, device, dtype)
         if key not in self._rope_cache:
-            cos, sin = wan.rope_table(wan.grid_positions(grid, options), self.spec.head_dim, dtype)
+            cos, sin = wan.rope_table(wan.grid_positions(grid, options).to(build_on), self.spec.head_dim, dtype)
             self._rope_cache[key] = (cos.to(device), sin.to(device))
             while len(self._rope_cache) > MAX_CACHED_ROPE_TABLES:
                 self._rope_cache.popitem(last=False)
