@@ -173,7 +173,7 @@ def _inputs() -> list[io.Input]:
             options=list(VAE_DTYPES),
             default=AUTO_DTYPE,
             tooltip="What the VAE computes in. Default auto: ComfyUI's choice for this GPU, usually bf16. fp32 is "
-            "what the published code uses: twice the memory and time, slightly cleaner gradients.",
+            "what the published code uses, at twice the memory.",
         ),
     ]
 

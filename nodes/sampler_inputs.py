@@ -24,6 +24,16 @@ CONFIG_FILES = {
     Task.TI2V: "wan/configs/wan_ti2v_5B.py",
 }
 """Where the published defaults come from (Wan-Video/Wan2.2); named in tooltips."""
+SIZE_SOURCES = {
+    Task.T2V: "--size of generate.py",
+    Task.I2V: "--size of generate.py",
+    Task.TI2V: "SUPPORTED_SIZES in wan/configs/__init__.py",
+}
+FRAME_SOURCES = {
+    Task.T2V: "wan/configs/shared_config.py",
+    Task.I2V: "wan/configs/shared_config.py",
+    Task.TI2V: CONFIG_FILES[Task.TI2V],
+}
 
 
 def scheduler_names() -> list[str]:
@@ -65,7 +75,7 @@ def low_noise_input() -> io.Input:
 def size_inputs(task: Task, *, when: str = "") -> list[io.Input]:
     """Width, height and length in pixels and frames."""
     (width, height), multiple = DEFAULTS[task].sizes[0], LAYOUTS[task].multiple
-    source = f"Default {width} x {height}: the published one ({CONFIG_FILES[task]})."
+    source = f"Default {width} x {height}: the published one ({SIZE_SOURCES[task]})."
     cost = "Time grows faster than the pixel count, because attention compares all pairs of tokens."
     common = {"min": multiple, "max": MAX_SIZE, "step": multiple}
     return [
@@ -87,7 +97,7 @@ def length_input(task: Task) -> io.Input:
         max=MAX_FRAMES,
         step=4,
         tooltip=f"Frames, 4n + 1 (1, 5, 9, ... 81, ...). Default {defaults.frames}: the published one "
-        f"({CONFIG_FILES[task]}), {(defaults.frames - 1) / defaults.fps:g} s at {defaults.fps} frames per second. "
+        f"({FRAME_SOURCES[task]}), {(defaults.frames - 1) / defaults.fps:g} s at {defaults.fps} frames per second. "
         "Models drift when asked for much more than they were trained on.",
     )
 
@@ -182,9 +192,9 @@ def _solver_inputs() -> list[io.Input]:
             default="unipc",
             tooltip="How the steps are integrated. Default unipc: the published one (--sample_solver of generate.py), "
             "of second order with a corrector; dpm++ is its published alternative; euler is for distilled 4-step "
-            "LoRAs. The history of unipc and dpm++ carries across the expert switch. The other names are core's "
-            "samplers, which start afresh at the switch; core's uni_pc is another method than unipc. All but the "
-            "two-evaluation ones (heun, dpm_2, ...) cost the same.",
+            "LoRAs. The other names are core's samplers; core's uni_pc is another method than unipc. A solver's "
+            "history carries across the expert switch. All cost one model evaluation a step, but for heun, dpm_2 and "
+            "their like, which cost two.",
         ),
         io.Combo.Input(
             "scheduler",

@@ -127,7 +127,7 @@ class WanFP8SampleI2V(io.ComfyNode):
                     default=conditions.AREA_720P,
                     tooltip="How large the video is. Default 720p area: the published rule (wan/image2video.py), "
                     "which keeps the picture's aspect within 1280 x 720 pixels in total; 480p area does so within 832 "
-                    "x 480, about five times as fast. 'width x height' takes the two numbers below and stretches the "
+                    "x 480, about four times as fast. 'width x height' takes the two numbers below and stretches the "
                     "picture to them.",
                 ),
                 *size_inputs(Task.I2V, when=f"Only for size '{conditions.AS_GIVEN}'. "),

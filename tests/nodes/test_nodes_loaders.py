@@ -18,7 +18,7 @@ from nodes_kit import PACK, call, latents
 from safetensors.torch import load_file, save_file
 
 sys.path.append(str(PACK / "scripts"))
-from make_tiny_checkpoint import make_tiny_checkpoint 
+from make_tiny_checkpoint import make_tiny_checkpoint
 
 pytestmark = pytest.mark.usefixtures("comfy_core", "inference")
 
