@@ -1,9 +1,9 @@
 #!/usr/bin/env python3
 """``make demo``: from nothing to a video. Sets up a ComfyUI, makes a tiny Wan2.2 checkpoint, runs the shipped workflow.
 
-The checkpoint has the real layout and key names and random weights, so the video shows noise; everything that happens on
-the way is what happens with the real one. With ``COMFYUI_DIR`` the demo runs in that ComfyUI's code and interpreter, with
-folders of its own for models and settings, and adds nothing there but the link to the pack.
+The checkpoint has the real layout and key names and random weights, so the video shows noise; everything that happens
+on the way is what happens with the real one. With ``COMFYUI_DIR`` the demo runs that ComfyUI's code and interpreter,
+with folders of its own for models and settings, and adds nothing there but the link to the pack.
 
 Standard library only: this runs before anything is installed.
 """
@@ -25,12 +25,9 @@ SETTINGS = (f"checkpoint={CHECKPOINT}", "width=256", "height=144", "length=17", 
 
 
 def make_checkpoint(chosen: host.Host, client: Path) -> None:
-    """Write the tiny checkpoint where the demo's ComfyUI looks for it, unless it is there."""
+    """Write the tiny checkpoint where the demo's ComfyUI looks for it; one that is complete is left as it is."""
     target = BASE / "models" / "wan" / CHECKPOINT
     script = host.PACK / "scripts" / "make_tiny_checkpoint.py"
-    sources = [script, *sorted((host.PACK / "scripts" / "tiny_checkpoint").glob("*.py"))]
-    if target.is_dir() and all(path.stat().st_mtime < target.stat().st_mtime for path in sources):
-        return
     target.parent.mkdir(parents=True, exist_ok=True)
     environment = dict(os.environ)
     if not chosen.pinned:  # its interpreter has torch; the command line's libraries, pure Python, come from our own
@@ -51,9 +48,10 @@ def main() -> int:
         return 1
     except KeyboardInterrupt:
         return 130
-    runner = [client, host.PACK / "scripts" / "run_workflow.py", WORKFLOW, "--base-directory", BASE, "--output", host.PACK / "output"]
+    runner = [client, host.PACK / "scripts" / "run_workflow.py", WORKFLOW]
+    folders = ["--base-directory", BASE, "--output", host.PACK / "output"]
     try:
-        done = subprocess.run([*runner, *(word for s in SETTINGS for word in ("--set", s))], check=False)
+        done = subprocess.run([*runner, *folders, *(word for s in SETTINGS for word in ("--set", s))], check=False)
     except KeyboardInterrupt:  # the terminal sent it to the runner too, which cancels the prompt and says so
         return 130
     return done.returncode

@@ -47,6 +47,7 @@ NOT_INSTALLED = ("torch", "torchvision", "torchaudio", "comfyui-workflow-templat
 """Lines of ComfyUI's own requirements that we pin ourselves, or that only bring pictures and help pages (120 MB)."""
 CONSTRAINTS = PACK / "scripts" / "host-constraints.txt"
 REQUIREMENTS = (PACK / "requirements.txt", PACK / "requirements-dev.txt")
+FRONTEND = "comfyui-frontend-package==1.58.1"
 CLIENT_PACKAGES = ("typer", "rich", "websocket-client")
 TOOLS_PACKAGES = ("comfy-cli==1.23.0",)
 
@@ -394,6 +395,20 @@ def client_python() -> Path:
 def tools_python() -> Path:
     """An interpreter with the workflow checker (comfy-cli), whose requirements clash with the host's."""
     return _small_venv("tools", TOOLS_PACKAGES)
+
+
+def newer_frontend() -> Path:
+    """The folder of a much newer editor, for ``--front-end-root``: most users' ComfyUI is newer than the pinned one."""
+    target = HOST_DIR / FRONTEND.replace("==", "-")
+    root = target / "comfyui_frontend_package" / "static"
+    with _lock("frontend"):
+        if not (root / "index.html").is_file():
+            say(f"installing {FRONTEND} into {target} ...")
+            python = HOST_DIR / "venv" / "bin" / "python"
+            _run(
+                python, "-m", "pip", "--disable-pip-version-check", "install", "--no-deps", "--target", target, FRONTEND
+            )
+    return root
 
 
 def _small_venv(name: str, packages: tuple[str, ...]) -> Path:

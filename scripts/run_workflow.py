@@ -203,7 +203,7 @@ def main(
         raise typer.Exit(0 if show_help else WorkflowError.exit_code)
     try:
         if server is not None and any((comfyui, base_directory, models)):
-            raise WorkflowError("--server names a ComfyUI that runs already: options for starting one cannot apply to it.")
+            raise WorkflowError("--server names a ComfyUI that runs already: leave out the options for starting one.")
         load(workflow)  # a file that cannot be read is told before a server is started
         own = start(comfyui, base_directory, output, models)
         with own if server is None else contextlib.nullcontext((Client(server), None)) as (client, local):

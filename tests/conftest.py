@@ -9,8 +9,12 @@ from pathlib import Path
 
 import pytest
 
+pytest_plugins = ["comfy_fixtures"]
+
 PACK = Path(__file__).resolve().parent.parent
-COMFYUI = Path(os.environ.get("COMFYUI_DIR") or PACK / ".host" / "comfyui")
+HOST_DIR = Path(os.environ.get("WAN_FP8_HOST_DIR") or PACK / ".host")
+COMFYUI = Path(os.environ.get("COMFYUI_DIR") or HOST_DIR / "comfyui")
+sys.path.append(str(PACK / "scripts"))  # the scripts import each other by name
 
 
 def _expose_engine() -> None:

@@ -1,0 +1,76 @@
+"""A real ComfyUI server with this pack, for the tests that talk to one: one process for the whole test session."""
+
+from __future__ import annotations
+
+import os
+import shutil
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+PACK = Path(__file__).resolve().parent.parent
+ARTEFACTS = PACK / ".out"
+"""Ignored by git; CI keeps what tests leave here."""
+SLOW_NODES = Path(__file__).resolve().parent / "slow_nodes"
+TASKS = {"t2v": "Wan2.2-T2V-A14B", "i2v": "Wan2.2-I2V-A14B", "ti2v": "Wan2.2-TI2V-5B"}
+"""Tasks, and the official folder name of each, under which ``models/wan`` holds a tiny checkpoint."""
+
+
+@pytest.fixture(scope="session")
+def checkpoints(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
+    """Tiny random checkpoints in the official layout, by task; they are not to be changed."""
+    from make_tiny_checkpoint import make_tiny_checkpoint
+
+    folder = tmp_path_factory.mktemp("checkpoints")
+    return {task: make_tiny_checkpoint(folder / name, task) for task, name in TASKS.items()}
+
+
+@pytest.fixture(scope="session")
+def make_server(tmp_path_factory: pytest.TempPathFactory, checkpoints: dict[str, Path]) -> Callable[..., Any]:
+    """A function that starts a server with folders of its own; extra command-line flags are its arguments."""
+    import host
+    from comfy_server import start_server
+
+    def make(name: str, *flags: str) -> Any:
+        base = tmp_path_factory.mktemp(name)
+        (base / "models" / "wan").mkdir(parents=True)
+        for path in checkpoints.values():
+            (base / "models" / "wan" / path.name).symlink_to(path, target_is_directory=True)
+        (base / "custom_nodes").mkdir()
+        (base / "custom_nodes" / SLOW_NODES.name).symlink_to(SLOW_NODES, target_is_directory=True)
+        pinned = {key: value for key, value in os.environ.items() if key != "COMFYUI_DIR"}
+        assert pinned == dict(os.environ), "the tests run on the pinned host: unset COMFYUI_DIR"
+        allowed = ("--whitelist-custom-nodes", host.PACK_NAME, SLOW_NODES.name)
+        return start_server(host.build(), base=base, extra=(*allowed, *flags))
+
+    return make
+
+
+@pytest.fixture(scope="session")
+def server(make_server: Callable[..., Any]) -> Iterator[Any]:
+    """The running server (``comfy_server.Server``). Its log is kept in ``.out/comfyui.log``."""
+    with make_server("comfyui") as running:
+        yield running
+        ARTEFACTS.mkdir(exist_ok=True)
+        shutil.copy(running.log, ARTEFACTS / "comfyui.log")
+
+
+@pytest.fixture(scope="session")
+def object_info(server: Any) -> dict[str, Any]:
+    """What the server says about every node."""
+    from headless.client import Client
+
+    return dict(Client(server.url).object_info())
+
+
+@pytest.fixture
+def client(server: Any) -> Iterator[Any]:
+    """A client of the server (``headless.client.Client``). A prompt that a test leaves behind is cancelled."""
+    from headless.client import Client
+
+    one = Client(server.url)
+    yield one
+    for prompt_id in one.waiting():
+        one.cancel(prompt_id)
