@@ -108,10 +108,11 @@ def _engine_class(patcher: Any) -> type[WanModel]:
 def _leave_device(patcher: Any) -> None:
     """Bring the weights back to where they rest, through core's own list of loaded models."""
     management = comfy.model_management
-    loaded = [m for m in management.current_loaded_models if m.model is not None and patcher.is_clone(m.model)]
+    listed = getattr(management, "current_loaded_models", [])
+    loaded = [m for m in listed if m.model is not None and patcher.is_clone(m.model)]
     for entry in loaded:
         entry.model_unload()
-        management.current_loaded_models.remove(entry)
+        listed.remove(entry)
     rest = torch.device(patcher.offload_device)
     if any(p.device.type not in (rest.type, "meta") for p in patcher.model.diffusion_model.parameters()):
         patcher.detach()

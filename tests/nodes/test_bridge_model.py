@@ -406,6 +406,20 @@ def test_model_save_and_reload_by_core(pair, tmp_path):
     assert torch.equal(kit.ksample(comfy.sd.load_diffusion_model_state_dict(saved)), expected)
 
 
+@pytest.mark.parametrize("make", [kit.own_model, kit.own_fp8_model, lambda: kit.own_fp8_model(rows=False)])
+@pytest.mark.parametrize("with_lora", [False, True])
+def test_model_save_and_reload_by_our_loader(make, with_lora, tmp_path):
+    bridge, load = kit.bridge(), kit.engine("checkpoint.load").load_transformer
+    model = make()
+    if with_lora:
+        model = bridge.load_lora(model, kit.core_lora(kit.lora_pairs(kit.core_weights()))).model
+    expected = kit.ksample(model)
+    save_and_reload(model, tmp_path)
+    again = bridge.build_model_patcher(load(next(tmp_path.glob("*.safetensors")), dtype=None))
+    assert kit.same_bytes(kit.state_bytes(model), kit.state_bytes(again))
+    assert torch.equal(kit.ksample(again), expected)
+
+
 @pytest.mark.parametrize("form", ["scaled_fp8", "mixed"])
 @pytest.mark.parametrize("with_lora", [False, True])
 def test_model_save_of_fp8_keeps_bytes_scales_and_marks(form, with_lora, tmp_path):
@@ -426,6 +440,24 @@ def test_model_save_of_fp8_keeps_bytes_scales_and_marks(form, with_lora, tmp_pat
         again.model.diffusion_model, weights
     )
     assert torch.equal(kit.ksample(again), expected)
+
+
+@pytest.mark.parametrize("make", [kit.own_model, kit.own_fp8_model])
+def test_model_merge_simple(make):
+    """Core's merge node reads the other model's weights through ``convert_weight``."""
+    from comfy_extras.nodes_model_merging import ModelMergeSimple
+
+    def merged(one, two):
+        return kit.ksample(ModelMergeSimple().merge(one, two, 0.3)[0])
+
+    expected = merged(kit.core_model(seed=0), kit.core_model(seed=1))
+    first, second = make(seed=0), make(seed=1)
+    before, plain = kit.state_bytes(first), kit.ksample(first)
+    close(merged(first, second), expected, 1e-5 if make is kit.own_model else 0.1)
+    assert kit.distance(plain, expected) > 0.15
+    assert torch.equal(kit.ksample(first), plain)
+    kit.unload_everything()
+    assert kit.same_bytes(before, kit.state_bytes(first))
 
 
 # ---- hooks ---------------------------------------------------------------------------------------------------------

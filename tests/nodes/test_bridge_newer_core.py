@@ -92,7 +92,7 @@ def test_cast_of_a_core_that_pages_weights(monkeypatch):
     monkeypatch.setattr(comfy.ops, "CastWeightBiasOp", CastWeightBiasOp)
     monkeypatch.setattr(comfy.ops, "cast_bias_weight", newer)
     monkeypatch.setattr(comfy.ops, "uncast_bias_weight", uncast)
-    for model in (kit.own_model(), fp8_model()):
+    for model in (kit.own_model(), kit.own_fp8_model()):
         model = kit.with_core_lora(model, lora_file())
         leaf = model.model.diffusion_model.blocks[0].self_attn.q
         assert leaf.weight_function is not CastWeightBiasOp.weight_function, "lists must not be shared between modules"
@@ -100,17 +100,6 @@ def test_cast_of_a_core_that_pages_weights(monkeypatch):
         casts.clear()
         assert kit.distance(lowvram_sample(model), kit.ksample(model)) < 0.08  # on the fly FP8 is not rounded again
         assert casts and not open_handles
-
-
-def fp8_model():
-    """A MODEL of ours with FP8 weights and a scale for each row."""
-    weights, scales = kit.to_fp8(kit.core_weights(), rows=True)
-    net = kit.own_net()
-    for layer, scale in scales.items():
-        leaf = net.get_submodule(layer)
-        leaf.weight = torch.nn.Parameter(weights[f"{layer}.weight"], requires_grad=False)
-        leaf.weight_scale = torch.nn.Parameter(scale, requires_grad=False)
-    return kit.bridge().build_model_patcher(net)
 
 
 @pytest.mark.parametrize("form", ["pinned", "newer"])
@@ -133,15 +122,15 @@ def test_lora_on_fp8_on_the_fly(monkeypatch, form):
     if form == "newer":
         monkeypatch.setattr(comfy.model_patcher, "LowVramPatch", NewerPatch)
     exact = kit.ksample(kit.with_core_lora(kit.own_model(), lora_file()))
-    model = kit.with_core_lora(fp8_model(), lora_file())
+    model = kit.with_core_lora(kit.own_fp8_model(), lora_file())
     assert kit.distance(lowvram_sample(model), exact) < 0.12
     assert kit.distance(kit.ksample(model), exact) < 0.12
-    assert kit.distance(kit.ksample(fp8_model()), exact) > 0.15, "the LoRA matters more than the quantisation"
+    assert kit.distance(kit.ksample(kit.own_fp8_model()), exact) > 0.15, "the LoRA matters more than the quantisation"
 
 
 def test_weight_wrappers_see_real_values():
     """``add_weight_wrapper``: functions on weights that are no LoRA."""
-    model, seen = fp8_model(), []
+    model, seen = kit.own_fp8_model(), []
 
     def doubled(weight):
         seen.append(weight.dtype)
@@ -150,7 +139,7 @@ def test_weight_wrappers_see_real_values():
     model.add_weight_wrapper("diffusion_model.blocks.0.ffn.2.weight", doubled)
     twice = lowvram_sample(model)
     assert set(seen) == {torch.float32}
-    plain = fp8_model()
+    plain = kit.own_fp8_model()
     plain.model.diffusion_model.blocks[0].ffn[2].weight_scale.data.mul_(2)
     assert kit.distance(twice, kit.ksample(plain)) < 1e-5
 
@@ -285,7 +274,7 @@ def test_saving_with_other_arguments(monkeypatch):
         return original(self, clip_state_dict, vae_state_dict, clip_vision_state_dict)
 
     monkeypatch.setattr(comfy.model_base.BaseModel, "state_dict_for_saving", newer)
-    saved = fp8_model().model.state_dict_for_saving({})
+    saved = kit.own_fp8_model().model.state_dict_for_saving({})
     assert sum(key.endswith(".comfy_quant") for key in saved) == 20
 
 

@@ -110,6 +110,20 @@ def test_fork_while_the_original_has_a_lora_merged(form):
     assert torch.equal(kit.ksample(with_lora), merged)
 
 
+def test_fork_while_a_lora_is_merged_behind_cores_back():
+    """Loaded by hand, so that core's list of loaded models does not know it: the clean weights are in its backup."""
+    bridge, model = kit.bridge(), kit.core_model()
+    plain = kit.ksample(model)
+    with_lora = kit.with_core_lora(model, kit.core_lora(kit.lora_pairs(kit.core_weights())))
+    merged = kit.ksample(with_lora)
+    kit.unload_everything()
+    with_lora.patch_model(torch.device("cpu"))
+    ours = bridge.fork(with_lora)
+    assert kit.distance(kit.ksample(ours), merged) < 1e-5
+    with_lora.unpatch_model(torch.device("cpu"))
+    assert torch.equal(kit.ksample(model), plain)
+
+
 def test_fork_of_a_fork():
     bridge, model = kit.bridge(), kit.own_model()
     plain = kit.ksample(model)
