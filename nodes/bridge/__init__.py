@@ -11,17 +11,16 @@ from .hosted_model import HostSettings
 from .lora import WithLora, load_lora
 from .residency import make_resident, manage
 from .sampling import (
-    Stage,
     core_sigmas,
     make_sampler,
     raw_latents,
-    run_stages,
     sampler_names,
     scheduler_names,
     set_shift,
     with_timesteps,
 )
 from .settings import settings_of, with_settings
+from .stages import Stage, run_stages
 from .vae import check_vae_matches, lazy_vae, load_vae, vae_version
 
 __all__ = [

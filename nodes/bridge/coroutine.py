@@ -1,5 +1,4 @@
-"""One sampler, several models: the sampler runs undisturbed while its model calls are answered by whichever guider is
-in charge.
+"""A function that runs undisturbed while somebody else answers its questions: how one sampler serves several models.
 
 Core's samplers are functions that loop over the schedule and keep their history (previous estimates, noise trees) in
 local variables. To change the expert in the middle without losing that history, nor the exact latents, the function
