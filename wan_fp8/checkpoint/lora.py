@@ -127,19 +127,14 @@ def read_lora(source: str | Path | Mapping[str, Tensor] | TensorSource, *, map_f
     if path is not None and (path / "adapter_model.safetensors").is_file():
         path = path / "adapter_model.safetensors"
     with open_source(path if path is not None else source, map_files=map_files) as opened:
-        groups: dict[str | None, dict[str, dict[Part, str]]] = defaultdict(lambda: defaultdict(dict))
-        unknown = []
-        for key in opened:
-            parsed = parse_key(key)
-            if parsed is None:
-                unknown.append(key)
-            else:
-                _place(groups[parsed.component][parsed.parameter], parsed, key, opened.label)
+        parsed = {key: parse_key(key) for key in opened}
+        unknown = [key for key, found in parsed.items() if found is None]
+        components = {found.component for found in parsed.values() if found is not None}
+        groups = _grouped({key: found for key, found in parsed.items() if found is not None}, components, opened.label)
         alphas = _Alphas(opened, path)
-        found = {component: _entries(opened, parts, component, alphas, unknown) for component, parts in groups.items()}
+        by_expert = {expert: _entries(opened, parts, expert, alphas, unknown) for expert, parts in groups.items()}
         label, metadata = opened.label, opened.metadata
-    found = {component: entries for component, entries in found.items() if entries}
-    if not found:
+    if not any(by_expert.values()):
         other = _other_adapter(unknown)
         raise CheckpointError(
             f"{label} holds keys that {other}: load it with ComfyUI's own LoRA loader"
@@ -147,24 +142,37 @@ def read_lora(source: str | Path | Mapping[str, Tensor] | TensorSource, *, map_f
             else f"{label} is no LoRA of a Wan transformer (it holds {_shown(unknown) or 'nothing'}); "
             "choose a Wan2.2 LoRA"
         )
-    lora = LoraFile(label, *_by_expert(found, expert_from_name(path, metadata)), tuple(unknown))
+    named = LOW_NOISE if "transformer_2" in components and None in by_expert else expert_from_name(path, metadata)
+    lora = LoraFile(label, by_expert, named, tuple(dict.fromkeys(unknown)))
     if lora.unknown:
         logger.warning("%s", lora.describe_unknown())
     return lora
 
 
-def _place(parts: dict[Part, str], parsed: LoraKey, key: str, label: str) -> None:
-    if parsed.part in parts:
-        raise CheckpointError(
-            f"{label} changes {parsed.parameter} twice, by {parts[parsed.part]} and {key}; convert it again"
-        )
-    parts[parsed.part] = key
+Groups = dict[str | None, dict[str, dict[Part, str]]]
+"""Expert -> parameter -> part -> key."""
+
+
+def _grouped(parsed: Mapping[str, LoraKey], components: set[str | None], label: str) -> Groups:
+    """Keys by what they change. Both diffusers prefixes make a set for each expert, with what has no prefix in both."""
+    both = components >= _COMPONENTS.keys()
+    groups: Groups = {expert: defaultdict(dict) for expert in (_COMPONENTS.values() if both else (None,))}
+    for key, found in parsed.items():
+        expert = _COMPONENTS.get(found.component or "") if both else None
+        for target in groups if both and expert is None else (expert,):
+            parts = groups[target][found.parameter]
+            if found.part in parts:
+                raise CheckpointError(
+                    f"{label} changes {found.parameter} twice, by {parts[found.part]} and {key}; convert it again"
+                )
+            parts[found.part] = key
+    return groups
 
 
 def _entries(
     source: TensorSource,
     groups: Mapping[str, Mapping[Part, str]],
-    component: str | None,
+    expert: str | None,
     alphas: _Alphas,
     unknown: list[str],
 ) -> Entries:
@@ -172,7 +180,7 @@ def _entries(
     for parameter, parts in groups.items():
         found: list[Entry] = []
         if Part.DOWN in parts or Part.UP in parts:
-            found.append(_low_rank(source, parameter, parts, component, alphas))
+            found.append(_low_rank(source, parameter, parts, expert, alphas))
         else:
             unknown.extend(key for part, key in parts.items() if part in (Part.ALPHA, Part.DORA, Part.MID))
         for part in (Part.DIFF, Part.DIFF_BIAS, Part.DIFF_MODULATION):
@@ -184,7 +192,7 @@ def _entries(
 
 
 def _low_rank(
-    source: TensorSource, parameter: str, parts: Mapping[Part, str], component: str | None, alphas: _Alphas
+    source: TensorSource, parameter: str, parts: Mapping[Part, str], expert: str | None, alphas: _Alphas
 ) -> LowRank:
     missing = next((part for part in (Part.DOWN, Part.UP) if part not in parts), None)
     if missing is not None:
@@ -199,7 +207,7 @@ def _low_rank(
     return LowRank(
         down=down,
         up=up,
-        alpha=alphas.of(parameter, component, down.shape[0]) if alpha is None else alpha,
+        alpha=alphas.of(parameter, expert, down.shape[0]) if alpha is None else alpha,
         mid=source.read(parts[Part.MID]) if Part.MID in parts else None,
         dora_scale=source.read(parts[Part.DORA]) if Part.DORA in parts else None,
     )
@@ -220,30 +228,22 @@ class _Alphas:
             beside = path.with_name("adapter_config.json")
             self._config = read_json(beside) if beside.is_file() else {}
 
-    def _setting(self, name: str, component: str | None) -> Any:
-        return self._config.get(f"{component or 'transformer'}.{name}", self._config.get(name))
+    def _setting(self, name: str, expert: str | None) -> Any:
+        components = [component for component, of in _COMPONENTS.items() if expert in (None, of)]
+        keys = (*(f"{component}.{name}" for component in components), name)
+        return next((self._config[key] for key in keys if key in self._config), None)
 
-    def of(self, parameter: str, component: str | None, rank: int) -> float | None:
+    def of(self, parameter: str, expert: str | None, rank: int) -> float | None:
         """The alpha that gives PEFT's scaling: alpha / rank, or alpha / sqrt(rank) with ``use_rslora``."""
-        alpha = self._setting("lora_alpha", component)
-        patterns = self._setting("alpha_pattern", component)
+        alpha = self._setting("lora_alpha", expert)
+        patterns = self._setting("alpha_pattern", expert)
         for pattern, value in patterns.items() if isinstance(patterns, dict) else ():
             known = parse_key(f"{pattern}.alpha")
             if known is not None and known.parameter == parameter:
                 alpha = value
         if not isinstance(alpha, int | float):
             return None
-        return float(alpha) * math.sqrt(rank) if self._setting("use_rslora", component) else float(alpha)
-
-
-def _by_expert(found: dict[str | None, Entries], named: str | None) -> tuple[dict[str | None, Entries], str | None]:
-    """Both diffusers prefixes: a set for each expert. One or none: a single set, ``transformer_2`` for low noise."""
-    if "transformer" in found and "transformer_2" in found:
-        return {_COMPONENTS[name]: found[name] for name in ("transformer", "transformer_2")}, None
-    merged: Entries = {}
-    for entries in found.values():
-        merged.update(entries)
-    return {None: merged}, LOW_NOISE if "transformer_2" in found else named
+        return float(alpha) * math.sqrt(rank) if self._setting("use_rslora", expert) else float(alpha)
 
 
 def fit(lora: LoraFile, shapes: Mapping[str, tuple[int, ...]], expert: str | None = None) -> Fit:
