@@ -444,16 +444,17 @@ def test_model_save_of_fp8_keeps_bytes_scales_and_marks(form, with_lora, tmp_pat
 
 @pytest.mark.parametrize("make", [kit.own_model, kit.own_fp8_model])
 def test_model_merge_simple(make):
-    """Core's merge node reads the other model's weights through ``convert_weight``."""
+    """Core's merge node reads the other model's weights through ``convert_weight``; modulation is merged too, which
+    core does not do to its own model."""
     from comfy_extras.nodes_model_merging import ModelMergeSimple
 
-    def merged(one, two):
-        return kit.ksample(ModelMergeSimple().merge(one, two, 0.3)[0])
-
-    expected = merged(kit.core_model(seed=0), kit.core_model(seed=1))
+    one, two, net = kit.core_weights(seed=0), kit.core_weights(seed=1), kit.own_net()
+    net.load_state_dict({k: 0.3 * one[k] + 0.7 * two[k] for k in one}, assign=True)
+    expected = kit.ksample(kit.bridge().build_model_patcher(net))
     first, second = make(seed=0), make(seed=1)
     before, plain = kit.state_bytes(first), kit.ksample(first)
-    close(merged(first, second), expected, 1e-5 if make is kit.own_model else 0.1)
+    merged = kit.ksample(ModelMergeSimple().merge(first, second, 0.3)[0])
+    close(merged, expected, 1e-5 if make is kit.own_model else 0.1)
     assert kit.distance(plain, expected) > 0.15
     assert torch.equal(kit.ksample(first), plain)
     kit.unload_everything()
