@@ -1,4 +1,4 @@
-"""The nodes through the server: whole graphs, what a user sees when something is wrong, and that the next prompt runs."""
+"""The nodes through the server: whole graphs, what a user sees when something is wrong, and that the next one runs."""
 
 from __future__ import annotations
 
