@@ -5,7 +5,7 @@ from __future__ import annotations
 import bridge_kit as kit
 import pytest
 import torch
-from torch._subclasses.fake_tensor import FakeTensorMode
+from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
 
 pytestmark = pytest.mark.usefixtures("comfy_core")
 
@@ -67,7 +67,7 @@ def fake_cuda(monkeypatch):
     monkeypatch.setattr(management, "sync_stream", lambda device, stream: None)
     monkeypatch.setattr(management, "pin_memory", lambda tensor: False)
     monkeypatch.setattr(core.AttentionCore, "forward", attend)
-    monkeypatch.setattr(torch.Tensor, "__getitem__", indexed)
+    monkeypatch.setattr(FakeTensor, "__getitem__", indexed, raising=False)
     with FakeTensorMode(allow_non_fake_inputs=True):
         yield
 
