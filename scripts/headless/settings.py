@@ -16,6 +16,8 @@ TRUE, FALSE = ("true", "yes", "on", "1"), ("false", "no", "off", "0")
 RANDOM = "random"
 MAX_SHOWN_CHOICES = 6
 FILES = (*UPLOADS, "audio_upload", "file_upload")
+ALSO_CALLED = {"length": ("frames",), "noise_seed": ("seed",)}
+"""What people say for an input that ComfyUI's own video and sampler nodes call something else."""
 
 
 @dataclass(frozen=True)
@@ -48,7 +50,8 @@ class Setting:
         """Everything it can be called, the shortest first; some may mean another setting too."""
         node_id, name = self.targets[0]
         alone = [self.title] if self.alone else []
-        return [name, *alone, f"{self.title}.{name}", f"{self.class_type}.{name}", f"#{node_id}.{name}"]
+        common = ALSO_CALLED.get(name, ())
+        return [name, *common, *alone, f"{self.title}.{name}", f"{self.class_type}.{name}", f"#{node_id}.{name}"]
 
     def allowed(self) -> str:
         """What it accepts, for people."""
