@@ -33,7 +33,7 @@ SCHEDULE = "wan_fp8_schedule"
 """Our key for the sigmas of the whole run (floats), where a MODEL samples only some of its steps; core tells it about
 those only."""
 
-logger = logging.getLogger(__name__)
+logger = logging.getLogger("wan_fp8")
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)

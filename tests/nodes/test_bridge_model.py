@@ -288,6 +288,20 @@ def test_text_is_projected_once_per_run(pair, monkeypatch):
     assert len(calls) == 2
 
 
+@pytest.mark.parametrize("event", ["load", "detach"])
+def test_nothing_of_a_prompt_outlives_its_weights(event):
+    model = kit.own_model()
+    net = model.model.diffusion_model
+    options = {"uuids": ["one"]}
+    net(torch.randn(1, 16, 2, 4, 4), torch.tensor([500.0]), torch.randn(1, 8, kit.TEXT_DIM), transformer_options=options)
+    assert net._text_cache and net._prompts and net._rope_cache
+    if event == "load":
+        model.load(torch.device("cpu"), full_load=True)
+    else:
+        model.detach()
+    assert not (net._text_cache or net._prompts or net._rope_cache)
+
+
 @pytest.mark.parametrize("kind", ["outer", "apply_model", "diffusion_model"])
 def test_a_node_that_changes_the_prompt_mid_run_is_honoured(pair, kind):
     def travelling(model):
