@@ -293,7 +293,8 @@ def test_nothing_of_a_prompt_outlives_its_weights(event):
     model = kit.own_model()
     net = model.model.diffusion_model
     options = {"uuids": ["one"]}
-    net(torch.randn(1, 16, 2, 4, 4), torch.tensor([500.0]), torch.randn(1, 8, kit.TEXT_DIM), transformer_options=options)
+    x, rows = torch.randn(1, 16, 2, 4, 4), torch.randn(1, 8, kit.TEXT_DIM)
+    net(x, torch.tensor([500.0]), rows, transformer_options=options)
     assert net._text_cache and net._prompts and net._rope_cache
     if event == "load":
         model.load(torch.device("cpu"), full_load=True)
