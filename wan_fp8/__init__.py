@@ -15,6 +15,9 @@ _EXPORTS = {
     "load_text_encoder": "models.text_encoder",
     "set_attention": "attention",
     "Attention": "attention",
+    "compile_blocks": "compile",
+    "remove_compile": "compile",
+    "Compile": "compile",
     "sampling": "sampling",
 }
 

@@ -13,14 +13,17 @@ from .core import (
     reset_guard,
     set_attention,
 )
+from .report import AttentionReport, attention_report
 
 __all__ = [
     "ATTENTION",
     "Attention",
     "AttentionCore",
+    "AttentionReport",
     "AttentionRequest",
     "Step",
     "attention_cores",
+    "attention_report",
     "reset_guard",
     "set_attention",
 ]

@@ -6,6 +6,7 @@ B batch, S queries, L keys, N heads, E head width.
 from __future__ import annotations
 
 import logging
+from collections import Counter
 from dataclasses import dataclass
 
 import torch
@@ -13,7 +14,7 @@ from torch import Tensor, nn
 
 from ..errors import InputError
 from ..hardware import DeviceCaps, device_caps
-from ..registry import KernelRegistry, Resolution
+from ..registry import Backend, KernelRegistry, Resolution
 from .guard import Verdict, measure_error
 
 log = logging.getLogger("wan_fp8")
@@ -119,6 +120,8 @@ class AttentionCore(nn.Module):
         self.setting = Attention()
         self.verdicts: dict[Attention, Verdict] = {}
         """What the guard found in this run, by setting."""
+        self.answered: dict[Attention, Counter[str]] = {}
+        """Calls of this run by the backend that answered them, for each low-precision setting."""
         self._resolved: dict[tuple[str, AttentionRequest], Resolution[AttentionRequest]] = {}
 
     def forward(
@@ -135,26 +138,36 @@ class AttentionCore(nn.Module):
         if setting.is_exact or self.always_exact:
             name = setting.backend if setting.is_exact else setting.exact
             return self.resolve(q_BSNE, k_BLNE, name).backend.run(q_BSNE, k_BLNE, v_BLNE)
+        backend, out = self._windowed(q_BSNE, k_BLNE, v_BLNE, setting, step)
+        self.answered.setdefault(setting, Counter())[backend.name] += 1
+        return out
+
+    def _windowed(
+        self, q_BSNE: Tensor, k_BLNE: Tensor, v_BLNE: Tensor, setting: Attention, step: Step | None
+    ) -> tuple[Backend[AttentionRequest], Tensor]:
+        """The low-precision backend inside its window and while the guard trusts it, else the exact one."""
         exact = self.resolve(q_BSNE, k_BLNE, setting.exact).backend
         if not setting.allows(step, self.block, self.num_blocks):
-            return exact.run(q_BSNE, k_BLNE, v_BLNE)
+            return exact, exact.run(q_BSNE, k_BLNE, v_BLNE)
         fast = self.resolve(q_BSNE, k_BLNE, setting.backend).backend
         if setting.bound is None:
-            return fast.run(q_BSNE, k_BLNE, v_BLNE)
+            return fast, fast.run(q_BSNE, k_BLNE, v_BLNE)
         verdict = self.verdicts.get(setting)
         if verdict is not None:
-            return (fast if verdict.accepted else exact).run(q_BSNE, k_BLNE, v_BLNE)
+            trusted = fast if verdict.accepted else exact
+            return trusted, trusted.run(q_BSNE, k_BLNE, v_BLNE)
         out = fast.run(q_BSNE, k_BLNE, v_BLNE)
         verdict = Verdict(measure_error(out, q_BSNE, k_BLNE, v_BLNE), setting.bound)
         self.verdicts[setting] = verdict
         if verdict.accepted:
-            return out
+            return fast, out
         log.warning(
             "attention %s refused in block %d: relative error %.3f on this run's own q, k and v, the bound is %.3f; "
             "%s takes over in that block",
             setting.backend, self.block, verdict.error, verdict.bound, exact.name,
         )  # fmt: skip
-        return exact.run(q_BSNE, k_BLNE, v_BLNE)
+        del out
+        return exact, exact.run(q_BSNE, k_BLNE, v_BLNE)
 
     @staticmethod
     def request(q_BSNE: Tensor, k_BLNE: Tensor) -> AttentionRequest:
@@ -175,7 +188,7 @@ def set_attention(model: nn.Module, attention: Attention | None) -> nn.Module:
     """Choose the attention backend of every attention in ``model``; None goes back to ``auto``. Returns the model."""
     for module in attention_cores(model):
         module.setting = attention or Attention()
-        module.verdicts.clear()
+    reset_guard(model)
     return model
 
 
@@ -185,6 +198,7 @@ def attention_cores(model: nn.Module) -> list[AttentionCore]:
 
 
 def reset_guard(model: nn.Module) -> None:
-    """Forget the guard's findings: a new run has other q, k and v."""
+    """Forget the guard's findings and the counts: a new run has other q, k and v."""
     for module in attention_cores(model):
         module.verdicts.clear()
+        module.answered.clear()

@@ -7,7 +7,7 @@ Parameter names are the official ones. Source: Wan-Video/Wan2.2 ``wan/modules/mo
 
 from __future__ import annotations
 
-from collections.abc import Callable, Hashable, Mapping
+from collections.abc import Callable, Hashable, Iterator, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -16,6 +16,7 @@ from torch import Tensor, nn
 
 from ..attention import Attention as AttentionSetting
 from ..attention import AttentionCore, Step
+from ..compile import Compile, Run, run_plainly
 from ..kernels import residual_norm, rms_rope
 from ..kernels.residual_norm import NormTable
 from .functional import RopeOptions
@@ -42,6 +43,14 @@ class ForwardOptions:
     """By block index: ``f({"img", "txt", "vec", "pe", "transformer_options"}, {"original_block": g})`` -> ``{"img":
     tokens}``."""
     rope: RopeOptions | None = None
+    compile: Compile | None = None
+    """How the blocks of this forward are compiled; None: the model's own setting."""
+    announce: Callable[[str], None] | None = None
+    """Told in a sentence when something outside the forward's own work takes long: compilation."""
+    stream_dtype: torch.dtype | None = None
+    """Type of the residual stream between sums; None: the model's own."""
+    tf32: bool | None = None
+    """Whether fp32 matrix products of this forward may be computed in TF32; None: as the process has it."""
     host_options: Any = None
     """Handed through untouched to the two callables above."""
 
@@ -71,6 +80,8 @@ class ForwardState:
     fused: bool
     """True: the Triton kernels; False: their eager references."""
     options: ForwardOptions
+    run: Run = run_plainly
+    """Calls the parts of a block: as they are, or compiled."""
     task: dict[str, Any] = field(default_factory=dict)
     """What a task's ``embed`` keeps for its ``after_block``."""
 
@@ -111,6 +122,15 @@ class ResidualStream:
         self._x, self._state, self._eps, self._owned = x_BSD, state, eps, owned
         self._branch: Tensor | None = None
         self._gate: Tensor | None = None
+
+    def token_axes(self) -> Iterator[tuple[Tensor, int]]:
+        """Every tensor with a token axis that a part of a block reads, and which axis that is."""
+        yield self._x, 1
+        for tensor in (self._branch, self._state.modulation.row_of_token):
+            if tensor is not None:
+                yield tensor, 1
+        for tensor in self._state.rope:
+            yield tensor, 0
 
     def add(self, branch_BSD: Tensor, gate_RD: Tensor | None) -> None:
         """Queue ``x += gate * branch`` (``gate`` 1 where it is None)."""
@@ -204,25 +224,27 @@ class SelfAttention(Attention):
     """Attention among video tokens, with rotary positions. Padding tokens are never attended to."""
 
     def project(self, x_BSD: Tensor, state: ForwardState) -> tuple[Tensor, Tensor, Tensor]:
-        """Normed and turned queries and keys, plain values: each [B, S, N, E]."""
+        """Normed and turned queries and keys, plain values: each [B, S, N, E], padding included."""
         q = normed_heads(self.norm_q, self.q(x_BSD), state.rope, state, self.head_dim, self.eps)
         k = normed_heads(self.norm_k, self.k(x_BSD), state.rope, state, self.head_dim, self.eps)
-        return q, k[:, : state.num_tokens], self.heads(self.v(x_BSD))[:, : state.num_tokens]
+        return q, k, self.heads(self.v(x_BSD))
 
 
 class CrossAttention(Attention):
     """Attention from video tokens to all text tokens, padding rows of the prompt included (the official behaviour)."""
 
-    def project(self, x_BSD: Tensor, state: ForwardState, index: int) -> tuple[Tensor, Tensor, Tensor]:
-        """Queries [B, S, N, E] of the video; keys and values [B, L, N, E] of the text, from the cache after a prompt's
-        first forward."""
+    def queries(self, x_BSD: Tensor, state: ForwardState) -> Tensor:
+        """Normed queries [B, S, N, E] of the video."""
+        return normed_heads(self.norm_q, self.q(x_BSD), None, state, self.head_dim, self.eps)
 
-        def keys_values(context_BLD: Tensor) -> tuple[Tensor, Tensor]:
+    def keys_values(self, state: ForwardState, index: int) -> tuple[Tensor, Tensor]:
+        """Keys and values [B, L, N, E] of the text, from the cache after a prompt's first forward."""
+
+        def compute(context_BLD: Tensor) -> tuple[Tensor, Tensor]:
             k = normed_heads(self.norm_k, self.k(context_BLD), None, state, self.head_dim, self.eps)
             return k, self.heads(self.v(context_BLD))
 
-        q = normed_heads(self.norm_q, self.q(x_BSD), None, state, self.head_dim, self.eps)
-        return q, *state.context.keys_values(index, keys_values)
+        return state.context.keys_values(index, compute)
 
 
 class GELULinear(nn.Sequential):
@@ -233,6 +255,10 @@ class GELULinear(nn.Sequential):
 
     def forward(self, x: Tensor) -> Tensor:
         return self[2](self[0](x, gelu=True))
+
+
+SELF_SHIFT, SELF_SCALE, SELF_GATE, FFN_SHIFT, FFN_SCALE, FFN_GATE = range(6)
+"""Rows of a block's modulation table."""
 
 
 class WanBlock(nn.Module):
@@ -251,34 +277,51 @@ class WanBlock(nn.Module):
     def forward(self, stream: ResidualStream, state: ForwardState) -> ResidualStream:
         """One block; the FFN's branch stays queued for whoever reads the stream next.
 
+        What lies between the two attentions runs through ``state.run``, which may compile it; attention, its output
+        projections and the text's keys and values stay outside, where backends, guard and caches decide on the host.
         Every ``del`` frees one activation before the next is made: at most q, k, v and the attention's output live
         beside the stream.
         """
         rows = state.modulation.rows
         table = rows + self.modulation.to(device=rows.device, dtype=rows.dtype)
-        shift_sa, scale_sa, gate_sa, shift_ffn, scale_ffn, gate_ffn = table.unbind(1)
 
-        x = stream.normed(NormTable(scale_sa, shift_sa, modulated=True), state.compute_dtype)
-        q, k, v = self.self_attn.project(x, state)
-        del x
+        q, k, v = state.run(self.self_attention_operands, stream, table, state)
+        if state.num_tokens != k.shape[1]:
+            k, v = k[:, : state.num_tokens], v[:, : state.num_tokens]
         y = self.self_attn.attend(q, k, v, state.options)
         del q, k, v
-        stream.add(self.self_attn.o(y), gate_sa)
+        stream.add(self.self_attn.o(y), table[:, SELF_GATE])
         del y
 
-        weight, bias, handle = self.norm3.fetch(rows)
-        assert bias is not None
-        x = stream.normed(NormTable(weight[None], bias[None], modulated=False), state.compute_dtype)
-        self.norm3.release(weight, bias, handle)
-        q, k, v = self.cross_attn.project(x, state, self.index)
-        del x
-        y = self.cross_attn.attend(q, k, v, state.options)
-        del q, k, v
+        q = state.run(self.cross_attention_queries, stream, table, state)
+        y = self.cross_attn.attend(q, *self.cross_attn.keys_values(state, self.index), state.options)
+        del q
         stream.add(self.cross_attn.o(y), None)
         del y
 
-        x = stream.normed(NormTable(scale_ffn, shift_ffn, modulated=True), state.compute_dtype)
+        branch = state.run(self.feed_forward, stream, table, state)
+        stream.add(branch, table[:, FFN_GATE])
+        return stream
+
+    def self_attention_operands(
+        self, stream: ResidualStream, table_R6D: Tensor, state: ForwardState
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        """Modulated norm of the stream, then q, k and v [B, S, N, E]."""
+        table = NormTable(table_R6D[:, SELF_SCALE], table_R6D[:, SELF_SHIFT], modulated=True)
+        return self.self_attn.project(stream.normed(table, state.compute_dtype), state)
+
+    def cross_attention_queries(self, stream: ResidualStream, table_R6D: Tensor, state: ForwardState) -> Tensor:
+        """Learned norm of the stream, then q [B, S, N, E]."""
+        weight, bias, handle = self.norm3.fetch(table_R6D)
+        assert bias is not None
+        x = stream.normed(NormTable(weight[None], bias[None], modulated=False), state.compute_dtype)
+        self.norm3.release(weight, bias, handle)
+        return self.cross_attn.queries(x, state)
+
+    def feed_forward(self, stream: ResidualStream, table_R6D: Tensor, state: ForwardState) -> Tensor:
+        """Modulated norm of the stream, then the FFN [B, S, D]."""
+        table = NormTable(table_R6D[:, FFN_SCALE], table_R6D[:, FFN_SHIFT], modulated=True)
+        x = stream.normed(table, state.compute_dtype)
         hidden = self.ffn[0](x, gelu=True)
         del x
-        stream.add(self.ffn[2](hidden), gate_ffn)
-        return stream
+        return self.ffn[2](hidden)

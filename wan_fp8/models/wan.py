@@ -13,6 +13,7 @@ attention in ``compute_dtype``. Source: Wan-Video/Wan2.2 ``wan/modules/model.py`
 
 from __future__ import annotations
 
+import logging
 import weakref
 from collections import OrderedDict
 from collections.abc import Callable, Hashable
@@ -24,13 +25,17 @@ from torch import Tensor, nn
 
 from .. import kernels
 from ..attention import reset_guard
+from ..compile import Compile, CompiledParts, Run, run_plainly
 from ..errors import InputError
 from ..kernels.residual_norm import NormTable
+from ..precision import fp32_products
 from . import functional as wan
 from .blocks import ForwardOptions, ForwardState, GELULinear, Modulation, ResidualStream, TextContext, WanBlock
 from .functional import RopeOptions
 from .layers import HIGH_PRECISION, Linear, PatchEmbedding
 from .specs import ModelSpec
+
+log = logging.getLogger("wan_fp8")
 
 StackFunction = Callable[[Tensor, ForwardState], Tensor]
 """Residual stream before the first block -> after the last, [B, S, D]."""
@@ -89,6 +94,10 @@ class WanModel(nn.Module):
         self.stream_dtype_override: torch.dtype | None = None
         """bf16 halves the traffic of the residual stream and rounds it after each of its three sums; None keeps
         fp32."""
+        self.compile_setting: Compile | None = None
+        """Set by ``compile_blocks``."""
+        self.compiled_parts: dict[Compile, CompiledParts] = {}
+        """What was compiled for this model, by setting."""
         self.fused_kernels = "auto"
         """``auto``, ``triton`` or ``eager``: who runs norms, modulation and rotary turns."""
         self.token_multiple = 1
@@ -146,7 +155,20 @@ class WanModel(nn.Module):
         """
         options = options or ForwardOptions()
         self._check(x, timestep, context)
+        with fp32_products(options.tf32):
+            return self._velocity(x, timestep, context, clip_fea, options, task_inputs)
+
+    def _velocity(
+        self,
+        x: Tensor,
+        timestep: Tensor,
+        context: Tensor,
+        clip_fea: Tensor | None,
+        options: ForwardOptions,
+        task_inputs: dict[str, Any],
+    ) -> Tensor:
         tokens, grid, positions, task = self.embed(x, task_inputs)
+        tokens = tokens.to(options.stream_dtype or self.stream_dtype)
         embedding, modulation = self._time_rows(timestep, tokens.shape[:2], grid)
         state = ForwardState(
             modulation=modulation,
@@ -156,6 +178,7 @@ class WanModel(nn.Module):
             compute_dtype=self.compute_dtype,
             fused=kernels.select(self.fused_kernels, tokens.device, self.compute_dtype),
             options=options,
+            run=self._runner(options),
             task=task,
         )
         tokens = self._padded(tokens, state)
@@ -170,13 +193,12 @@ class WanModel(nn.Module):
         """Latents -> tokens.
 
         Returns:
-            The residual stream [B, S, D]; the token grid (T, H, W) that the head's output is arranged in; token
-            positions [S, 3] fp64, or None
-            for the plain grid; and what ``after_block`` will need.
+            The tokens [B, S, D], in any floating type; the token grid (T, H, W) that the head's output is arranged in;
+            token positions [S, 3] fp64, or None for the plain grid; and what ``after_block`` will need.
         """
         if task_inputs:
             raise InputError(f"{self.spec.task} models take no input named {', '.join(sorted(task_inputs))}")
-        tokens = self.patch_embedding(x.to(self.compute_dtype)).to(self.stream_dtype)
+        tokens = self.patch_embedding(x.to(self.compute_dtype))
         pt, ph, pw = self.spec.patch_size
         return tokens, (x.shape[2] // pt, x.shape[3] // ph, x.shape[4] // pw), None, {}
 
@@ -230,7 +252,7 @@ class WanModel(nn.Module):
         if not options.cache_text:
             return TextContext(project, None)
         named = options.text_key is not None
-        key: Hashable = (options.text_key if named else id(context), context.shape, context.device)
+        key: Hashable = (options.text_key if named else id(context), context.shape, context.device, options.tf32)
         version = None if context.is_inference() else context._version
         kept = self._text_cache.get(key)
         if kept is not None and (named or (kept.owner() is context and kept.version == version)):
@@ -284,6 +306,17 @@ class WanModel(nn.Module):
             raise InputError(
                 f"timestep takes one of the shapes {[list(s) for s in allowed]}; got {list(timestep.shape)}"
             )
+
+    def _runner(self, options: ForwardOptions) -> Run:
+        """Who calls the parts of the blocks in this forward."""
+        setting = options.compile or self.compile_setting
+        if setting is None:
+            return run_plainly
+        if setting not in self.compiled_parts:
+            self.compiled_parts[setting] = CompiledParts(setting)
+        compiled = self.compiled_parts[setting]
+        compiled.announce = options.announce or log.info
+        return compiled
 
     def _time_rows(
         self, timestep: Tensor, batch_tokens: torch.Size, grid: tuple[int, int, int]
