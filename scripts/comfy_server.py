@@ -25,6 +25,9 @@ FLAGS = ("--disable-api-nodes", "--use-pytorch-cross-attention", "--preview-meth
 """For every server we start: no partner nodes and no outside calls from the page, one attention on CPU and GPU,
 previews."""
 
+LOGS_KEPT = 8
+"""Logs of earlier servers left in a folder; a newer one replaces the oldest."""
+
 # Started through this, the server dies with the process that started it, even when that is killed without warning
 # (Linux).
 _DIE_WITH_PARENT = (
@@ -75,6 +78,8 @@ def start_server(
     port = _free_port()
     home = base or HOST_DIR / "logs"
     home.mkdir(parents=True, exist_ok=True)
+    for old in sorted(home.glob("comfyui-*.log"), key=lambda path: path.stat().st_mtime)[:-LOGS_KEPT]:
+        old.unlink(missing_ok=True)
     log = home / f"comfyui-{port}.log"
     command = [*_command(host, base, output, models, home), "--port", str(port), *extra]
     with log.open("wb") as sink:

@@ -20,7 +20,7 @@ import host
 BASE = host.HOST_DIR / "demo"
 CHECKPOINT = "Wan2.2-T2V-A14B-tiny"
 WORKFLOW = host.PACK / "workflows" / "t2v_a14b.json"
-SETTINGS = (f"checkpoint={CHECKPOINT}", "width=256", "height=144", "length=17", "steps=6")
+SETTINGS = (f"checkpoint={CHECKPOINT}", "width=160", "height=96", "length=17", "steps=4")
 """Small enough for two CPU cores."""
 
 

@@ -397,6 +397,19 @@ def tools_python() -> Path:
     return _small_venv("tools", TOOLS_PACKAGES)
 
 
+def comfy_cli(*arguments: str | Path) -> subprocess.CompletedProcess[str]:
+    """Run comfy-cli on this pack, its settings in our own folder and not the user's home, no usage reports."""
+    python = tools_python()
+    home = python.parent.parent / "home"
+    environment = {**os.environ, "HOME": str(home), "XDG_CONFIG_HOME": str(home / ".config"), "DO_NOT_TRACK": "1"}
+    program = [python.parent / "comfy", "--skip-prompt"]
+    if not home.exists():
+        (home / ".config").mkdir(parents=True)
+        subprocess.run([*program, "tracking", "disable"], env=environment, capture_output=True, check=True)
+    command = [*program, *arguments]
+    return subprocess.run(command, cwd=PACK, env=environment, capture_output=True, text=True, timeout=120, check=False)
+
+
 def newer_frontend() -> Path:
     """The folder of a much newer editor, for ``--front-end-root``: most users' ComfyUI is newer than the pinned one."""
     target = HOST_DIR / FRONTEND.replace("==", "-")

@@ -118,7 +118,8 @@ def describe(path: Path, available: list[Setting]) -> Table:
     """Every setting of a workflow: its shortest name, value, what it accepts, and the node it belongs to."""
     names = unique_names(available)
     table = Table(title=f"--set names of {path.name}", title_justify="left", show_lines=False)
-    for column in ("name", "value", "accepts", "node"):
+    table.add_column("name", no_wrap=True)
+    for column in ("value", "accepts", "node"):
         table.add_column(column, overflow="fold")
     for setting in available:
         value = "" if setting.value is None else str(setting.value)
