@@ -97,11 +97,9 @@ def test_an_independent_checker_finds_nothing(path: Path, object_info: dict[str,
 
     known = tmp_path / "object_info.json"
     known.write_text(json.dumps(with_its_files(object_info, load(path))))
-    comfy = host.tools_python().parent / "comfy"
 
     def check(workflow: Path) -> subprocess.CompletedProcess[str]:
-        command = [comfy, "--skip-prompt", "workflow", "validate", "--workflow", workflow, "--input", known]
-        return subprocess.run(command, capture_output=True, text=True, timeout=120, check=False)
+        return host.comfy_cli("workflow", "validate", "--workflow", workflow, "--input", known)
 
     good = check(path)
     assert good.returncode == 0, good.stdout + good.stderr
