@@ -13,11 +13,11 @@ from torch import Tensor
 
 E4M3_MAX = tl.constexpr(448.0)
 TINY = tl.constexpr(1e-12)
-ROWS = 512
+ROWS = 256
 """Tokens that one program of the statistics pass reduces."""
-TILE = 8
+TILE = 4
 COLUMNS = 1024
-"""Tokens and channels held in registers at a time: 16 KB in flight a program."""
+"""Tokens and channels held in registers at a time: 8 KB in flight a program."""
 REDUCE_TILE = 32
 CAST_ROWS = 8
 """Tokens that one program casts with one reading of the means and scales."""
@@ -120,7 +120,7 @@ def statistics(x_BSNE: Tensor, smooth: bool) -> tuple[Tensor, Tensor]:
     partial = [torch.empty(batch, chunks, dim, device=x_BSNE.device, dtype=torch.float32) for _ in range(3)]
     columns = min(COLUMNS, triton.next_power_of_2(dim))
     _statistics_kernel[(chunks, triton.cdiv(dim, columns), batch)](
-        x_BSNE, *partial, tokens, *_strides(x_BSNE), dim, ROWS=ROWS, TILE=TILE, COLUMNS=columns, num_warps=8
+        x_BSNE, *partial, tokens, *_strides(x_BSNE), dim, ROWS=ROWS, TILE=TILE, COLUMNS=columns, num_warps=4
     )
     mean = torch.empty(batch, dim, device=x_BSNE.device, dtype=torch.float32)
     scale = torch.empty(batch, heads, device=x_BSNE.device, dtype=torch.float32)
@@ -137,7 +137,7 @@ def cast(x_BSNE: Tensor, mean: Tensor, scale: Tensor) -> Tensor:
     block = triton.next_power_of_2(heads * width)
     _cast_kernel[(triton.cdiv(tokens, CAST_ROWS), batch)](
         x_BSNE, mean, scale, out, tokens, *_strides(x_BSNE), heads * width, heads,
-        WIDTH=width, BLOCK=block, ROWS=CAST_ROWS, num_warps=min(8, max(1, block // 1024)),
+        WIDTH=width, BLOCK=block, ROWS=CAST_ROWS, num_warps=min(16, max(1, block // 512)),
     )  # fmt: skip
     return out
 
