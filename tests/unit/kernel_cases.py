@@ -17,7 +17,8 @@ from torch import Tensor
 if __name__ == "__main__":
     sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 
-from wan_fp8.kernels import attention_cast, residual_norm, rms_rope
+from wan_fp8.kernels import attention_cast, quantize, residual_norm, rms_rope
+from wan_fp8.kernels.quantize import Cast, Granularity, QuantizedActivation
 from wan_fp8.kernels.residual_norm import NormTable
 from wan_fp8.models import functional as wan
 
@@ -151,7 +152,112 @@ def cast_for_fp8_attention(device: torch.device, dtype: torch.dtype, fused: bool
         assert torch.allclose(out.double(), v.double().mean(1, keepdim=True).expand_as(out), rtol=1e-2, atol=1e-4)
 
 
-CASES = [residual_and_norm, norm_of_a_large_mean, rms_norm_and_rope, cast_for_fp8_attention]
+def casts(device: torch.device, exact: Tensor) -> list[Cast]:
+    """Every way of storing a result; static scales that fit, and maxima collected."""
+    cell = torch.zeros(1, device=device)
+    multiplier = quantize.current_multiplier(exact.abs().amax().float().reshape(1))
+    return [
+        Cast(Granularity.ROW),
+        Cast(Granularity.TENSOR, multiplier=multiplier, dequant=1 / multiplier),
+        Cast(Granularity.TENSOR, multiplier=multiplier, dequant=1 / multiplier, amax=cell),
+        Cast(Granularity.BLOCK),
+        Cast(Granularity.BLOCK, power_of_2=True),
+    ]
+
+
+def check_quantized(ours: QuantizedActivation, exact: Tensor, cast: Cast, what: str) -> None:
+    """Values rounded to nearest in e4m3 (the interpreter truncates: up to a whole step); scales against float64; the maximum."""
+    assert ours.qdata.dtype == torch.float8_e4m3fn and ours.granularity is cast.granularity
+    rows = exact.flatten(0, -2)
+    assert ours.scale.dtype == torch.float32
+    groups = {"row": rows, "tensor": rows.flatten()[None], "block": rows.unflatten(1, (-1, 128))}[cast.granularity]
+    want = groups.abs().amax(-1) / 448
+    if cast.power_of_2:
+        want = torch.exp2(torch.ceil(torch.log2(want)))
+    want = want.t() if cast.granularity is Granularity.BLOCK else want.reshape(ours.scale.shape)
+    assert ours.scale.shape == want.shape, what
+    assert torch.allclose(ours.scale.double(), want, rtol=1e-2 if INTERPRETED else 1e-4), what
+    error = float((ours.dequantized(torch.float64) - exact).norm() / exact.norm())
+    assert 0.02 < error < (0.1 if INTERPRETED else 0.029), f"{what}: relative error {error:.3f}"
+    if cast.amax is not None:
+        assert torch.allclose(cast.amax.double(), rows.abs().amax(), rtol=1e-4), what
+
+
+def quantised_activations(device: torch.device, dtype: torch.dtype, fused: bool) -> None:
+    """Every granularity, with and without a GELU in front; a width that is no power of two; a row of zeros."""
+    for gelu in (False, True):
+        x = values(2, 7, 384, dtype=dtype, device=device, seed=9)
+        exact = x.double()
+        if gelu:
+            exact = torch.nn.functional.gelu(exact, approximate="tanh")
+        for cast in casts(device, exact):
+            ours = quantize.quantize(x, cast, gelu=gelu, fused=fused)
+            check_quantized(ours, exact, cast, f"{cast.granularity} gelu={gelu} pow2={cast.power_of_2}")
+        cell = torch.zeros(1, device=device)
+        ours = quantize.quantize_current(x, gelu=gelu, amax=cell, fused=fused)
+        check_quantized(ours, exact, Cast(Granularity.TENSOR, amax=cell), f"current gelu={gelu}")
+        assert torch.equal(quantize.collect_amax(x, gelu=gelu, fused=fused), cell)
+    zeros = torch.zeros(1, 3, 256, dtype=dtype, device=device)
+    for granularity in (Granularity.ROW, Granularity.BLOCK):
+        ours = quantize.quantize(zeros, Cast(granularity), fused=fused)
+        assert torch.equal(ours.dequantized(), zeros.float()), "zeros stay zeros"
+
+
+def quantised_outliers(device: torch.device, dtype: torch.dtype, fused: bool) -> None:
+    """What exceeds a scale from before is clamped, never NaN; what is NaN stays NaN."""
+    x = values(1, 4, 256, dtype=dtype, device=device, seed=10)
+    x[0, 1, 7], x[0, 2, 9] = 1e4, -1e4
+    one = torch.ones(1, device=device)
+    ours = quantize.quantize(x, Cast(Granularity.TENSOR, multiplier=one, dequant=one), fused=fused).qdata.float()
+    assert not ours.isnan().any() and ours[0, 1, 7] == 448 and ours[0, 2, 9] == -448
+    for granularity in (Granularity.ROW, Granularity.BLOCK):
+        ours = quantize.quantize(x, Cast(granularity), fused=fused).dequantized()
+        assert torch.allclose(ours[0, 1, 7], torch.tensor(1e4, device=device), rtol=0.1 if INTERPRETED else 0.01), (
+            "the outlier itself is kept"
+        )
+        # a shared block of the outlier's row suffers; every other row does not
+        clean = float((ours[0, 0] - x[0, 0].float()).norm() / x[0, 0].float().norm())
+        assert clean < (0.1 if INTERPRETED else 0.03), clean
+    if INTERPRETED:
+        return  # its cast has no NaN
+    x[0, 3, 0] = float("nan")
+    ours = quantize.quantize(x, Cast(Granularity.TENSOR, multiplier=one, dequant=one), fused=fused).qdata.float()
+    assert ours[0, 3, 0].isnan() and ours.isnan().sum() == 1
+
+
+def norm_into_fp8(device: torch.device, dtype: torch.dtype, fused: bool) -> None:
+    """The norm's result cast in the same pass, or its maximum collected beside it."""
+    batch, tokens, dim = 2, 5, 384
+    run = residual_norm.fused if fused else residual_norm.eager
+    x = values(batch, tokens, dim, dtype=torch.float32, device=device, seed=11)
+    branch = values(batch, tokens, dim, dtype=dtype, device=device, seed=12)
+    tables = values(batch, 3, dim, dtype=torch.float32, device=device, seed=13)
+    gate, table = tables[:, 0], NormTable(tables[:, 1], tables[:, 2], modulated=True)
+    exact = exact_norm(
+        x.double() + branch.double() * gate[:, None].double(),
+        1 + table.scale_RD[:, None].double(),
+        table.shift_RD[:, None].double(),
+        1e-6,
+    )
+    for cast in casts(device, exact):
+        _, ours = run(x, branch, gate, table, None, eps=1e-6, out_dtype=dtype, in_place=False, cast=cast)
+        check_quantized(ours, exact, cast, f"norm into {cast.granularity}")
+        assert ours.dtype == dtype
+    cell = torch.zeros(1, device=device)
+    _, ours = run(x, branch, gate, table, None, eps=1e-6, out_dtype=dtype, in_place=False, cast=Cast(None, amax=cell))
+    check(ours, exact, "norm with its maximum")
+    assert torch.equal(cell, ours.float().abs().amax().reshape(1))
+
+
+CASES = [
+    residual_and_norm,
+    norm_of_a_large_mean,
+    rms_norm_and_rope,
+    cast_for_fp8_attention,
+    quantised_activations,
+    quantised_outliers,
+    norm_into_fp8,
+]
 
 if __name__ == "__main__":
     where = torch.device("cuda" if torch.cuda.is_available() else "cpu")

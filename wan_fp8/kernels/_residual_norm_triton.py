@@ -5,13 +5,16 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
+from ._quantize_triton import store_row
+
 
 @triton.jit
 def residual_norm_kernel(
     x_ptr, branch_ptr, gate_ptr, scale_ptr, shift_ptr, row_ptr, x_out_ptr, out_ptr,
+    out_scale_ptr, multiplier_ptr, amax_ptr,
     tokens, dim, eps, gate_stride, table_stride,
     ADD: tl.constexpr, GATED: tl.constexpr, NORM: tl.constexpr, MODULATED: tl.constexpr, HAS_ROWS: tl.constexpr,
-    BLOCK: tl.constexpr,
+    MODE: tl.constexpr, POWER_OF_2: tl.constexpr, COLLECT: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
     """One token per program: its whole row stays in registers between the sum, the statistics and the output."""
     token = tl.program_id(0)
@@ -38,4 +41,7 @@ def residual_norm_kernel(
         shift = tl.load(shift_ptr + table, mask=inside, other=0.0).to(tl.float32)
         if MODULATED:
             scale += 1.0
-        tl.store(out_ptr + offset, (normed * scale + shift).to(out_ptr.dtype.element_ty), mask=inside)
+        store_row(
+            normed * scale + shift, inside, offset, token, tl.num_programs(0), dim,
+            out_ptr, out_scale_ptr, multiplier_ptr, amax_ptr, MODE, POWER_OF_2, COLLECT, BLOCK,
+        )  # fmt: skip

@@ -20,6 +20,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from . import accumulate_dtype
+from .quantize import Cast, QuantizedActivation, emit
 
 
 @dataclass(frozen=True, slots=True)
@@ -44,21 +45,17 @@ def residual(x_BSD: Tensor, branch_BSD: Tensor) -> Tensor:
     return (x_BSD.to(acc) + branch_BSD.to(acc)).to(x_BSD.dtype)
 
 
-def layer_norm_modulate(x_BSD: Tensor, shift: Tensor, scale: Tensor, *, eps: float, out_dtype: torch.dtype) -> Tensor:
+def layer_norm_modulate(x_BSD: Tensor, shift: Tensor, scale: Tensor, *, eps: float) -> Tensor:
     """``LN(x) * (1 + scale) + shift`` without learned affine; shift and scale broadcast over [B, S, D]."""
     acc = accumulate_dtype(x_BSD)
     normed = F.layer_norm(x_BSD.to(acc), x_BSD.shape[-1:], eps=eps)
-    return (normed * (1 + scale.to(acc)) + shift.to(acc)).to(out_dtype)
+    return normed * (1 + scale.to(acc)) + shift.to(acc)
 
 
-def layer_norm_affine(
-    x_BSD: Tensor, weight: Tensor, bias: Tensor | None, *, eps: float, out_dtype: torch.dtype
-) -> Tensor:
+def layer_norm_affine(x_BSD: Tensor, weight: Tensor, bias: Tensor | None, *, eps: float) -> Tensor:
     """LayerNorm with a learned gain and offset, in fp32."""
     acc = accumulate_dtype(x_BSD)
-    return F.layer_norm(
-        x_BSD.to(acc), x_BSD.shape[-1:], weight.to(acc), None if bias is None else bias.to(acc), eps
-    ).to(out_dtype)
+    return F.layer_norm(x_BSD.to(acc), x_BSD.shape[-1:], weight.to(acc), None if bias is None else bias.to(acc), eps)
 
 
 def eager(
@@ -71,7 +68,8 @@ def eager(
     eps: float,
     out_dtype: torch.dtype,
     in_place: bool,
-) -> tuple[Tensor, Tensor | None]:
+    cast: Cast | None = None,
+) -> tuple[Tensor, Tensor | QuantizedActivation | None]:
     """The reference, in separate torch operations. See ``fused`` for the arguments."""
     del in_place
 
@@ -85,9 +83,9 @@ def eager(
         return x_BSD, None
     if table.modulated:
         shift, scale = spread(table.shift_RD), spread(table.scale_RD)
-        return x_BSD, layer_norm_modulate(x_BSD, shift, scale, eps=eps, out_dtype=out_dtype)
+        return x_BSD, emit(layer_norm_modulate(x_BSD, shift, scale, eps=eps), cast, out_dtype)
     gain, offset = table.scale_RD[0], table.shift_RD[0]
-    return x_BSD, layer_norm_affine(x_BSD, gain, offset, eps=eps, out_dtype=out_dtype)
+    return x_BSD, emit(layer_norm_affine(x_BSD, gain, offset, eps=eps), cast, out_dtype)
 
 
 def fused(
@@ -100,7 +98,8 @@ def fused(
     eps: float,
     out_dtype: torch.dtype,
     in_place: bool,
-) -> tuple[Tensor, Tensor | None]:
+    cast: Cast | None = None,
+) -> tuple[Tensor, Tensor | QuantizedActivation | None]:
     """One Triton pass.
 
     Args:
@@ -112,17 +111,19 @@ def fused(
         eps: added to the variance.
         out_dtype: type of the normed result.
         in_place: write the new stream over ``x_BSD``; False leaves ``x_BSD`` as it was.
+        cast: store the normed result in FP8, or collect its maximum, in the same pass.
     Returns:
         The new residual stream (``x_BSD`` itself if nothing was added) and the normed result (None without ``table``).
     """
     import triton
 
+    from . import _quantize_triton as quantized
     from ._residual_norm_triton import residual_norm_kernel
 
     batch, tokens, dim = x_BSD.shape
     assert x_BSD.is_contiguous() and (branch_BSD is None or branch_BSD.is_contiguous())
     x_out = x_BSD if branch_BSD is None or in_place else torch.empty_like(x_BSD)
-    out = None if table is None else torch.empty_like(x_BSD, dtype=out_dtype)
+    out, out_scale, amax = (None, None, None) if table is None else quantized.outputs(x_BSD, cast, out_dtype)
     scale, shift, modulated = (
         (None, None, False) if table is None else (table.scale_RD, table.shift_RD, table.modulated)
     )
@@ -130,11 +131,14 @@ def fused(
     block = triton.next_power_of_2(dim)
     residual_norm_kernel[(batch * tokens,)](
         x_BSD, branch_BSD, gate_RD, scale, shift, rows, x_out, out,
+        out_scale, None if cast is None else cast.multiplier, amax,
         tokens, dim, eps,
         0 if gate_RD is None else gate_RD.stride(0),
         scale.stride(0) if scale is not None and modulated else 0,
         ADD=branch_BSD is not None, GATED=gate_RD is not None, NORM=table is not None,
         MODULATED=modulated, HAS_ROWS=rows is not None,
+        MODE=quantized.MODES[None if cast is None else cast.granularity],
+        POWER_OF_2=cast is not None and cast.power_of_2, COLLECT=amax is not None,
         BLOCK=block, num_warps=min(8, max(1, block // 1024)),
     )  # fmt: skip
-    return x_out, out
+    return x_out, None if out is None else quantized.finish(out, out_scale, amax, cast, out_dtype)

@@ -1,0 +1,215 @@
+"""Activations to e4m3, with an optional GELU in front: row by row, with one scale for the tensor, or in blocks of 128.
+
+``x ~= qdata * scale``. A row fits in registers, so that its scale comes free in one pass over memory; one scale for
+the whole tensor needs either a scale from before (then its maximum is collected on the way) or a pass of its own.
+
+    row      one scale a token                          [tokens, 1]
+    tensor   one scale                                  [1]
+    block    one scale for 128 channels of a token      [D / 128, tokens], the layout that cuBLAS multiplies from
+
+Eager references here, Triton beside it. Values are clamped before every cast: up to torch 2.12 a cast makes NaN of
+what exceeds 448.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from enum import StrEnum
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from . import accumulate_dtype, refusal
+
+E4M3 = torch.float8_e4m3fn
+E4M3_MAX = 448.0
+TINY = 1e-12
+"""Smallest maximum that a scale is made of: a row of zeros stays zeros."""
+BLOCK = 128
+"""Channels of an activation, or rows and columns of a weight, that share a scale under block scaling."""
+
+
+class Granularity(StrEnum):
+    """What shares one scale."""
+
+    TENSOR = "tensor"
+    ROW = "row"
+    BLOCK = "block"
+
+
+@dataclass(frozen=True, slots=True)
+class QuantizedActivation:
+    """An activation that is cast already, on its way from the kernel that made it to the linears that read it."""
+
+    qdata: Tensor
+    """[..., D] e4m3."""
+    scale: Tensor
+    """fp32; see the module's table."""
+    granularity: Granularity
+    dtype: torch.dtype
+    """Type that the values had; a GEMM answers in it."""
+
+    @property
+    def shape(self) -> torch.Size:
+        """Shape of the values."""
+        return self.qdata.shape
+
+    @property
+    def device(self) -> torch.device:
+        """Where the values are."""
+        return self.qdata.device
+
+    def dequantized(self, dtype: torch.dtype = torch.float32) -> Tensor:
+        """The values that the bytes stand for."""
+        flat = self.qdata.flatten(0, -2).to(dtype)
+        scale = self.scale.to(dtype)
+        if self.granularity is Granularity.BLOCK:
+            scale = scale[:, : flat.shape[0]].t().repeat_interleave(BLOCK, dim=1)
+        return (flat * scale).view(self.qdata.shape)
+
+
+@dataclass(frozen=True, slots=True)
+class Cast:
+    """What a fused kernel does with its result before it stores it."""
+
+    granularity: Granularity | None
+    """None: store in high precision."""
+    power_of_2: bool = False
+    """Round scales down to powers of two (block scaling only), as Transformer Engine does by default."""
+    multiplier: Tensor | None = None
+    """[1] fp32: what values are multiplied by under one scale for the tensor."""
+    dequant: Tensor | None = None
+    """[1] fp32: its inverse."""
+    amax: Tensor | None = None
+    """[1] fp32: raised to the largest magnitude seen, that of the stored values where they stay in high precision."""
+
+
+# ---- activations ---------------------------------------------------------------------------------------------------
+
+
+def quantize(x: Tensor, cast: Cast, *, gelu: bool = False, fused: bool | None = None) -> QuantizedActivation:
+    """One pass over ``x`` [..., D].
+
+    Args:
+        cast: ``tensor`` granularity needs its multiplier (see ``quantize_current`` for a scale of this very tensor).
+        gelu: put a GELU (tanh form) before the cast.
+        fused: the Triton kernel or the eager reference; None takes Triton wherever it runs.
+    """
+    assert cast.granularity is not None
+    if not _use_triton(x, fused):
+        return emit(_activated(x, gelu), cast, x.dtype)  # type: ignore[return-value]
+    from ._quantize_triton import launch_quantize
+
+    return launch_quantize(x, cast, gelu)
+
+
+def quantize_current(
+    x: Tensor, *, gelu: bool = False, amax: Tensor | None = None, fused: bool | None = None
+) -> QuantizedActivation:
+    """One scale, from this tensor's own maximum: two passes over ``x``.
+
+    Args:
+        amax: [1] fp32 cell that is raised to the maximum.
+    """
+    largest = collect_amax(x, gelu=gelu, fused=fused)
+    if amax is not None:
+        torch.maximum(amax, largest, out=amax)
+    multiplier = current_multiplier(largest)
+    return quantize(x, Cast(Granularity.TENSOR, multiplier=multiplier, dequant=1 / multiplier), gelu=gelu, fused=fused)
+
+
+def collect_amax(x: Tensor, *, gelu: bool = False, fused: bool | None = None) -> Tensor:
+    """[1] fp32: the largest magnitude of ``x``, or of its GELU."""
+    if not _use_triton(x, fused):
+        return _activated(x, gelu).abs().amax().float().reshape(1)
+    from ._quantize_triton import launch_amax
+
+    return launch_amax(x, gelu)
+
+
+def current_multiplier(amax: Tensor, margin: int = 0) -> Tensor:
+    """``448 / amax / 2^margin``."""
+    return E4M3_MAX / amax.clamp_min(TINY) / 2.0**margin
+
+
+def emit(values: Tensor, cast: Cast | None, dtype: torch.dtype) -> Tensor | QuantizedActivation:
+    """The eager end of a kernel: store ``values`` [..., D] (accumulation type) in ``dtype``, or cast."""
+    if cast is None or cast.granularity is None:
+        out = values.to(dtype)
+        _raise_amax(cast, out)
+        return out
+    _raise_amax(cast, values)
+    flat = values.flatten(0, -2).float()
+    if cast.granularity is Granularity.TENSOR:
+        assert cast.multiplier is not None and cast.dequant is not None
+        scaled, scale = flat * cast.multiplier, cast.dequant
+    elif cast.granularity is Granularity.ROW:
+        multiplier, scale = _factors(flat.abs().amax(1, keepdim=True), False)
+        scaled = flat * multiplier
+    else:
+        blocks = flat.unflatten(1, (-1, BLOCK))
+        multiplier, scale = _factors(blocks.abs().amax(2, keepdim=True), cast.power_of_2)
+        scaled, scale = (blocks * multiplier).flatten(1), scale[..., 0].t().contiguous()
+    return QuantizedActivation(_to_e4m3(scaled).view(values.shape), scale, cast.granularity, dtype)
+
+
+def _raise_amax(cast: Cast | None, values: Tensor) -> None:
+    if cast is not None and cast.amax is not None:
+        torch.maximum(cast.amax, values.abs().amax().float().reshape(1), out=cast.amax)
+
+
+def _factors(amax: Tensor, power_of_2: bool) -> tuple[Tensor, Tensor]:
+    """Multiplier and scale for maxima of any shape."""
+    amax = amax.clamp_min(TINY)
+    if not power_of_2:
+        return E4M3_MAX / amax, amax / E4M3_MAX
+    multiplier = torch.exp2(torch.floor(torch.log2(E4M3_MAX / amax)))
+    return multiplier, 1 / multiplier
+
+
+def _to_e4m3(scaled: Tensor) -> Tensor:
+    return scaled.clamp(-E4M3_MAX, E4M3_MAX).to(E4M3)
+
+
+def _activated(x: Tensor, gelu: bool) -> Tensor:
+    value = x.to(accumulate_dtype(x))
+    return F.gelu(value, approximate="tanh") if gelu else value
+
+
+def _use_triton(x: Tensor, fused: bool | None) -> bool:
+    return refusal(x.device, x.dtype) is None if fused is None else fused
+
+
+# ---- weights -------------------------------------------------------------------------------------------------------
+
+
+def quantize_weight(weight: Tensor, granularity: Granularity, *, power_of_2: bool = False) -> tuple[Tensor, Tensor]:
+    """A weight [D_out, D_in] in e4m3 and its fp32 scale: (), [D_out, 1] or [D_out / 128, D_in / 128]."""
+    value = weight.float()
+    if granularity is Granularity.TENSOR:
+        multiplier, scale = _factors(value.abs().amax(), power_of_2)
+        return _to_e4m3(value * multiplier), scale
+    if granularity is Granularity.ROW:
+        multiplier, scale = _factors(value.abs().amax(1, keepdim=True), power_of_2)
+        return _to_e4m3(value * multiplier), scale
+    blocks = value.unflatten(1, (-1, BLOCK)).unflatten(0, (-1, BLOCK))
+    multiplier, scale = _factors(blocks.abs().amax(dim=(1, 3), keepdim=True), power_of_2)
+    return _to_e4m3((blocks * multiplier).reshape(value.shape)), scale[:, 0, :, 0].contiguous()
+
+
+def weight_granularity(scale: Tensor, weight_shape: torch.Size) -> Granularity:
+    """What shares a scale of this shape."""
+    if scale.numel() == 1 and scale.ndim < 2:
+        return Granularity.TENSOR
+    if scale.shape == (weight_shape[0], 1):
+        return Granularity.ROW
+    assert scale.shape == (weight_shape[0] // BLOCK, weight_shape[1] // BLOCK), (scale.shape, weight_shape)
+    return Granularity.BLOCK
+
+
+def spread_scale(scale: Tensor, weight_shape: torch.Size) -> Tensor:
+    """A weight's scale in a shape that multiplies the weight."""
+    if weight_granularity(scale, weight_shape) is Granularity.BLOCK:
+        return scale.repeat_interleave(BLOCK, 0).repeat_interleave(BLOCK, 1)
+    return scale
