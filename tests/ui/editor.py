@@ -57,6 +57,7 @@ class Editor:
             "Comfy.TutorialCompleted": True,  # without these two a dialog covers the graph
             "Comfy.InstalledVersion": version,
             "Comfy.Workflow.ShowMissingModelsWarning": False,
+            "LiteGraph.Canvas.MinFontSizeForLOD": 0,  # text in the screenshot, however far the graph is zoomed out
         }
         self.client.request("/settings", settings)
         self.page: Page = browser.new_page(viewport={"width": 1920, "height": 1080})
@@ -107,5 +108,5 @@ class Editor:
 
     def screenshot(self, path: Path) -> None:
         path.parent.mkdir(parents=True, exist_ok=True)
-        self.page.wait_for_timeout(300)
+        self.page.wait_for_timeout(900)  # the view glides to where it fits
         self.page.screenshot(path=str(path))
