@@ -27,8 +27,28 @@ def checkpoints(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
     return {task: make_tiny_checkpoint(folder / name, task) for task, name in TASKS.items()}
 
 
+SINGLE_FILES = {
+    "diffusion_models/wan2.2_t2v_high_noise_14B_fp8_scaled.safetensors": "wan2.2_t2v_high_noise_14B_tiny.safetensors",
+    "diffusion_models/wan2.2_t2v_low_noise_14B_fp8_scaled.safetensors": "wan2.2_t2v_low_noise_14B_tiny.safetensors",
+    "text_encoders/umt5_xxl_fp8_e4m3fn_scaled.safetensors": "umt5_xxl_tiny.safetensors",
+    "vae/wan_2.1_vae.safetensors": "wan_2.1_vae.safetensors",
+}
+"""The files that core's Wan2.2 template asks for, and the tiny ones that stand there in the tests."""
+
+
 @pytest.fixture(scope="session")
-def make_server(tmp_path_factory: pytest.TempPathFactory, checkpoints: dict[str, Path]) -> Callable[..., Any]:
+def single_files(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
+    """Tiny random single files for core's model folders, by where they go below ``models``."""
+    from make_tiny_checkpoint import make_tiny_checkpoint
+
+    made = make_tiny_checkpoint(tmp_path_factory.mktemp("single") / "t2v", "t2v", layout="comfy", fp8="scaled_fp8")
+    return {place: made / Path(place).parent / name for place, name in SINGLE_FILES.items()}
+
+
+@pytest.fixture(scope="session")
+def make_server(
+    tmp_path_factory: pytest.TempPathFactory, checkpoints: dict[str, Path], single_files: dict[str, Path]
+) -> Callable[..., Any]:
     """A function that starts a server with folders of its own; extra command-line flags are its arguments."""
     import host
     from comfy_server import start_server
@@ -38,12 +58,18 @@ def make_server(tmp_path_factory: pytest.TempPathFactory, checkpoints: dict[str,
         (base / "models" / "wan").mkdir(parents=True)
         for path in checkpoints.values():
             (base / "models" / "wan" / path.name).symlink_to(path, target_is_directory=True)
+        for place, path in single_files.items():
+            (base / "models" / place).parent.mkdir(exist_ok=True)
+            (base / "models" / place).symlink_to(path)
         (base / "custom_nodes").mkdir()
         (base / "custom_nodes" / SLOW_NODES.name).symlink_to(SLOW_NODES, target_is_directory=True)
         pinned = {key: value for key, value in os.environ.items() if key != "COMFYUI_DIR"}
         assert pinned == dict(os.environ), "the tests run on the pinned host: unset COMFYUI_DIR"
+        chosen = host.build()
+        (base / "input").mkdir()
+        shutil.copy(chosen.comfyui / "input" / "example.png", base / "input")  # every ComfyUI comes with this picture
         allowed = ("--whitelist-custom-nodes", host.PACK_NAME, SLOW_NODES.name)
-        return start_server(host.build(), base=base, extra=(*allowed, *flags))
+        return start_server(chosen, base=base, extra=(*allowed, *flags))
 
     return make
 
