@@ -7,6 +7,7 @@ patterns with the placeholder ``{i}`` for the block's number; what follows the m
 
 from __future__ import annotations
 
+import functools
 import re
 from collections.abc import Iterable
 
@@ -124,9 +125,17 @@ class NameMap:
     """A table of module (and lone parameter) pairs, usable in both directions. Names outside the table map to None."""
 
     def __init__(self, modules: Iterable[tuple[str, str]], parameters: Iterable[tuple[str, str]] = ()) -> None:
-        modules, parameters = tuple(modules), tuple(parameters)
-        self._to = _rules(((theirs, ours) for ours, theirs in modules), ((b, a) for a, b in parameters))
-        self._from = _rules(modules, parameters)
+        self._modules, self._parameters = tuple(modules), tuple(parameters)
+
+    @functools.cached_property
+    def _to(self) -> Rules:
+        # Compiled when first asked for: all maps together cost more than the rest of the package's import.
+        flipped = (tuple((b, a) for a, b in rows) for rows in (self._modules, self._parameters))
+        return _rules(*flipped)
+
+    @functools.cached_property
+    def _from(self) -> Rules:
+        return _rules(self._modules, self._parameters)
 
     def to_official(self, name: str) -> str | None:
         """The official name of a parameter; None for a name that the scheme does not have."""
