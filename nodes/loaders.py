@@ -14,7 +14,6 @@ from ..wan_fp8.checkpoint.detect import Detected, detect, require_expert_pair
 from ..wan_fp8.checkpoint.encoders import load_vae_state_dict, require_vae_version
 from ..wan_fp8.checkpoint.folder import VAE_OF_TASK
 from ..wan_fp8.checkpoint.load import build_from, open_transformer
-from ..wan_fp8.checkpoint.quantized import Storage
 from ..wan_fp8.checkpoint.reader import open_source
 from ..wan_fp8.checkpoint.signatures import Kind
 from ..wan_fp8.checkpoint.tensors import TensorSource
@@ -54,13 +53,6 @@ TEXT_DTYPES = {
     "fp32": torch.float32,
 }
 VAE_DTYPES = {AUTO_DTYPE: None, "fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
-FP8_STORAGE = {
-    Storage.FP8,
-    Storage.SCALED_FP8,
-    Storage.COMFY_QUANT,
-    Storage.QUANTIZATION_METADATA,
-    Storage.LIGHTX2V_FP8,
-}
 
 
 class WanFP8LoadCheckpoint(io.ComfyNode):
@@ -114,7 +106,9 @@ class WanFP8LoadCheckpoint(io.ComfyNode):
             spec = found[0][1].require_transformer(checkpoint)
             encoder = _text_encoder(chosen, checkpoint, text_encoder, _choice(text_encoder_dtype, TEXT_DTYPES), spec)
             decoder = _vae(chosen, checkpoint, vae, _choice(vae_dtype, VAE_DTYPES), spec)
-            nets = [build_from(source, what, dtype=_storage(weight_dtype, what)) for source, what in found]
+            auto = weight_dtype == AUTO_DTYPE
+            dtype = torch.bfloat16 if auto else _choice(weight_dtype, WEIGHT_DTYPES)
+            nets = [build_from(source, what, dtype=dtype, keep_fp8=auto) for source, what in found]
             lines = _report(found)
         models = [bridge.build_model_patcher(net) for net in nets]
         low = _low_output(models, spec, checkpoint)
@@ -182,13 +176,6 @@ def _choice(name: str, choices: dict[str, Any]) -> Any:
     if name not in choices:
         raise InputError(f"a dtype must be one of {', '.join(choices)}; got {name!r}")
     return choices[name]
-
-
-def _storage(name: str, what: Detected) -> torch.dtype | None:
-    """What the weights of one file are kept as; None: as they are stored."""
-    if name != AUTO_DTYPE:
-        return _choice(name, WEIGHT_DTYPES)  # type: ignore[no-any-return]
-    return None if what.storage in FP8_STORAGE else torch.bfloat16
 
 
 def _open_experts(chosen: Selection, name: str, opened: ExitStack) -> list[tuple[TensorSource, Detected]]:

@@ -189,6 +189,26 @@ def test_fp8_that_is_no_linear_weight_becomes_bf16(tmp_path: Path) -> None:
     assert model.patch_embedding.weight.dtype == torch.bfloat16
 
 
+def test_fp8_can_be_kept_while_everything_else_gets_a_type(tmp_path: Path) -> None:
+    path, worth = quantised_file(tmp_path, "scaled_fp8")
+    model = load_transformer(path, dtype=torch.bfloat16, keep_fp8=True)
+    types = {name: parameter.dtype for name, parameter in model.named_parameters() if not name.endswith("_scale")}
+    for name, dtype in types.items():
+        assert dtype == (E4M3 if is_linear(name, worth[name]) else torch.bfloat16), name
+    assert model.compute_dtype == torch.bfloat16
+
+
+@pytest.mark.parametrize(("rest", "wanted"), [(torch.float32, torch.bfloat16), (torch.float16, torch.float16)])
+def test_high_precision_embeddings_do_not_make_an_fp8_file_compute_in_fp32(
+    rest: torch.dtype, wanted: torch.dtype
+) -> None:
+    stored, _, _ = quantised(official_state(BIG, dtype=rest), "scaled_fp8")
+    model = load_transformer(stored, dtype=None)
+    assert model.text_embedding[0].weight.dtype == rest
+    assert model.compute_dtype == wanted
+    assert load_transformer(stored, dtype=torch.float32).compute_dtype == torch.float32
+
+
 def test_int8_cannot_be_kept(tmp_path: Path) -> None:
     path, _ = quantised_file(tmp_path, "lightx2v_int8")
     with pytest.raises(InputError, match=r"stores int8 weights.*dtype=torch\.bfloat16"):

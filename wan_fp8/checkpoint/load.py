@@ -42,6 +42,7 @@ def load_transformer(
     device: torch.device | str = "cpu",
     model_class: type[WanModel] | None = None,
     *,
+    keep_fp8: bool = False,
     map_files: bool = True,
 ) -> WanModel:
     """Load one Wan2.2 transformer (one expert) in eval mode.
@@ -55,6 +56,7 @@ def load_transformer(
             bf16.
         device: where the weights go.
         model_class: a subclass of WanModel to build instead.
+        keep_fp8: with a ``dtype``, FP8 Linears keep their bytes all the same, and everything else gets ``dtype``.
         map_files: weights that keep their type are views of the mapped file, taking no memory until used; False copies
             them.
     Returns:
@@ -70,7 +72,7 @@ def load_transformer(
         )
     opened, detected = open_transformer(source, expert, map_files=map_files)
     with opened:
-        return build_from(opened, detected, dtype=dtype, device=device, model_class=model_class)
+        return build_from(opened, detected, dtype=dtype, device=device, model_class=model_class, keep_fp8=keep_fp8)
 
 
 def open_transformer(
@@ -130,6 +132,7 @@ def build_from(
     dtype: torch.dtype | None,
     device: torch.device | str = "cpu",
     model_class: type[WanModel] | None = None,
+    keep_fp8: bool = False,
 ) -> WanModel:
     """The model of an opened and recognised source (see ``open_transformer``). Nothing is read before all names fit."""
     spec = detected.require_transformer(source.label)
@@ -144,12 +147,15 @@ def build_from(
     linears = {name + ".weight" for name, module in model.named_modules() if isinstance(module, Linear)}
     state: dict[str, Tensor] = {}
     for official, stored in names.items():
-        state.update(_entries(source, official, stored, quantization, dtype, device, official in linears))
+        may_keep = official in linears and (keep_fp8 or dtype is None)
+        state.update(_entries(source, official, stored, quantization, dtype, device, may_keep))
     for name, value in state.items():
         if name.endswith(".weight_scale"):
             owner = model.get_submodule(name.removesuffix(".weight_scale"))
             owner.register_parameter("weight_scale", nn.Parameter(value, requires_grad=False))
     model.load_state_dict(state, strict=True, assign=True)
+    if model.compute_dtype == torch.float32 and any(value.dtype in FP8_DTYPES for value in state.values()):
+        model.compute_dtype_override = torch.bfloat16  # fp32 embeddings beside FP8 blocks do not make it an fp32 model
     return model.requires_grad_(False).eval()
 
 
@@ -160,15 +166,14 @@ def _entries(
     quantization: Quantization,
     dtype: torch.dtype | None,
     device: torch.device | str,
-    is_linear_weight: bool,
+    may_keep: bool,
 ) -> dict[str, Tensor]:
     """The parameter called ``official``, and its scale where both are kept."""
     scale = read_scale(source, stored, quantization)
     is_fp8 = source.info(stored).dtype in FP8_DTYPES
-    if dtype is not None or not (is_fp8 or scale is not None):
-        return {official: source.read(stored, dtype, device, scale)}
-    if not (is_fp8 and is_linear_weight):
-        return {official: source.read(stored, torch.bfloat16, device, scale)}
+    if not (is_fp8 and may_keep):
+        lifted = torch.bfloat16 if is_fp8 or scale is not None else None
+        return {official: source.read(stored, dtype or lifted, device, scale)}
     kept = torch.ones(()) if scale is None else scale
     return {
         official: source.read(stored, None, device),
