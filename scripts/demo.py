@@ -25,9 +25,13 @@ SETTINGS = (f"checkpoint={CHECKPOINT}", "width=160", "height=96", "length=17", "
 
 
 def make_checkpoint(chosen: host.Host, client: Path) -> None:
-    """Write the tiny checkpoint where the demo's ComfyUI looks for it; one that is complete is left as it is."""
+    """Write the tiny checkpoint where the demo's ComfyUI looks for it, unless it is there and newer than its script."""
     target = BASE / "models" / "wan" / CHECKPOINT
     script = host.PACK / "scripts" / "make_tiny_checkpoint.py"
+    receipt = target / "tiny.json"  # the script writes it last, and the whole folder or nothing
+    sources = [script, *script.with_name("tiny_checkpoint").glob("*.py")]
+    if receipt.is_file() and all(path.stat().st_mtime < receipt.stat().st_mtime for path in sources):
+        return
     target.parent.mkdir(parents=True, exist_ok=True)
     environment = dict(os.environ)
     if not chosen.pinned:  # its interpreter has torch; the command line's libraries, pure Python, come from our own
