@@ -7,6 +7,6 @@ what the kernel can hold (error
 than either.
 """
 
-from . import flash3, flash4, fp8_reference, reference, sage, sdpa
+from . import flash2, flash3, flash4, fp8_reference, reference, sage, sdpa
 
-__all__ = ["flash3", "flash4", "fp8_reference", "reference", "sage", "sdpa"]
+__all__ = ["flash2", "flash3", "flash4", "fp8_reference", "reference", "sage", "sdpa"]

@@ -16,7 +16,8 @@ from ..core import ATTENTION, AttentionRequest
 _HALF = (torch.bfloat16, torch.float16)
 
 
-def _attend(q_BSNE: Tensor, k_BLNE: Tensor, v_BLNE: Tensor) -> Tensor:
+def attend(q_BSNE: Tensor, k_BLNE: Tensor, v_BLNE: Tensor) -> Tensor:
+    """torch's call on our layout: [B, S, N, E] in and out."""
     out = F.scaled_dot_product_attention(q_BSNE.transpose(1, 2), k_BLNE.transpose(1, 2), v_BLNE.transpose(1, 2))
     return out.transpose(1, 2)
 
@@ -29,10 +30,19 @@ def _refuse_never(request: AttentionRequest) -> str | None:
 @ATTENTION.register("sdpa", priority=10, refuse=_refuse_never)
 def sdpa(q_BSNE: Tensor, k_BLNE: Tensor, v_BLNE: Tensor) -> Tensor:
     """Whatever kernel torch prefers for the tensors."""
-    return _attend(q_BSNE, k_BLNE, v_BLNE)
+    return attend(q_BSNE, k_BLNE, v_BLNE)
 
 
-def _refuse_half_cuda(request: AttentionRequest) -> str | None:
+def torch_choice(request: AttentionRequest) -> str:
+    """Which of its kernels torch takes for ``sdpa``, in torch's own word: cudnn, flash, efficient or math."""
+    length = min(request.num_keys, 1024)  # the choice goes by type, width and device
+    q = torch.empty(1, 1, length, request.head_dim, dtype=request.dtype, device=request.caps.device)
+    choice = SDPBackend(torch._fused_sdp_choice(q, q, q))
+    return choice.name.removesuffix("_ATTENTION").lower()
+
+
+def refuse_half_cuda(request: AttentionRequest) -> str | None:
+    """Why a half-precision flash kernel cannot take the request."""
     if not request.caps.is_cuda:
         return f"it needs an NVIDIA GPU; the tensors are on {request.caps.device.type}"
     if request.caps.capability is not None and request.caps.capability < (8, 0):
@@ -51,18 +61,11 @@ def _refuse_cudnn(request: AttentionRequest) -> str | None:
         return "this build of torch has no cuDNN"
     if request.num_keys == 1:
         return "cuDNN takes two keys or more"
-    return _refuse_half_cuda(request)
+    return refuse_half_cuda(request)
 
 
 @ATTENTION.register("cudnn", priority=20, refuse=_refuse_cudnn)
 def cudnn(q_BSNE: Tensor, k_BLNE: Tensor, v_BLNE: Tensor) -> Tensor:
     """cuDNN's fused kernel: torch's fastest on Hopper (582 TFLOP/s on an H100 at 75,600 tokens)."""
     with sdpa_kernel(SDPBackend.CUDNN_ATTENTION):
-        return _attend(q_BSNE, k_BLNE, v_BLNE)
-
-
-@ATTENTION.register("fa2", priority=15, refuse=_refuse_half_cuda)
-def fa2(q_BSNE: Tensor, k_BLNE: Tensor, v_BLNE: Tensor) -> Tensor:
-    """The FlashAttention 2 kernel that torch carries."""
-    with sdpa_kernel(SDPBackend.FLASH_ATTENTION):
-        return _attend(q_BSNE, k_BLNE, v_BLNE)
+        return attend(q_BSNE, k_BLNE, v_BLNE)

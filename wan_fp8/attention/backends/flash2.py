@@ -1,0 +1,38 @@
+"""FlashAttention 2: the ``flash-attn`` package where a user has it, else the kernel of the same design that torch
+carries."""
+
+from __future__ import annotations
+
+import functools
+import importlib
+from collections.abc import Callable
+from importlib import metadata
+
+from torch import Tensor
+from torch.nn.attention import SDPBackend, sdpa_kernel
+
+from ...hardware import has_module
+from ..core import ATTENTION
+from .sdpa import attend, refuse_half_cuda
+
+
+@functools.cache
+def _package() -> tuple[Callable | None, str]:
+    """flash-attn 2.x's entry, or why torch's kernel is used instead. FA4 installs below the same name and has no such
+    entry."""
+    if not has_module("flash_attn"):
+        return None, "flash-attn is not installed"
+    try:
+        return importlib.import_module("flash_attn").flash_attn_func, f"flash-attn {metadata.version('flash-attn')}"
+    except (ImportError, OSError, AttributeError, metadata.PackageNotFoundError) as error:
+        return None, f"flash-attn does not load ({error})"
+
+
+@ATTENTION.register("fa2", priority=15, refuse=refuse_half_cuda)
+def fa2(q_BSNE: Tensor, k_BLNE: Tensor, v_BLNE: Tensor) -> Tensor:
+    """FlashAttention 2, from the package or from torch."""
+    function, _ = _package()
+    if function is not None:
+        return function(q_BSNE, k_BLNE, v_BLNE)
+    with sdpa_kernel(SDPBackend.FLASH_ATTENTION):
+        return attend(q_BSNE, k_BLNE, v_BLNE)
