@@ -16,6 +16,7 @@ import dataclasses
 import itertools
 import math
 import statistics
+import time
 from collections import defaultdict
 from typing import Annotated
 
@@ -26,9 +27,10 @@ from rich.console import Console
 from rich.table import Table
 from torch import Tensor
 
-from wan_fp8 import Attention, set_attention
+from wan_fp8 import Attention, compile_blocks, set_attention
 from wan_fp8.attention import AttentionCore
 from wan_fp8.attention.backends import flash3
+from wan_fp8.compile import MODES
 from wan_fp8.kernels import attention_cast
 from wan_fp8.models.specs import SPECS, ModelSpec, Task
 from wan_fp8.models.wan import WanModel, build_model
@@ -185,6 +187,7 @@ def measure(
     device: str,
     kernels: str = "auto",
     stream: torch.dtype | None = None,
+    compiled: str = "off",
 ) -> dict:
     """One row of results."""
     spec = MODELS[model_name]
@@ -194,8 +197,15 @@ def measure(
     model = random_model(spec, layers[1], device, dtype)
     set_attention(model, open_window(attention))
     model.fused_kernels, model.stream_dtype_override = kernels, stream
+    if compiled != "off":
+        compile_blocks(model, mode=compiled)
     x, timestep, context = model_inputs(spec, grid, device, dtype)
     every_block = model.blocks
+    began = time.perf_counter()
+    model(x, timestep, context)
+    if device.startswith("cuda"):
+        torch.cuda.synchronize()
+    first_s = time.perf_counter() - began
 
     def forward() -> Tensor:
         return model(x, timestep, context)
@@ -247,6 +257,9 @@ def measure(
         "floor_ratio": round(layer_ms / sum(terms.values()), 4),
         "floor_terms_ms": {name: round(value, 3) for name, value in terms.items()},
         "fused_kernels": kernels,
+        "compile": compiled,
+        "first_forward_s": round(first_s, 2),
+        "graphs": sum(parts.graphs for parts in model.compiled_parts.values()),
         "stream": str(model.stream_dtype).removeprefix("torch."),
         "kernels": used,
         "attention_refused": resolution.refused,
@@ -278,6 +291,9 @@ def main(
     stream: Annotated[
         str, typer.Option(help="Residual stream: float32 or bfloat16, or both with a comma.")
     ] = "float32",
+    compiled: Annotated[
+        str, typer.Option("--compile", help=f"torch.compile of the blocks: off, {', '.join(MODES)}; or several.")
+    ] = "off",
     device: Annotated[str, typer.Option(help="cuda or cpu; empty picks.")] = "",
     json: Annotated[str, typer.Option(help="Where to write the results file.")] = "",
 ) -> None:
@@ -289,10 +305,10 @@ def main(
     device = device or ("cuda" if torch.cuda.is_available() else "cpu")
     first, second = (int(n) for n in layers.split(","))
     rows = []
-    for name, stored in itertools.product(attention.split(","), stream.split(",")):
+    for name, stored, mode in itertools.product(attention.split(","), stream.split(","), compiled.split(",")):
         with torch.inference_mode():
             types = getattr(torch, dtype), getattr(torch, stored)
-            rows.append(measure(model, size, frames, (first, second), name, types[0], device, kernels, types[1]))
+            rows.append(measure(model, size, frames, (first, second), name, types[0], device, kernels, types[1], mode))
         show(rows[-1])
         if device.startswith("cuda"):
             torch.cuda.empty_cache()

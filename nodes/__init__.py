@@ -10,12 +10,15 @@ from comfy_api.latest import ComfyExtension, io
 from .loaders import WanFP8LoadCheckpoint
 from .samplers import WanFP8SampleI2V, WanFP8SampleT2V, WanFP8SampleTI2V
 from .schedules import WanFP8Sigmas, WanFP8Solver
+from .settings import WanFP8Attention, WanFP8Compile
 from .sources import register_model_folder
 from .text import WanFP8TextEncode
 
 NODES: list[type[io.ComfyNode]] = [
     WanFP8LoadCheckpoint,
     WanFP8TextEncode,
+    WanFP8Attention,
+    WanFP8Compile,
     WanFP8SampleT2V,
     WanFP8SampleI2V,
     WanFP8SampleTI2V,

@@ -30,13 +30,15 @@ def notice(node_id: str | None, lines: list[str], *, level: int = logging.INFO) 
     for line in lines:
         logger.log(level, line)
     text = "\n".join(lines)
-    _show_on_node(node_id, text)
+    show_on_node(node_id, text)
     return ui.PreviewText(text)
 
 
-def _show_on_node(node_id: str | None, text: str) -> None:
-    """The host draws progress text on a node of any class; a frontend too old for it leaves the log line and the
-    history."""
+def show_on_node(node_id: str | None, text: str) -> None:
+    """Put ``text`` on a node.
+
+    The host draws progress text on a node of any class; a frontend too old for it leaves the log line and the history.
+    """
     server = getattr(getattr(sys.modules.get("server"), "PromptServer", None), "instance", None)
     send = getattr(server, "send_progress_text", None)
     if node_id is not None and send is not None:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import logging
-import weakref
 from dataclasses import dataclass
 from typing import Any
 
@@ -249,22 +248,6 @@ class WanFP8SampleTI2V(io.ComfyNode):
         return io.NodeOutput(run(experts, positive, negative, latent, Settings(**settings)), ui=shown)
 
 
-_FORKS: weakref.WeakKeyDictionary[Any, tuple[Any, Any]] = weakref.WeakKeyDictionary()
-"""MODEL of core's -> (its patches, our fork of it): so that core finds the fork still loaded when the same MODEL is
-sampled again."""
-
-
-def _hosted(model: Any) -> Any:
-    if bridge.is_hosted(model):
-        return model
-    bridge.spec_of(model)  # names what came if it is no Wan2.2 model
-    patches, forked = _FORKS.get(model, (None, None))
-    if forked is None or patches != model.patches_uuid:
-        forked = bridge.hosted(model)
-        _FORKS[model] = (model.patches_uuid, forked)
-    return forked
-
-
 def prepare_models(task: Task, model: Any, model_low: Any) -> list[Any]:
     """MODELs with this pack's transformer inside, high-noise expert first.
 
@@ -275,7 +258,7 @@ def prepare_models(task: Task, model: Any, model_low: Any) -> list[Any]:
     for name, given in (("model", model), ("model_low", model_low)):
         if given is None:
             continue
-        expert = _hosted(require(given))
+        expert = bridge.hosted(require(given))
         found = bridge.spec_of(expert).task
         if found is not task:
             raise InputError(

@@ -11,6 +11,7 @@ from comfy_api.latest import io
 LOADING = "Wan FP8/loaders"
 CONDITIONING = "Wan FP8/conditioning"
 SAMPLING = "Wan FP8/sampling"
+SETTINGS = "Wan FP8/settings"
 
 TextEncoderSocket = io.Custom("WAN_TEXT_ENCODER")
 """Carries an ``encoder.TextEncoderHandle``."""

@@ -19,7 +19,7 @@ from .sampling import (
     set_shift,
     with_timesteps,
 )
-from .settings import settings_of, with_settings
+from .settings import attention_request, device_of, settings_of, with_settings
 from .stages import Stage, run_stages
 from .vae import check_vae_matches, lazy_vae, load_vae, vae_version
 
@@ -27,9 +27,11 @@ __all__ = [
     "HostSettings",
     "Stage",
     "WithLora",
+    "attention_request",
     "build_model_patcher",
     "check_vae_matches",
     "core_sigmas",
+    "device_of",
     "fork",
     "hosted",
     "is_hosted",

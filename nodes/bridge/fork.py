@@ -9,7 +9,9 @@ from __future__ import annotations
 
 import copy
 import inspect
+import logging
 import uuid
+import weakref
 from collections.abc import Callable
 from typing import Any
 
@@ -21,6 +23,7 @@ import torch
 from torch import Tensor, nn
 
 from ...wan_fp8 import kernels
+from ...wan_fp8.attention import attention_report
 from ...wan_fp8.errors import UnsupportedPatchError
 from ...wan_fp8.models.layers import HIGH_PRECISION
 from ...wan_fp8.models.specs import ModelSpec
@@ -28,6 +31,7 @@ from ...wan_fp8.models.wan import WanModel, build_model
 from .core_weights import assign_weights, clean_weights, core_spec, has_fp8
 from .hosted_model import HostedModel, adopt, bind, hosted_class, refuse_foreign_patches
 from .memory import activation_bytes
+from .voice import say
 from .weights import place_loose_parameters
 
 KEY = "wan_fp8"
@@ -52,12 +56,25 @@ def spec_of(patcher: Any) -> ModelSpec:
     return net.spec if isinstance(net, HostedModel) else core_spec(net)
 
 
+_FORKS: weakref.WeakKeyDictionary[Any, tuple[Any, Any]] = weakref.WeakKeyDictionary()
+"""MODEL of core's -> (its patches, our fork of it)."""
+
+
 # ---- forking -------------------------------------------------------------------------------------------------------
 
 
 def hosted(patcher: Any) -> Any:
-    """This MODEL with our transformer: itself if it has it already, else a fork. For nodes that change no weights."""
-    return patcher if is_hosted(patcher) else fork(patcher)
+    """This MODEL with our transformer: itself if it has it already, else a fork. For nodes that change no weights.
+
+    The same MODEL with the same patches gives the same fork, which core then finds still loaded.
+    """
+    if is_hosted(patcher):
+        return patcher
+    patches, forked = _FORKS.get(patcher, (None, None))
+    if forked is None or patches != patcher.patches_uuid:
+        forked = fork(patcher)
+        _FORKS[patcher] = (patcher.patches_uuid, forked)
+    return forked
 
 
 def fork(patcher: Any) -> Any:
@@ -119,7 +136,7 @@ def _leave_device(patcher: Any) -> None:
 
 
 def _copy_choices(old: HostedModel, new: HostedModel) -> None:
-    for name in ("stream_dtype_override", "fused_kernels", "token_multiple"):
+    for name in ("stream_dtype_override", "fused_kernels", "token_multiple", "compile_setting"):
         if hasattr(old, name):
             setattr(new, name, getattr(old, name))
     new.stack_wrappers.update(old.stack_wrappers)
@@ -242,9 +259,17 @@ def _around_run(executor: Any, *args: Any, **kwargs: Any) -> Any:
     net = patcher.get_model_object("diffusion_model")
     net.forget_run()
     try:
-        return executor(*args, **kwargs)
+        result = executor(*args, **kwargs)
+        _report_attention(net)
+        return result
     finally:
         net.forget_run()
+
+
+def _report_attention(net: HostedModel) -> None:
+    """Tell the user what a low-precision attention did in the run that ends."""
+    for report in attention_report(net):
+        say("\n".join(report.lines()), level=logging.INFO if report.as_asked else logging.WARNING, keep=True)
 
 
 def _on_detach(patcher: Any, unpatch_all: bool = True) -> None:

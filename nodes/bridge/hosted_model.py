@@ -21,11 +21,13 @@ import torch
 from torch import Tensor, nn
 
 from ...wan_fp8.attention import Attention, Step
+from ...wan_fp8.compile import Compile
 from ...wan_fp8.errors import UnsupportedPatchError
 from ...wan_fp8.models.functional import RopeOptions
 from ...wan_fp8.models.layers import HIGH_PRECISION
 from ...wan_fp8.models.wan import MAX_CACHED_PROMPTS, ForwardOptions, WanModel
-from .weights import attach_weight_source
+from .voice import say
+from .weights import attach_weight_source, keep_transfers_out_of_graphs
 
 SETTINGS = "wan_fp8"
 """Our key in ``transformer_options``: a ``HostSettings``."""
@@ -43,6 +45,12 @@ class HostSettings:
 
     attention: Attention | None = None
     """Backend, precision and window of steps and blocks; None: automatic and exact."""
+    compile: Compile | None = None
+    """torch.compile for the parts of the blocks; None: they run as they are."""
+    tf32: bool | None = None
+    """Whether fp32 matrix products may run in TF32 during our forward; None: as the process has it."""
+    stream_dtype: torch.dtype | None = None
+    """Type of the residual stream between sums; None: fp32."""
 
 
 class HostedModel(WanModel):
@@ -131,6 +139,8 @@ class HostedModel(WanModel):
         task_inputs = self._accepted_inputs(kwargs)
         clip_fea = self._accepted_clip(clip_fea)
         settings: HostSettings = options.get(SETTINGS) or HostSettings()
+        if settings.compile is not None:
+            keep_transfers_out_of_graphs()
         if x.dtype in HIGH_PRECISION:
             self.compute_dtype_override = x.dtype
 
@@ -155,6 +165,10 @@ class HostedModel(WanModel):
                 attention_override=options.get("optimized_attention_override"),
                 block_replace=block_replacements(options, self.num_layers),
                 rope=rope_options(options),
+                compile=settings.compile,
+                announce=say,
+                tf32=settings.tf32,
+                stream_dtype=settings.stream_dtype,
                 host_options=options,
             ),
             **task_inputs,

@@ -5,8 +5,16 @@ from __future__ import annotations
 import dataclasses
 from typing import Any
 
-from .fork import hosted
+import torch
+
+from ...wan_fp8.attention import AttentionRequest
+from ...wan_fp8.hardware import DeviceCaps, device_caps
+from ...wan_fp8.models.layers import HIGH_PRECISION
+from .fork import hosted, spec_of
 from .hosted_model import SETTINGS, HostSettings
+
+USUAL_TOKENS = 32_760
+"""832x480, 81 frames: stands for the tokens of a run that is not known yet. No backend's refusal depends on them."""
 
 
 def settings_of(patcher: Any) -> HostSettings:
@@ -23,3 +31,20 @@ def with_settings(patcher: Any, **changes: Any) -> Any:
     clone = hosted(patcher).clone()
     clone.model_options.setdefault("transformer_options", {})[SETTINGS] = changed
     return clone
+
+
+def device_of(patcher: Any) -> DeviceCaps:
+    """The device that this MODEL will compute on."""
+    return device_caps(torch.device(patcher.load_device))
+
+
+def attention_request(patcher: Any) -> AttentionRequest:
+    """What the self-attention of this MODEL, ours or core's, will ask of a backend.
+
+    Raises:
+        UnsupportedPatchError: it is not a Wan2.2 T2V, I2V or TI2V model.
+    """
+    head_dim = spec_of(patcher).head_dim
+    compute = patcher.model.manual_cast_dtype or patcher.model.get_dtype()
+    compute = compute if compute in HIGH_PRECISION else torch.bfloat16
+    return AttentionRequest(device_of(patcher), compute, head_dim, USUAL_TOKENS, USUAL_TOKENS)

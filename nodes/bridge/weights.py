@@ -8,6 +8,7 @@ be neither loaded nor cast.
 
 from __future__ import annotations
 
+import functools
 import inspect
 from typing import Any
 
@@ -49,11 +50,14 @@ class ComfyWeights:
     def release(self, module: Leaf, weight: Tensor, bias: Tensor | None, handle: Any) -> None:
         """Tell core that the last use of what ``fetch`` returned is queued."""
         if handle is not None:
-            comfy.ops.uncast_bias_weight(module, weight, bias, handle)
+            self._uncast(module, weight, bias, handle)
 
     def _cast(self, module: Leaf, like: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor | None, Any]:
         result = comfy.ops.cast_bias_weight(module, like, dtype=dtype, bias_dtype=like.dtype, **self._offloadable)
         return result if self._offloadable else (*result, None)
+
+    def _uncast(self, module: Leaf, weight: Tensor, bias: Tensor | None, handle: Any) -> None:
+        comfy.ops.uncast_bias_weight(module, weight, bias, handle)
 
     def _fetch_fp8(self, module: Leaf, like: Tensor) -> tuple[Tensor, Tensor | None, Any]:
         """Core moves the stored bytes; patches are added here, to real values.
@@ -77,6 +81,14 @@ class ComfyWeights:
             else:
                 value = function(value)
         return value.to(like.dtype), bias, handle
+
+
+@functools.cache
+def keep_transfers_out_of_graphs() -> None:
+    """torch.compile calls what fetches weights from elsewhere as it is: events and streams of core's own, and patches
+    whose number differs from layer to layer. Done at the first compiled forward: it imports torch's compiler."""
+    for name in ("_cast", "_fetch_fp8", "_uncast"):
+        setattr(ComfyWeights, name, torch.compiler.disable(getattr(ComfyWeights, name)))
 
 
 def attach_weight_source(net: nn.Module) -> None:

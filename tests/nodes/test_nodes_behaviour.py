@@ -163,11 +163,11 @@ def test_a_core_model_is_forked_once_and_freed_with_it():
     import weakref
 
     models = kit.core_model("t2v", seed=5), kit.core_model("t2v", seed=6)
-    samplers = nodes_kit.module("nodes.samplers")
-    forks = [samplers._hosted(m) for m in models]
+    bridge = nodes_kit.module("nodes.bridge")
+    forks = [bridge.hosted(m) for m in models]
     sample(models)
-    assert [samplers._hosted(m) for m in models] == forks
-    assert samplers._hosted(forks[0]) is forks[0], "a MODEL of ours is used as it is"
+    assert [bridge.hosted(m) for m in models] == forks
+    assert bridge.hosted(forks[0]) is forks[0], "a MODEL of ours is used as it is"
     gone = [weakref.ref(f.model) for f in forks]
     del models, forks
     gc.collect()

@@ -38,6 +38,11 @@ CONTRACT = {
         "sigmas sigmas_high sigmas_low model model_low",
     ),
     "WanFP8Solver": ("solver", "sampler"),
+    "WanFP8Attention": (
+        "model backend exact skip_first_steps skip_last_steps skip_first_blocks skip_last_blocks bound model_low",
+        "model model_low",
+    ),
+    "WanFP8Compile": ("model mode dynamic tf32 residual_stream model_low", "model model_low"),
 }
 """Saved in users' workflows, inputs by position: only ever append."""
 

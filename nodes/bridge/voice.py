@@ -1,0 +1,30 @@
+"""What a run has to say while a node executes: in the log, and as text on that node, whichever sampler it is."""
+
+from __future__ import annotations
+
+import logging
+from typing import Any
+
+from comfy_execution.utils import get_executing_context
+
+from ..notices import logger, show_on_node
+
+_kept: tuple[Any, list[str]] = (None, [])
+"""The execution that last spoke, and what it said that is to stay: a sampler of two experts has two runs."""
+
+
+def say(text: str, *, level: int = logging.INFO, keep: bool = False) -> None:
+    """Log ``text`` and show it on the node that executes now; nowhere else when there is none.
+
+    Args:
+        keep: Stay above what the same execution says later; otherwise the next text takes its place.
+    """
+    global _kept
+    for line in text.splitlines():
+        logger.log(level, line)
+    context = get_executing_context()
+    if context is None:
+        return
+    lines = _kept[1] if _kept[0] == context else []
+    show_on_node(context.node_id, "\n".join([*lines, text]))
+    _kept = (context, [*lines, text] if keep else lines)
