@@ -31,6 +31,7 @@ ui: host
 # The pack's modules import each other relatively; the link gives mypy a package name to resolve that from.
 check: host
 	@$(VENV)/ruff check .
+	@$(VENV)/ruff format --check --quiet . || { echo "not formatted: run '$(VENV)/ruff format .'"; exit 1; }
 	@mkdir -p .out/typing && ln -sfn ../.. .out/typing/wan_fp8_pack
 	@$(VENV)/mypy -p wan_fp8_pack.wan_fp8 -p wan_fp8_pack.nodes
 	@$(VENV)/mypy scripts

@@ -1,4 +1,4 @@
-"""Wan FP8: Wan2.2 video models in ComfyUI. ComfyUI imports this file at its start, so it imports next to nothing itself."""
+"""Wan FP8: Wan2.2 video models in ComfyUI, which imports this file at its start: it imports next to nothing itself."""
 
 if __package__:  # False when a tool, such as a test runner, executes this file on its own instead of importing the pack
 

@@ -36,7 +36,7 @@ def make_checkpoint(chosen: host.Host, client: Path) -> None:
     environment = dict(os.environ)
     if not chosen.pinned:  # its interpreter has torch; the command line's libraries, pure Python, come from our own
         environment["PYTHONPATH"] = host.site_packages(client)
-    command = [chosen.python, script, target, "--task", "t2v"]
+    command = [str(chosen.python), str(script), str(target), "--task", "t2v"]
     done = subprocess.run(command, env=environment, capture_output=True, text=True, check=False)
     if done.returncode != 0:
         raise host.HostError(f"The tiny checkpoint could not be made:\n{done.stdout}{done.stderr}")
@@ -52,8 +52,8 @@ def main() -> int:
         return 1
     except KeyboardInterrupt:
         return 130
-    runner = [client, host.PACK / "scripts" / "run_workflow.py", WORKFLOW]
-    folders = ["--base-directory", BASE, "--output", host.PACK / "output"]
+    runner = [str(client), str(host.PACK / "scripts" / "run_workflow.py"), str(WORKFLOW)]
+    folders = ["--base-directory", str(BASE), "--output", str(host.PACK / "output")]
     try:
         done = subprocess.run([*runner, *folders, *(word for s in SETTINGS for word in ("--set", s))], check=False)
     except KeyboardInterrupt:  # the terminal sent it to the runner too, which cancels the prompt and says so

@@ -402,11 +402,11 @@ def comfy_cli(*arguments: str | Path) -> subprocess.CompletedProcess[str]:
     python = tools_python()
     home = python.parent.parent / "home"
     environment = {**os.environ, "HOME": str(home), "XDG_CONFIG_HOME": str(home / ".config"), "DO_NOT_TRACK": "1"}
-    program = [python.parent / "comfy", "--skip-prompt"]
+    program = [str(python.parent / "comfy"), "--skip-prompt"]
     if not home.exists():
         (home / ".config").mkdir(parents=True)
         subprocess.run([*program, "tracking", "disable"], env=environment, capture_output=True, check=True)
-    command = [*program, *arguments]
+    command = [*program, *map(str, arguments)]
     return subprocess.run(command, cwd=PACK, env=environment, capture_output=True, text=True, timeout=120, check=False)
 
 

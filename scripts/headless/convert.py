@@ -303,7 +303,7 @@ class _Converter:
     def _resolve_outside(self, scope: _Scope, slot: int, wanted: Any) -> list[Any] | _Value | None:
         assert scope.definition is not None and scope.parent is not None
         name = scope.definition["inputs"][slot]["name"]
-        outer = next((i for i in scope.instance.get("inputs") or [] if i["name"] == name), {})
+        outer: Json = next((i for i in scope.instance.get("inputs") or [] if i["name"] == name), {})
         found = self._resolve(scope.parent, outer.get("link"), wanted)
         if found is None and name in scope.values:
             return _Value(scope.values[name])

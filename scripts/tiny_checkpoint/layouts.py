@@ -138,7 +138,7 @@ def _write_shards(folder: Path, weights: Mapping[str, Tensor], count: int = 2) -
     for name, tensor in weights.items():
         shards[min(done * count // total, count - 1)][name] = tensor
         done += tensor.numel() * tensor.element_size()
-    weight_map = {}
+    weight_map: dict[str, str] = {}
     for number, shard in enumerate(shards, start=1):
         file = f"diffusion_pytorch_model-{number:05d}-of-{count:05d}.safetensors"
         _save(shard, folder / file)
