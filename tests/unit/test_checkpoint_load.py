@@ -26,6 +26,7 @@ from safetensors.torch import save_file
 import wan_fp8
 from wan_fp8.checkpoint.folder import resolve_folder
 from wan_fp8.checkpoint.load import load_transformer
+from wan_fp8.checkpoint.reader import open_source
 from wan_fp8.errors import CheckpointError, InputError
 from wan_fp8.models.layers import Linear
 from wan_fp8.models.specs import Task
@@ -113,6 +114,15 @@ def test_files_may_be_copied_instead_of_mapped(tmp_path: Path) -> None:
     model = load_transformer(path, dtype=torch.float32, map_files=False)
     path.write_bytes(b"")
     assert_state(model, official_state(SPEC), torch.float32)
+
+
+def test_a_source_that_the_caller_opened_stays_open(tmp_path: Path) -> None:
+    save_file(official_state(SPEC), tmp_path / "t2v_high_noise.safetensors")
+    with open_source(tmp_path / "t2v_high_noise.safetensors") as source:
+        load_transformer(source)
+        with pytest.raises(InputError):
+            load_transformer(source, "high")
+        assert_state(load_transformer(source), official_state(SPEC), torch.bfloat16)
 
 
 def test_a_subclass_and_a_device_can_be_chosen() -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Mapping
+from contextlib import nullcontext
 from dataclasses import replace
 from pathlib import Path
 
@@ -71,14 +72,14 @@ def load_transformer(
             "quantise with a recipe after loading"
         )
     opened, detected = open_transformer(source, expert, map_files=map_files)
-    with opened:
+    with nullcontext() if opened is source else opened:
         return build_from(opened, detected, dtype=dtype, device=device, model_class=model_class, keep_fp8=keep_fp8)
 
 
 def open_transformer(
     source: Source, expert: str | None = None, *, map_files: bool = True
 ) -> tuple[TensorSource, Detected]:
-    """Find, open and recognise a transformer without reading a weight; the caller closes the source.
+    """Find, open and recognise a transformer without reading a weight; the caller closes what this opened.
 
     Raises:
         CheckpointError, InputError: as ``load_transformer``.
@@ -99,11 +100,16 @@ def open_transformer(
         assert detected.quantization is not None
         detected.quantization.require_readable(opened.label)
     except BaseException:
-        opened.close()
+        if opened is not source:
+            opened.close()
         raise
-    if detected.expert is None and detected.task is Task.T2V and version_from_name(named) != "2.2":
+    if named is not None and detected.expert is None and _may_be_wan21(detected, named):
         logger.warning("%s: %s", opened.label, "; ".join(detected.details))
     return opened, detected
+
+
+def _may_be_wan21(detected: Detected, named: Path) -> bool:
+    return detected.task is Task.T2V and version_from_name(named) != "2.2"
 
 
 def _inside(folder: Path, expert: str | None) -> tuple[Path, Path]:

@@ -11,6 +11,7 @@ import logging
 import math
 from collections import defaultdict
 from collections.abc import Iterable, Mapping
+from contextlib import nullcontext
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -126,7 +127,8 @@ def read_lora(source: str | Path | Mapping[str, Tensor] | TensorSource, *, map_f
     path = Path(source) if isinstance(source, str | Path) else None
     if path is not None and (path / "adapter_model.safetensors").is_file():
         path = path / "adapter_model.safetensors"
-    with open_source(path if path is not None else source, map_files=map_files) as opened:
+    opened = open_source(path if path is not None else source, map_files=map_files)
+    with nullcontext() if opened is source else opened:
         parsed = {key: parse_key(key) for key in opened}
         unknown = [key for key, found in parsed.items() if found is None]
         components = {found.component for found in parsed.values() if found is not None}
