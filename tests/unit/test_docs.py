@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ast
+import json
 import re
 from functools import cache
 from pathlib import Path
@@ -65,3 +66,25 @@ def test_make_targets_that_are_named_exist(page: Path) -> None:
     targets = set(re.findall(r"^(\w+):", (PACK / "Makefile").read_text(encoding="utf-8"), re.MULTILINE))
     named = set(re.findall(r"`make (\w+)|^ *make (\w+)", page.read_text(encoding="utf-8"), re.MULTILINE))
     assert {a or b for a, b in named} <= targets
+
+
+def test_times_in_the_readme_were_measured() -> None:
+    """Every "... ms" of the README is a row of ``benchmarks/results``, rounded."""
+    rows = [
+        row
+        for path in (PACK / "benchmarks" / "results").glob("*.json")
+        for row in json.loads(path.read_text(encoding="utf-8"))["rows"]
+    ]
+    measured = {str(round(row["layer_ms"])) for row in rows if "layer_ms" in row}
+    named = re.findall(r"([\d.]+) ms", (PACK / "README.md").read_text(encoding="utf-8"))
+    assert named and [time for time in named if time not in measured] == []
+
+
+def test_pages_that_tooltips_name_exist() -> None:
+    named = {name for text in _texts() for name in re.findall(r"\bdocs/[\w-]+\.md\b", text)}
+    assert sorted(name for name in named if not (PACK / name).is_file()) == []
+
+
+def test_every_node_has_a_help_page_and_nothing_else_has() -> None:
+    ids = {text for text in _texts() if re.fullmatch(r"WanFP8[A-Z]\w+", text)} - {"WanFP8Error", "WanFP8Extension"}
+    assert {path.stem for path in (PACK / "web" / "docs").glob("*.md")} == ids
