@@ -31,7 +31,7 @@ def _texts() -> tuple[str, ...]:
                 parts = [part.value if isinstance(part, ast.Constant) else HOLE for part in node.values]
                 found.add("".join(map(str, parts)))
             elif isinstance(node, ast.Constant) and isinstance(node.value, str):
-                found.add(node.value)
+                found.add(re.sub(r"%[sdr]|%\.\df", HOLE, node.value))  # log messages have holes of their own
     return tuple(found)
 
 
