@@ -7,6 +7,7 @@ from collections.abc import Mapping
 from contextlib import nullcontext
 from dataclasses import replace
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor, nn
@@ -24,6 +25,9 @@ from .quantized import Quantization, read_scale
 from .reader import open_source
 from .signatures import Kind
 from .tensors import FP8_DTYPES, TensorSource
+
+if TYPE_CHECKING:
+    from ..quant import Recipe
 
 __all__ = ["build_from", "load_text_encoder_state_dict", "load_transformer", "load_vae_state_dict", "open_transformer"]
 
@@ -45,6 +49,7 @@ def load_transformer(
     *,
     keep_fp8: bool = False,
     map_files: bool = True,
+    recipe: Recipe | None = None,
 ) -> WanModel:
     """Load one Wan2.2 transformer (one expert) in eval mode.
 
@@ -60,6 +65,9 @@ def load_transformer(
         keep_fp8: with a ``dtype``, FP8 Linears keep their bytes all the same, and everything else gets ``dtype``.
         map_files: weights that keep their type are views of the mapped file, taking no memory until used; False copies
             them.
+        recipe: FP8 recipe to apply while loading: each weight goes to ``device`` by itself and is cast there, so that
+            ``device`` never holds more than the FP8 model and one weight. FP8 weights of the file keep their bytes
+            where the recipe can multiply them. Mapped weights stay in reach, for LoRA merges.
     Returns:
         The model. Beside it, host memory holds one tensor at most while loading.
     Raises:
@@ -73,7 +81,12 @@ def load_transformer(
         )
     opened, detected = open_transformer(source, expert, map_files=map_files)
     with nullcontext() if opened is source else opened:
-        return build_from(opened, detected, dtype=dtype, device=device, model_class=model_class, keep_fp8=keep_fp8)
+        if recipe is None or recipe.is_none:
+            return build_from(opened, detected, dtype=dtype, device=device, model_class=model_class, keep_fp8=keep_fp8)
+        from ..quant import apply_recipe
+
+        model = build_from(opened, detected, dtype=dtype, model_class=model_class, keep_fp8=True)
+    return apply_recipe(model, recipe, device=device, move=True).to(device)
 
 
 def open_transformer(

@@ -159,12 +159,13 @@ def _raise_amax(cast: Cast | None, values: Tensor) -> None:
         torch.maximum(cast.amax, values.abs().amax().float().reshape(1), out=cast.amax)
 
 
-def _factors(amax: Tensor, power_of_2: bool) -> tuple[Tensor, Tensor]:
+def _factors(amax: Tensor, power_of_2: bool, limit: float = E4M3_MAX) -> tuple[Tensor, Tensor]:
     """Multiplier and scale for maxima of any shape."""
     amax = amax.clamp_min(TINY)
     if not power_of_2:
-        return E4M3_MAX / amax, amax / E4M3_MAX
-    multiplier = torch.exp2(torch.floor(torch.log2(E4M3_MAX / amax)))
+        return limit / amax, amax / limit
+    mantissa, exponent = torch.frexp(limit / amax)
+    multiplier = torch.ldexp(torch.ones_like(mantissa), exponent - 1)
     return multiplier, 1 / multiplier
 
 
@@ -184,18 +185,20 @@ def _use_triton(x: Tensor, fused: bool | None) -> bool:
 # ---- weights -------------------------------------------------------------------------------------------------------
 
 
-def quantize_weight(weight: Tensor, granularity: Granularity, *, power_of_2: bool = False) -> tuple[Tensor, Tensor]:
-    """A weight [D_out, D_in] in e4m3 and its fp32 scale: (), [D_out, 1] or [D_out / 128, D_in / 128]."""
+def quantize_weight(
+    weight: Tensor, granularity: Granularity, *, power_of_2: bool = False, dtype: torch.dtype = E4M3
+) -> tuple[Tensor, Tensor]:
+    """A weight [D_out, D_in] in FP8 and its fp32 scale: (), [D_out, 1] or [D_out / 128, D_in / 128]."""
     value = weight.float()
-    if granularity is Granularity.TENSOR:
-        multiplier, scale = _factors(value.abs().amax(), power_of_2)
-        return _to_e4m3(value * multiplier), scale
-    if granularity is Granularity.ROW:
-        multiplier, scale = _factors(value.abs().amax(1, keepdim=True), power_of_2)
-        return _to_e4m3(value * multiplier), scale
-    blocks = value.unflatten(1, (-1, BLOCK)).unflatten(0, (-1, BLOCK))
-    multiplier, scale = _factors(blocks.abs().amax(dim=(1, 3), keepdim=True), power_of_2)
-    return _to_e4m3((blocks * multiplier).reshape(value.shape)), scale[:, 0, :, 0].contiguous()
+    if granularity is Granularity.BLOCK:
+        value = value.unflatten(1, (-1, BLOCK)).unflatten(0, (-1, BLOCK))
+        amax = value.abs().amax(dim=(1, 3), keepdim=True)
+    else:
+        amax = value.abs().amax(1, keepdim=True) if granularity is Granularity.ROW else value.abs().amax()
+    limit = torch.finfo(dtype).max
+    multiplier, scale = _factors(amax, power_of_2, limit)
+    qdata = (value * multiplier).clamp_(-limit, limit).to(dtype).view(weight.shape)
+    return qdata, scale[:, 0, :, 0].contiguous() if granularity is Granularity.BLOCK else scale
 
 
 def weight_granularity(scale: Tensor, weight_shape: torch.Size) -> Granularity:

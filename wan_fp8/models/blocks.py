@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Hashable, Iterator, Mapping
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, overload
 
 import torch
 from torch import Tensor, nn
@@ -18,9 +18,10 @@ from ..attention import Attention as AttentionSetting
 from ..attention import AttentionCore, Step
 from ..compile import Compile, Run, run_plainly
 from ..kernels import residual_norm, rms_rope
+from ..kernels.quantize import Cast, QuantizedActivation
 from ..kernels.residual_norm import NormTable
 from .functional import RopeOptions
-from .layers import Linear, NormWeight
+from .layers import InputQuantizer, Linear, NormWeight
 from .specs import ModelSpec
 
 
@@ -137,11 +138,21 @@ class ResidualStream:
         assert self._branch is None, "one branch at a time"
         self._branch, self._gate = branch_BSD, gate_RD
 
-    def normed(self, table: NormTable, out_dtype: torch.dtype) -> Tensor:
-        """Add what is queued, then LayerNorm, scale and shift: [B, S, D] in ``out_dtype``."""
-        out = self._settle(table, out_dtype)
+    @overload
+    def normed(self, table: NormTable, out_dtype: torch.dtype) -> Tensor: ...
+    @overload
+    def normed(
+        self, table: NormTable, out_dtype: torch.dtype, wanted: InputQuantizer | None
+    ) -> Tensor | QuantizedActivation: ...
+    def normed(
+        self, table: NormTable, out_dtype: torch.dtype, wanted: InputQuantizer | None = None
+    ) -> Tensor | QuantizedActivation:
+        """Add what is queued, then LayerNorm, scale and shift: [B, S, D] in ``out_dtype``, or cast as the linears
+        that read it want it."""
+        cast = None if wanted is None else wanted.cast(self._x.device, out_dtype)
+        out = self._settle(table, out_dtype, cast)
         assert out is not None
-        return out
+        return out if wanted is None or cast is None else wanted.finish(out, cast)
 
     def settled(self) -> Tensor:
         """The stream [B, S, D] with everything added."""
@@ -149,7 +160,9 @@ class ResidualStream:
             self._settle(None, self._x.dtype)
         return self._x
 
-    def _settle(self, table: NormTable | None, out_dtype: torch.dtype) -> Tensor | None:
+    def _settle(
+        self, table: NormTable | None, out_dtype: torch.dtype, cast: Cast | None = None
+    ) -> Tensor | QuantizedActivation | None:
         run = residual_norm.fused if self._state.fused else residual_norm.eager
         added = self._branch is not None
         self._x, out = run(
@@ -161,6 +174,7 @@ class ResidualStream:
             eps=self._eps,
             out_dtype=out_dtype,
             in_place=self._owned,
+            cast=cast,
         )
         self._branch = self._gate = None
         self._owned = self._owned or added
@@ -223,7 +237,13 @@ class Attention(nn.Module):
 class SelfAttention(Attention):
     """Attention among video tokens, with rotary positions. Padding tokens are never attended to."""
 
-    def project(self, x_BSD: Tensor, state: ForwardState) -> tuple[Tensor, Tensor, Tensor]:
+    @property
+    def input_quantizer(self) -> InputQuantizer | None:
+        """How q, k and v want their input; None where they do not agree, and each casts for itself."""
+        wanted = self.q.input_quantizer
+        return wanted if wanted is self.k.input_quantizer and wanted is self.v.input_quantizer else None
+
+    def project(self, x_BSD: Tensor | QuantizedActivation, state: ForwardState) -> tuple[Tensor, Tensor, Tensor]:
         """Normed and turned queries and keys, plain values: each [B, S, N, E], padding included."""
         q = normed_heads(self.norm_q, self.q(x_BSD), state.rope, state, self.head_dim, self.eps)
         k = normed_heads(self.norm_k, self.k(x_BSD), state.rope, state, self.head_dim, self.eps)
@@ -233,7 +253,7 @@ class SelfAttention(Attention):
 class CrossAttention(Attention):
     """Attention from video tokens to all text tokens, padding rows of the prompt included (the official behaviour)."""
 
-    def queries(self, x_BSD: Tensor, state: ForwardState) -> Tensor:
+    def queries(self, x_BSD: Tensor | QuantizedActivation, state: ForwardState) -> Tensor:
         """Normed queries [B, S, N, E] of the video."""
         return normed_heads(self.norm_q, self.q(x_BSD), None, state, self.head_dim, self.eps)
 
@@ -253,8 +273,18 @@ class GELULinear(nn.Sequential):
     def __init__(self, in_features: int, hidden_features: int, out_features: int) -> None:
         super().__init__(Linear(in_features, hidden_features), nn.Identity(), Linear(hidden_features, out_features))
 
+    @property
+    def input_quantizer(self) -> InputQuantizer | None:
+        """How the first linear wants its input."""
+        return self[0].input_quantizer  # type: ignore[return-value]
+
+    def hidden(self, x: Tensor | QuantizedActivation) -> Tensor | QuantizedActivation:
+        """The activated hidden layer, as the second linear wants it."""
+        wanted: InputQuantizer | None = self[2].input_quantizer  # type: ignore[assignment]
+        return self[0](x, gelu=True) if wanted is None else wanted(self[0](x), gelu=True)
+
     def forward(self, x: Tensor) -> Tensor:
-        return self[2](self[0](x, gelu=True))
+        return self[2](self.hidden(x))
 
 
 SELF_SHIFT, SELF_SCALE, SELF_GATE, FFN_SHIFT, FFN_SCALE, FFN_GATE = range(6)
@@ -308,20 +338,22 @@ class WanBlock(nn.Module):
     ) -> tuple[Tensor, Tensor, Tensor]:
         """Modulated norm of the stream, then q, k and v [B, S, N, E]."""
         table = NormTable(table_R6D[:, SELF_SCALE], table_R6D[:, SELF_SHIFT], modulated=True)
-        return self.self_attn.project(stream.normed(table, state.compute_dtype), state)
+        x = stream.normed(table, state.compute_dtype, self.self_attn.input_quantizer)
+        return self.self_attn.project(x, state)
 
     def cross_attention_queries(self, stream: ResidualStream, table_R6D: Tensor, state: ForwardState) -> Tensor:
         """Learned norm of the stream, then q [B, S, N, E]."""
         weight, bias, handle = self.norm3.fetch(table_R6D)
         assert bias is not None
-        x = stream.normed(NormTable(weight[None], bias[None], modulated=False), state.compute_dtype)
+        table = NormTable(weight[None], bias[None], modulated=False)
+        x = stream.normed(table, state.compute_dtype, self.cross_attn.q.input_quantizer)
         self.norm3.release(weight, bias, handle)
         return self.cross_attn.queries(x, state)
 
     def feed_forward(self, stream: ResidualStream, table_R6D: Tensor, state: ForwardState) -> Tensor:
         """Modulated norm of the stream, then the FFN [B, S, D]."""
         table = NormTable(table_R6D[:, FFN_SCALE], table_R6D[:, FFN_SHIFT], modulated=True)
-        x = stream.normed(table, state.compute_dtype)
-        hidden = self.ffn[0](x, gelu=True)
+        x = stream.normed(table, state.compute_dtype, self.ffn.input_quantizer)
+        hidden = self.ffn.hidden(x)
         del x
         return self.ffn[2](hidden)

@@ -14,6 +14,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from ..kernels.quantize import Cast, Granularity, QuantizedActivation, quantize_weight, spread_scale, weight_granularity
+
 HIGH_PRECISION = (torch.bfloat16, torch.float16, torch.float32, torch.float64)
 """Storage types that can be computed in without a scale."""
 
@@ -24,8 +26,13 @@ class WeightSource(Protocol):
     def fetch(self, module: Leaf, like: Tensor) -> tuple[Tensor, Tensor | None, Any]:
         """Weight and bias on the device and in the dtype of ``like``, and a handle for ``release``."""
 
+    def fetch_stored(
+        self, module: Linear, like: Tensor, dtype: torch.dtype
+    ) -> tuple[Tensor, Tensor, Tensor | None, Any]:
+        """FP8 weight and its scale on the device of ``like``, the bias in ``dtype``, and a handle for ``release``."""
+
     def release(self, module: Leaf, weight: Tensor, bias: Tensor | None, handle: Any) -> None:
-        """Called after the last use of what ``fetch`` returned."""
+        """Called after the last use of what ``fetch`` or ``fetch_stored`` returned."""
 
 
 class OwnWeights:
@@ -39,8 +46,29 @@ class OwnWeights:
             None,
         )
 
+    def fetch_stored(
+        self, module: Linear, like: Tensor, dtype: torch.dtype
+    ) -> tuple[Tensor, Tensor, Tensor | None, Any]:
+        del like
+        scale, bias = module.current_scale(), module.bias
+        assert scale is not None
+        return module.weight, scale, None if bias is None else bias.to(dtype), None
+
     def release(self, module: Leaf, weight: Tensor, bias: Tensor | None, handle: Any) -> None:
         del module, weight, bias, handle
+
+
+class InputQuantizer(Protocol):
+    """How an FP8 linear wants its input."""
+
+    def cast(self, device: torch.device, dtype: torch.dtype) -> Cast:
+        """What a fused kernel that makes the input does with it."""
+
+    def finish(self, made: Tensor | QuantizedActivation, cast: Cast) -> QuantizedActivation:
+        """The input, from what the kernel made."""
+
+    def __call__(self, x: Tensor, gelu: bool = False) -> QuantizedActivation:
+        """The input, from a tensor."""
 
 
 OWN_WEIGHTS = OwnWeights()
@@ -68,7 +96,7 @@ class Leaf(nn.Module):
             return weight.to(dtype)
         scale = self.current_scale()
         value = weight.to(dtype)
-        return value if scale is None else value * scale.to(device=value.device, dtype=dtype)
+        return value if scale is None else value * spread_scale(scale, weight.shape).to(value)
 
     def current_scale(self) -> Tensor | None:
         """Scale of the weight as it is now; None where the stored values are the real ones."""
@@ -76,8 +104,11 @@ class Leaf(nn.Module):
 
 
 class Linear(Leaf):
-    """``y = x W^T + b``, in the dtype of ``x``. An FP8 weight is dequantised by ``weight_scale`` (scalar or [D_out,
-    1])."""
+    """``y = x W^T + b``, in the dtype of ``x``. An FP8 weight is dequantised by ``weight_scale`` (scalar, [D_out, 1]
+    or [D_out / 128, D_in / 128])."""
+
+    input_quantizer: InputQuantizer | None = None
+    """Set where the input may come in FP8: then whoever makes it casts it once for all that read it."""
 
     def __init__(self, in_features: int, out_features: int, bias: bool = True) -> None:
         super().__init__()
@@ -119,8 +150,14 @@ class Linear(Leaf):
             return weight
         if self.source is not None:
             return self.source.to(weight.device, torch.float32, copy=True)
-        scale = self.current_scale()
-        return weight.float() if scale is None else weight.float() * scale.to(weight.device, torch.float32)
+        scale, value = self.current_scale(), weight.float()
+        return value if scale is None else value * spread_scale(scale, value.shape).to(value)
+
+    def quantized(self, values: Tensor) -> tuple[Tensor, Tensor]:
+        """Real values [D_out, D_in] as this module stores them: bytes, and a scale of the same kind as its own."""
+        scale = self.weight_scale
+        kind = Granularity.TENSOR if scale is None else weight_granularity(scale, values.shape)
+        return quantize_weight(values, kind, dtype=self.weight.dtype)
 
     def set_weight(
         self,
@@ -149,12 +186,11 @@ class Linear(Leaf):
                 self.weight = nn.Parameter(weight.to(self.weight.dtype), requires_grad=False)
         elif inplace_update:
             scale = self.current_scale()
-            self.weight.data.copy_(_rounded(weight if scale is None else weight / scale.to(weight), self.weight.dtype))
+            value = weight if scale is None else weight / spread_scale(scale, weight.shape).to(weight)
+            self.weight.data.copy_(_rounded(value, self.weight.dtype))
         else:
-            rows = self.weight_scale is not None and self.weight_scale.ndim == 2
-            amax = weight.abs().amax(1, keepdim=True) if rows else weight.abs().amax()
-            scale = (amax.float() / torch.finfo(self.weight.dtype).max).clamp_min(torch.finfo(torch.float32).tiny)
-            self.weight = nn.Parameter(_rounded(weight / scale.to(weight), self.weight.dtype), requires_grad=False)
+            qdata, scale = self.quantized(weight)
+            self.weight = nn.Parameter(qdata, requires_grad=False)
             self._merged = (self.weight, scale)
         return None
 

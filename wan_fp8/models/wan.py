@@ -14,11 +14,12 @@ attention in ``compute_dtype``. Source: Wan-Video/Wan2.2 ``wan/modules/model.py`
 from __future__ import annotations
 
 import logging
+import math
 import weakref
 from collections import OrderedDict
 from collections.abc import Callable, Hashable
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor, nn
@@ -36,6 +37,20 @@ from .layers import HIGH_PRECISION, Linear, PatchEmbedding
 from .specs import ModelSpec
 
 log = logging.getLogger("wan_fp8")
+
+
+class ForwardQuantization(Protocol):
+    """What an FP8 recipe does around a forward."""
+
+    def begin_run(self) -> None:
+        """A sampling run starts with the next forward."""
+
+    def begin(self, device: torch.device, dtype: torch.dtype, fused: bool) -> int:
+        """Before a forward; returns what the number of tokens must be a multiple of."""
+
+    def end(self, timestep: Tensor) -> None:
+        """After a forward."""
+
 
 StackFunction = Callable[[Tensor, ForwardState], Tensor]
 """Residual stream before the first block -> after the last, [B, S, D]."""
@@ -101,7 +116,10 @@ class WanModel(nn.Module):
         self.fused_kernels = "auto"
         """``auto``, ``triton`` or ``eager``: who runs norms, modulation and rotary turns."""
         self.token_multiple = 1
-        """The token axis is padded once per forward to a multiple of this (a recipe's or a parallel layout's need)."""
+        """The token axis is padded once per forward to a multiple of this (a parallel layout's need; a recipe's comes
+        on top)."""
+        self.quantization: ForwardQuantization | None = None
+        """Set by ``apply_recipe``."""
         self.stack_wrappers: OrderedDict[str, StackWrapper] = OrderedDict()
         """Named, ordered, removable: the first one added is the outermost."""
         self._text_cache: OrderedDict[Hashable, _CachedText] = OrderedDict()
@@ -181,8 +199,14 @@ class WanModel(nn.Module):
             run=self._runner(options),
             task=task,
         )
-        tokens = self._padded(tokens, state)
+        multiple = self.token_multiple
+        if self.quantization is not None:
+            needed = self.quantization.begin(tokens.device, state.compute_dtype, state.fused)
+            multiple = math.lcm(multiple, needed)
+        tokens = self._padded(tokens, state, multiple)
         tokens = self._stack()(tokens, state)[:, : state.num_tokens]
+        if self.quantization is not None:
+            self.quantization.end(timestep)
         if state.modulation.row_of_token is not None:
             state.modulation.row_of_token = state.modulation.row_of_token[:, : state.num_tokens]
         return self.unpatchify(self.head(ResidualStream(tokens, state, self.spec.eps), embedding), grid)
@@ -241,9 +265,12 @@ class WanModel(nn.Module):
         self._text_cache.clear()
 
     def begin_run(self) -> None:
-        """Forget what belongs to one sampling run: text keys and values, and what the attention guard found."""
+        """Forget what belongs to one sampling run: text keys and values, what the attention guard found, and the
+        maxima that a recipe's scales follow."""
         self.clear_text_cache()
         reset_guard(self)
+        if self.quantization is not None:
+            self.quantization.begin_run()
 
     def _text_context(self, context: Tensor, clip_fea: Tensor | None, options: ForwardOptions) -> TextContext:
         def project() -> Tensor:
@@ -332,9 +359,9 @@ class WanModel(nn.Module):
         rows = self.time_projection(embedding).unflatten(1, (6, self.spec.dim))
         return embedding, Modulation(rows, row_of_token)
 
-    def _padded(self, tokens: Tensor, state: ForwardState) -> Tensor:
-        """Pad the token axis once, to ``token_multiple``; rotary angles and row indices follow."""
-        extra = -tokens.shape[1] % self.token_multiple
+    def _padded(self, tokens: Tensor, state: ForwardState, multiple: int) -> Tensor:
+        """Pad the token axis once, to ``multiple``; rotary angles and row indices follow."""
+        extra = -tokens.shape[1] % multiple
         if extra == 0:
             return tokens
         cos, sin = state.rope

@@ -1,0 +1,242 @@
+"""Put a recipe to work in a model, and take it away again.
+
+A linear is converted in place: the same module, its ``weight`` now e4m3 and a ``weight_scale`` beside it. What it was
+made of stays in reach (``source``) where that costs nothing, which is what LoRA merges start from.
+"""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Iterator
+
+import torch
+from torch import Tensor, nn
+
+from ..errors import InputError
+from ..kernels.quantize import BLOCK, E4M3, Granularity, quantize_weight, weight_granularity
+from ..models.layers import HIGH_PRECISION, Linear
+from ..models.wan import WanModel
+from .linear import FP8Linear, InputQuantizer, Quantization
+from .recipe import LINEARS, Recipe
+
+log = logging.getLogger("wan_fp8")
+
+_SHARED = {"self_attn.k": "self_attn.q", "self_attn.v": "self_attn.q", "cross_attn.v": "cross_attn.k"}
+"""Linears that read the same input as another one."""
+_TEXT = "cross_attn.k"
+"""Its input, the text, is cast once a prompt and by its own maximum: a history would hold other prompts."""
+
+
+def apply_recipe(
+    model: WanModel,
+    recipe: Recipe,
+    *,
+    device: torch.device | str | None = None,
+    move: bool = False,
+    keep_sources: bool | None = None,
+) -> WanModel:
+    """Turn the linears of every block into FP8; one tensor at a time, nothing half-done.
+
+    Weights that a file holds in e4m3 keep their bytes where the recipe can multiply them (one scale for the tensor
+    serves every recipe, row scales serve ``rowwise``). Applying the same recipe again changes nothing; another recipe
+    is made from the original weights.
+
+    Args:
+        device: where to cast; None: where each weight lies. A GPU casts in seconds what a CPU takes minutes for.
+        move: leave the FP8 weights on ``device``; False puts them where the weights were.
+        keep_sources: keep the original weights in reach, to undo the recipe and to merge LoRAs in high precision.
+            None: those in host memory (which are views of the file where the loader mapped it), not those on a GPU.
+    Returns:
+        ``model``, changed in place.
+    Raises:
+        InputError: widths that the recipe does not divide, a ``keep`` that names nothing, or original weights that
+            another recipe is to be made of and that are gone.
+    """
+    present = recipe_of(model)
+    if present == recipe:
+        return model
+    if recipe.is_none:
+        return remove_recipe(model)
+    wanted = {name: module for name, module in _block_linears(model) if recipe.converts(name)}
+    _check_widths(wanted, recipe)
+    _check_keep(model, recipe)
+    if present is not None:
+        _leave(model, present, recipe, wanted)
+    for module in wanted.values():
+        if not isinstance(module, FP8Linear):
+            _convert(module, recipe, device, move, keep_sources)
+    _wire(model, recipe)
+    return model
+
+
+def remove_recipe(model: WanModel) -> WanModel:
+    """Put the original weights back, where the weights are now; returns the model.
+
+    Raises:
+        InputError: the original weights are gone; nothing was changed.
+    """
+    converted = [(name, module) for name, module in _block_linears(model) if isinstance(module, FP8Linear)]
+    _require_originals(converted)
+    for _, module in converted:
+        _restore(module)
+    model.quantization = None
+    _forget(model)
+    return model
+
+
+def recipe_of(model: nn.Module) -> Recipe | None:
+    """The recipe at work in ``model``; None for none."""
+    quantization = getattr(model, "quantization", None)
+    return quantization.recipe if isinstance(quantization, Quantization) else None
+
+
+def share_recipe(model: WanModel, other: WanModel) -> None:
+    """Give ``other``, which holds the same stored tensors under plain linears, the recipe of ``model``.
+
+    Scales that ``model`` had loaded are where the runs of ``other`` begin as well.
+    """
+    recipe = recipe_of(model)
+    if recipe is None:
+        return
+    theirs = dict(_block_linears(other))
+    for name, module in _block_linears(model):
+        if isinstance(module, FP8Linear):
+            linear = theirs[name]
+            linear.source = module.source
+            linear.__class__ = FP8Linear
+            assert isinstance(linear, FP8Linear)
+            linear.original = module.original
+    _wire(other, recipe)
+    assert isinstance(model.quantization, Quantization) and isinstance(other.quantization, Quantization)
+    if model.quantization.scales is not None and other.quantization.scales is not None:
+        other.quantization.scales.start_like(model.quantization.scales)
+
+
+# ---- pieces --------------------------------------------------------------------------------------------------------
+
+
+def _block_linears(model: nn.Module) -> Iterator[tuple[str, Linear]]:
+    for index, block in enumerate(model.blocks):  # type: ignore[arg-type, var-annotated]
+        for name in LINEARS:
+            yield f"blocks.{index}.{name}", block.get_submodule(name)
+
+
+def _check_widths(wanted: dict[str, Linear], recipe: Recipe) -> None:
+    step = BLOCK if recipe.granularity is Granularity.BLOCK else 16
+    for name, module in wanted.items():
+        if module.in_features % step or module.out_features % step:
+            raise InputError(
+                f"recipe {recipe.name} needs widths divisible by {step}; {name} is {module.out_features} x "
+                f"{module.in_features}: choose {'rowwise' if step == BLOCK else 'none'}"
+            )
+
+
+def _check_keep(model: nn.Module, recipe: Recipe) -> None:
+    names = [name for name, _ in _block_linears(model)]
+    without = Recipe(recipe.name)
+    for prefix in recipe.keep:
+        one = Recipe(recipe.name, keep=(prefix,))
+        if all(one.converts(name) == without.converts(name) for name in names):
+            raise InputError(
+                f"keep names {prefix!r}, with which no FP8 layer begins: use a prefix such as 'blocks.0.' "
+                f"(there are {len(model.blocks)} blocks), 'cross_attn.' or 'ffn.2'"  # type: ignore[arg-type]
+            )
+
+
+def _leave(model: WanModel, present: Recipe, recipe: Recipe, wanted: dict[str, Linear]) -> None:
+    """Undo what the next recipe cannot use: all of it if weights are scaled in another way, else what it keeps."""
+    same = present.granularity is recipe.granularity
+    stale = [
+        (name, module)
+        for name, module in _block_linears(model)
+        if isinstance(module, FP8Linear) and not (same and name in wanted)
+    ]
+    _require_originals(stale)
+    for _, module in stale:
+        _restore(module)
+
+
+def _require_originals(modules: list[tuple[str, FP8Linear]]) -> None:
+    gone = [name for name, module in modules if module.original is None]
+    if gone:
+        raise InputError(
+            f"the original weights of {len(gone)} layers ({gone[0]}, ...) are gone, so that this recipe cannot be "
+            "undone: load the model again, or apply the recipe with keep_sources=True"
+        )
+
+
+def _convert(
+    module: Linear, recipe: Recipe, device: torch.device | str | None, move: bool, keep_sources: bool | None
+) -> None:
+    stored, scale, rest = module.weight.detach(), module.weight_scale, module.weight.device
+    keep = rest.type == "cpu" if keep_sources is None else keep_sources
+    home = torch.device(device) if move and device is not None else rest
+    kept = _same_bytes(stored, scale, recipe.granularity)
+    if kept is not None:
+        qdata, fresh = stored, kept
+    else:
+        values = stored if device is None else stored.to(device)
+        if stored.dtype not in HIGH_PRECISION:
+            moved = None if scale is None else scale.detach().to(values.device)
+            module.weight_scale = None if moved is None else nn.Parameter(moved, requires_grad=False)
+            values = module.dequantized(values, torch.float32)
+        qdata, fresh = quantize_weight(values, recipe.granularity, power_of_2=recipe.granularity is Granularity.BLOCK)
+    reachable = keep or kept is not None
+    module.source = stored if keep and stored.dtype in HIGH_PRECISION else None
+    module.weight = nn.Parameter(qdata.to(home), requires_grad=False)
+    module.weight_scale = nn.Parameter(fresh.to(home), requires_grad=False)
+    module._merged = None
+    module.__class__ = FP8Linear
+    assert isinstance(module, FP8Linear)
+    module.original = (stored, None if scale is None else scale.detach()) if reachable else None
+
+
+def _same_bytes(stored: Tensor, scale: Tensor | None, granularity: Granularity) -> Tensor | None:
+    """The scale under which e4m3 bytes serve ``granularity`` as they are; None where they do not."""
+    if stored.dtype != E4M3:
+        return None
+    scale = torch.ones((), device=stored.device) if scale is None else scale.detach().float()
+    kind = weight_granularity(scale, stored.shape)
+    if kind is granularity:
+        return scale.reshape(()) if kind is Granularity.TENSOR else scale
+    if kind is not Granularity.TENSOR:
+        return None
+    rows, columns = stored.shape
+    shape = (rows, 1) if granularity is Granularity.ROW else (rows // BLOCK, columns // BLOCK)
+    return scale.reshape(1, 1).expand(shape).contiguous()
+
+
+def _restore(module: FP8Linear) -> None:
+    assert module.original is not None
+    weight, scale = module.original
+    home = module.weight.device
+    module.weight = nn.Parameter(weight.to(home), requires_grad=False)
+    module.weight_scale = None if scale is None else nn.Parameter(scale.to(home), requires_grad=False)
+    module.source = module._merged = None
+    for name in ("original", "input_quantizer", "quantization"):
+        module.__dict__.pop(name, None)
+    module.__class__ = Linear  # type: ignore[assignment]
+
+
+def _wire(model: WanModel, recipe: Recipe) -> None:
+    """One ``Quantization`` for the model, one ``InputQuantizer`` for each input that linears read."""
+    converted = {name: module for name, module in _block_linears(model) if isinstance(module, FP8Linear)}
+    readers: dict[str, list[FP8Linear]] = {}
+    for name, module in converted.items():
+        block, layer = name.rsplit(".", 2)[0], ".".join(name.rsplit(".", 2)[1:])
+        readers.setdefault(f"{block}.{_SHARED.get(layer, layer)}", []).append(module)
+    sites = [name for name in readers if not name.endswith(_TEXT)]
+    quantization = Quantization(recipe, sites)
+    index = {name: number for number, name in enumerate(sites)}
+    for name, modules in readers.items():
+        quantizer = InputQuantizer(quantization, index.get(name) if recipe.is_delayed else None)
+        for module in modules:
+            module.quantization, module.input_quantizer = quantization, quantizer
+    model.quantization = quantization
+    _forget(model)
+
+
+def _forget(model: WanModel) -> None:
+    """Drop what was made with other weights."""
+    model.clear_text_cache()
+    model.compiled_parts.clear()

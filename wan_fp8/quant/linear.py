@@ -1,0 +1,171 @@
+"""Linears with FP8 weights, the casts of their inputs, and what all of them share.
+
+The parameters are plain tensors: ``weight`` in e4m3 and ``weight_scale`` in fp32, ``w ~= weight * weight_scale``.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from ..gemm import GEMM, GemmRequest, GemmRunner, register_backends, token_multiple
+from ..hardware import device_caps
+from ..kernels.quantize import (
+    Cast,
+    Granularity,
+    QuantizedActivation,
+    current_multiplier,
+    quantize,
+    quantize_current,
+    quantize_weight,
+)
+from ..models.layers import Linear
+from ..registry import Resolution
+from .calibrate import DelayedScales
+from .recipe import Recipe
+
+
+class Quantization:
+    """A recipe at work in one model: its backend on each device, and its scales."""
+
+    def __init__(self, recipe: Recipe, sites: Sequence[str]) -> None:
+        self.recipe = recipe
+        self.scales = (
+            DelayedScales(
+                sites,
+                history_len=recipe.amax_history_len,
+                algorithm=recipe.amax_compute_algo,
+                margin=recipe.margin,
+            )
+            if recipe.is_delayed
+            else None
+        )
+        self.fused: bool | None = None
+        """The Triton kernels or their eager references, as the running forward has it."""
+        self._resolved: dict[tuple[torch.device, torch.dtype], Resolution[GemmRequest]] = {}
+
+    def resolve(self, device: torch.device, dtype: torch.dtype) -> Resolution[GemmRequest]:
+        """Who multiplies on ``device``, and why others do not.
+
+        Raises:
+            BackendUnavailableError: nobody can, or not the one asked for; with the reasons.
+        """
+        if (device, dtype) not in self._resolved:
+            register_backends()
+            request = GemmRequest(device_caps(device), self.recipe.granularity, dtype)
+            self._resolved[device, dtype] = GEMM.resolve(self.recipe.backend, request)
+        return self._resolved[device, dtype]
+
+    def runner(self, device: torch.device, dtype: torch.dtype) -> GemmRunner:
+        """The backend's functions."""
+        runner = self.resolve(device, dtype).backend.run
+        assert isinstance(runner, GemmRunner)
+        return runner
+
+    def begin_run(self) -> None:
+        """A sampling run starts with the next forward."""
+        if self.scales is not None:
+            self.scales.begin_run()
+
+    def begin(self, device: torch.device, dtype: torch.dtype, fused: bool) -> int:
+        """Before a forward; returns what the number of tokens must be a multiple of."""
+        self.fused = fused
+        if self.scales is not None:
+            self.scales.begin(device)
+        return token_multiple(self.runner(device, dtype), self.recipe.granularity)
+
+    def end(self, timestep: Tensor) -> None:
+        """After a forward."""
+        if self.scales is not None:
+            self.scales.end(timestep)
+
+
+class InputQuantizer:
+    """How the input of one or several linears is cast: within the kernel that makes it, or by itself."""
+
+    def __init__(self, quantization: Quantization, site: int | None) -> None:
+        """``site``: index among the delayed scales; None: the scale comes from the tensor itself."""
+        self.quantization, self.site = quantization, site
+
+    def cast(self, device: torch.device, dtype: torch.dtype) -> Cast:
+        """What the kernel that makes the input should do with it; ``finish`` does the rest."""
+        granularity = self.quantization.recipe.granularity
+        static = self._static()
+        if static is not None:
+            return static
+        if self.quantization.runner(device, dtype).quantize is not None:
+            return Cast(None)
+        if granularity is Granularity.TENSOR:
+            return Cast(None, amax=torch.zeros(1, dtype=torch.float32, device=device))
+        return Cast(granularity, power_of_2=True)
+
+    def finish(self, made: Tensor | QuantizedActivation, cast: Cast) -> QuantizedActivation:
+        """The input in FP8, from what the kernel made of ``cast``."""
+        if isinstance(made, QuantizedActivation):
+            return made
+        if cast.amax is None:
+            return self(made)
+        self._record(cast.amax)
+        multiplier = current_multiplier(cast.amax)
+        fused = self.quantization.fused
+        return quantize(made, Cast(Granularity.TENSOR, multiplier=multiplier, dequant=1 / multiplier), fused=fused)
+
+    def __call__(self, x: Tensor, gelu: bool = False) -> QuantizedActivation:
+        """Cast ``x`` [..., D], after a GELU (tanh form) where asked."""
+        own = self.quantization.runner(x.device, x.dtype).quantize
+        fused = self.quantization.fused
+        static = self._static()
+        if static is not None:
+            return quantize(x, static, gelu=gelu, fused=fused) if own is None else own(x, static, gelu)
+        granularity = self.quantization.recipe.granularity
+        if own is not None:
+            made = own(x, Cast(granularity, power_of_2=True), gelu)
+            if self.site is not None:
+                self._record(448.0 * made.scale)
+            return made
+        if granularity is Granularity.TENSOR:
+            return quantize_current(x, gelu=gelu, amax=self._cell(), fused=fused)
+        return quantize(x, Cast(granularity, power_of_2=True), gelu=gelu, fused=fused)
+
+    def _static(self) -> Cast | None:
+        """One scale from before, where there is one."""
+        scales = self.quantization.scales
+        if scales is None or self.site is None or not scales.is_calibrated(self.site):
+            return None
+        multiplier, dequant = scales.factors(self.site)
+        return Cast(Granularity.TENSOR, multiplier=multiplier, dequant=dequant, amax=scales.cell(self.site))
+
+    def _cell(self) -> Tensor | None:
+        scales = self.quantization.scales
+        return None if scales is None or self.site is None else scales.cell(self.site)
+
+    def _record(self, amax: Tensor) -> None:
+        cell = self._cell()
+        if cell is not None:
+            torch.maximum(cell, amax.reshape(1), out=cell)
+
+
+class FP8Linear(Linear):
+    """``y = x W^T + b`` with both operands in e4m3; made of a ``Linear`` in place by ``apply_recipe``."""
+
+    quantization: Quantization
+    input_quantizer: InputQuantizer  # type: ignore[assignment]
+    original: tuple[Tensor, Tensor | None] | None
+    """Weight and scale that this layer was made of; None where they are gone."""
+
+    def forward(self, x: Tensor | QuantizedActivation, gelu: bool = False) -> Tensor:
+        """[..., D_in] -> [..., D_out] in the type of ``x``; an input that is cast already is taken as it is."""
+        if isinstance(x, Tensor):
+            x = self.input_quantizer(x)
+        weight, scale, bias, handle = self.weight_source.fetch_stored(self, x.qdata, x.dtype)
+        y = self.quantization.runner(x.device, x.dtype)(x, weight, scale, bias)
+        self.release(weight, bias, handle)
+        return F.gelu(y, approximate="tanh") if gelu else y
+
+    def quantized(self, values: Tensor) -> tuple[Tensor, Tensor]:
+        """Real values [D_out, D_in] as this layer stores them: bytes and scale."""
+        granularity = self.quantization.recipe.granularity
+        return quantize_weight(values, granularity, power_of_2=granularity is Granularity.BLOCK)
