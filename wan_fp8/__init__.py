@@ -18,6 +18,12 @@ _EXPORTS = {
     "compile_blocks": "compile",
     "remove_compile": "compile",
     "Compile": "compile",
+    "Recipe": "quant",
+    "apply_recipe": "quant",
+    "remove_recipe": "quant",
+    "freeze_scales": "quant",
+    "save_scales": "quant",
+    "load_scales": "quant",
     "sampling": "sampling",
 }
 
