@@ -14,6 +14,7 @@ import logging
 import shutil
 import time
 import types
+import weakref
 from collections import Counter
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -101,11 +102,11 @@ class CompiledParts:
             own,
             fullgraph=self.setting.fullgraph,
             dynamic=None if self.setting.dynamic else False,
-            backend=functools.partial(self._backend, plain.__name__),
+            backend=functools.partial(_backend, weakref.ref(self), plain.__name__),
         )
 
-    def _backend(self, part: str, graph: Any, inputs: Any) -> Any:
-        """torch.compile's backend: the one asked for, with word before and after."""
+    def compile_graph(self, part: str, graph: Any, inputs: Any) -> Any:
+        """The backend that the setting asks for, with word before and after."""
         self.announce(
             f"torch.compile ({self.setting.mode}): compiling graph {self.graphs + 1} of the transformer block; once "
             "for each model and batch size" + ("" if self.setting.dynamic else ", and for each number of tokens")
@@ -125,6 +126,13 @@ class CompiledParts:
         from torch._inductor.compile_fx import compile_fx
 
         return compile_fx(graph, inputs, config_patches=list_mode_options(self.setting.mode))
+
+
+def _backend(owner: weakref.ref[CompiledParts], part: str, graph: Any, inputs: Any) -> Any:
+    """What torch.compile calls. torch keeps every backend that it was ever given; this one keeps nothing alive."""
+    parts = owner()
+    assert parts is not None, "called by a function that its owner holds"
+    return parts.compile_graph(part, graph, inputs)
 
 
 def compile_blocks(

@@ -3,9 +3,12 @@
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from typing import TypeVar
 
 import torch
+
+Value = TypeVar("Value")
 
 
 @contextlib.contextmanager
@@ -20,16 +23,22 @@ def fp32_products(tf32: bool | None) -> Iterator[None]:
         return
     matmul = torch.backends.cuda.matmul
     newer = getattr(matmul, "fp32_precision", None)
-    try:
-        older = torch.get_float32_matmul_precision()
-    except RuntimeError:  # somebody set the newer one alone: the older one holds the opposite
-        older = "highest" if newer == "tf32" else "high"
+    older = _read(lambda: matmul.allow_tf32, newer != "tf32")  # if reading fails it is the opposite of the newer one
+    medium = _read(torch.get_float32_matmul_precision, "") == "medium"  # the same as allow_tf32, but for the CPU
     matmul.allow_tf32 = tf32
     try:
         yield
     finally:
-        matmul.allow_tf32 = older != "highest"
-        if older == "medium":
-            torch.set_float32_matmul_precision(older)
+        matmul.allow_tf32 = older
+        if medium:
+            torch.set_float32_matmul_precision("medium")
         if newer is not None:
             matmul.fp32_precision = newer
+
+
+def _read(read: Callable[[], Value], disagreeing: Value) -> Value:
+    """One of the older interface's values, or ``disagreeing`` where it contradicts the newer one's."""
+    try:
+        return read()
+    except RuntimeError:
+        return disagreeing
