@@ -265,25 +265,35 @@ def in_process(measure: str, source: Path, case: Case, cold: bool) -> dict[str, 
 # ---- the table ------------------------------------------------------------------------------------------------------
 
 
-def row(case: Case, source: Path, runs: int, cold: bool) -> dict[str, Any]:
-    """The medians of one case, warm or cold."""
-    files = weight_files(source)
+def measured(cases: list[Case], source: Path, runs: int, cold: bool) -> list[dict[str, Any]]:
+    """A row for each way of loading one checkpoint, warm or cold; all are compared with the same readings."""
     if not cold:
-        read_once(files)
-    taken: dict[str, list[dict[str, float]]] = {"read": [], "memory": [], "load": []}
+        read_once(weight_files(source))
+    reads, memories = [], []
+    loads: dict[Case, list[dict[str, float]]] = {case: [] for case in cases}
     for _ in range(runs):
-        for measure, results in taken.items():
-            results.append(in_process(measure, source, case, cold))
+        reads.append(in_process("read", source, cases[0], cold)["seconds"])
+        memories.append(in_process("memory", source, cases[0], cold)["seconds"])
+        for case, results in loads.items():
+            results.append(in_process("load", source, case, cold))
+    read_s, memory_s = (round(statistics.median(seconds), 3) for seconds in (reads, memories))
+    return [row(case, weight_files(source), results, read_s, memory_s, cold) for case, results in loads.items()]
 
-    def median(measure: str, key: str = "seconds") -> float:
-        return round(statistics.median(result[key] for result in taken[measure]), 3)
 
-    load_s, memory_s = median("load"), median("memory")
+def row(
+    case: Case, files: list[Path], loads: list[dict[str, float]], read_s: float, memory_s: float, cold: bool
+) -> dict[str, Any]:
+    """The result of several loads; times are medians."""
+
+    def median(key: str) -> float:
+        return round(statistics.median(load[key] for load in loads), 3)
+
+    load_s = median("seconds")
     size_gb = sum(path.stat().st_size for path in files) / GB
-    limit_gb = median("load", "result_gb") + max(path.stat().st_size for path in files) / GB
-    ratio = round((load_s + median("load", "first_use_s")) / memory_s, 2)
+    limit_gb = median("result_gb") + max(path.stat().st_size for path in files) / GB
+    ratio = round((load_s + median("first_use_s")) / memory_s, 2)
     # A file that doubles in memory cannot be loaded in the time of reading it.
-    judged = median("load", "result_gb") <= 1.01 * size_gb
+    judged = median("result_gb") <= 1.01 * size_gb
     return {
         "model": "t2v-A14B",
         "layers": plan(case, size_gb * GB)[0].num_layers,
@@ -292,22 +302,22 @@ def row(case: Case, source: Path, runs: int, cold: bool) -> dict[str, Any]:
         "loaded": case.loaded or "as stored",
         "mapped": case.map_files and case.loaded in (None, case.stored),
         "page_cache": "cold" if cold else "warm",
-        "runs": runs,
+        "runs": len(loads),
         "checkpoint_gb": round(size_gb, 3),
-        "read_s": median("read"),
+        "read_s": read_s,
         "read_into_memory_s": memory_s,
         "load_s": load_s,
-        "load_spread_s": [round(f(result["seconds"] for result in taken["load"]), 3) for f in (min, max)],
-        "first_use_s": median("load", "first_use_s"),
-        "ratio_to_read": round(load_s / median("read"), 2),
+        "load_spread_s": [round(f(load["seconds"] for load in loads), 3) for f in (min, max)],
+        "first_use_s": median("first_use_s"),
+        "ratio_to_read": round(load_s / read_s, 2),
         "ratio_to_read_into_memory": round(load_s / memory_s, 2),
         "ratio_with_first_use": ratio,
         "limit_ratio": LIMIT_RATIO if judged else None,
-        "result_gb": median("load", "result_gb"),
-        "peak_rss_gb": median("load", "peak_rss_gb"),
-        "peak_rss_used_gb": median("load", "peak_rss_used_gb"),
+        "result_gb": median("result_gb"),
+        "peak_rss_gb": median("peak_rss_gb"),
+        "peak_rss_used_gb": median("peak_rss_used_gb"),
         "limit_rss_gb": round(limit_gb, 3),
-        "within": (not judged or ratio <= LIMIT_RATIO) and median("load", "peak_rss_used_gb") <= limit_gb,
+        "within": (not judged or ratio <= LIMIT_RATIO) and median("peak_rss_used_gb") <= limit_gb,
     }
 
 
@@ -372,23 +382,18 @@ def main(
     rows = []
     with tempfile.TemporaryDirectory(dir=folder) as scratch:
         check_room(Path(scratch), size_gb, console)
-        written: dict[tuple[str, str], Path] = {}
-        for chosen in CASES:
-            if only not in (None, chosen.layout):
-                continue
-            key = (chosen.layout, chosen.stored)
-            if key not in written:
-                for old in written.values():
-                    shutil.rmtree(old if old.is_dir() else old.parent)
-                root = Path(tempfile.mkdtemp(dir=scratch))
-                console.print(f"writing {size_gb:g} GB: {chosen.layout}, {chosen.stored}")
-                written = {key: write_checkpoint(chosen, root, size_gb * GB)}
+        for key in dict.fromkeys((case.layout, case.stored) for case in CASES if only in (None, case.layout)):
+            cases = [case for case in CASES if (case.layout, case.stored) == key]
+            console.print(f"writing {size_gb:g} GB: {key[0]}, {key[1]}")
+            root = Path(tempfile.mkdtemp(dir=scratch))
+            given = write_checkpoint(cases[0], root, size_gb * GB)
             for is_cold in (False, True) if cold else (False,):
-                rows.append(row(chosen, written[key], runs, is_cold))
-                done = rows[-1]
-                console.print(
-                    f"  {done['page_cache']}: {done['load_s']} s, reading into memory {done['read_into_memory_s']} s"
-                )
+                found = measured(cases, given, runs, is_cold)
+                rows += found
+                for done in found:
+                    seconds = f"{done['load_s']} s, reading into memory {done['read_into_memory_s']} s"
+                    console.print(f"  {done['page_cache']}, as {done['loaded']}: {seconds}")
+            shutil.rmtree(root)
     good = show(rows, console)
     if json_path is not None:
         common.write_results(json_path, rows)

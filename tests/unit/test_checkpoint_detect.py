@@ -165,9 +165,9 @@ def wan_with(task: str = "t2v", *extra: str) -> dict[str, torch.Tensor]:
     return official_state(tiny_spec(task)) | named_like(extra)
 
 
-def with_channels(inputs: int, *extra: str, outputs: int = 16, dim: int = 128) -> dict[str, torch.Tensor]:
-    state = official_state(tiny_spec("ti2v" if outputs == 48 else "t2v", dim=dim))
-    return state | {"patch_embedding.weight": torch.zeros(dim, inputs, 1, 2, 2)} | named_like(extra)
+def with_channels(inputs: int, *extra: str, outputs: int = 16) -> dict[str, torch.Tensor]:
+    state = official_state(tiny_spec("ti2v" if outputs == 48 else "t2v"))
+    return state | {"patch_embedding.weight": torch.zeros(128, inputs, 1, 2, 2)} | named_like(extra)
 
 
 RELATIVES = {
@@ -178,7 +178,7 @@ RELATIVES = {
     "Wan2.2 Animate-14B": wan_with("i2v", "img_emb.proj.0.bias", "face_adapter.fuser_blocks.0.k_norm.weight"),
     "Wan2.1 I2V-14B": wan_with("i2v", "img_emb.proj.0.bias", "blocks.0.cross_attn.k_img.weight"),
     "Wan2.1 FLF2V": wan_with("i2v", "img_emb.proj.0.bias", "img_emb.emb_pos"),
-    "Wan2.1 1.3B": with_channels(16, dim=1536),
+    "Wan2.1 1.3B": wan_with() | {"patch_embedding.weight": torch.zeros(1536, 16, 1, 2, 2)},
     "Wan2.1 Fun": with_channels(48, "img_emb.proj.0.bias"),
     "Wan Fun control": with_channels(52, "ref_conv.weight"),
     "Wan Fun control ": with_channels(100, outputs=48),
