@@ -46,7 +46,7 @@ class WanFP8Attention(io.ComfyNode):
             "the fastest exact kernel is used.",
             search_aliases=["flash attention", "sage attention", "fp8 attention", "fa3", "sdpa"],
             inputs=[
-                _model_input("Two-expert checkpoints: the high-noise expert here, the other at 'model_low'."),
+                model_input("Two-expert checkpoints: the high-noise expert here, the other at 'model_low'."),
                 io.Combo.Input(
                     "backend",
                     options=list(BACKENDS),
@@ -100,9 +100,9 @@ class WanFP8Attention(io.ComfyNode):
                     "and the node says so at the end of the run. Default 0.08: between FP8's rounding of Gaussian data "
                     "(0.058) and its known failure (0.114). Costs under 1 % of one step. 0 turns the guard off.",
                 ),
-                _low_input(),
+                low_input(),
             ],
-            outputs=_outputs("with this attention"),
+            outputs=outputs("with this attention"),
             hidden=[io.Hidden.unique_id],
         )
 
@@ -130,7 +130,7 @@ class WanFP8Attention(io.ComfyNode):
         )
         requests = [bridge.attention_request(require(given)) for given in (model, model_low) if given is not None]
         lines = list(dict.fromkeys(line for request in requests for line in _choices(attention, request)))
-        outputs = _changed(cls, model, model_low, lambda given: bridge.with_settings(given, attention=attention))
+        outputs = changed(cls, model, model_low, lambda given: bridge.with_settings(given, attention=attention))
         return io.NodeOutput(*outputs, ui=notice(node_id(cls), lines))
 
 
@@ -169,7 +169,7 @@ class WanFP8Compile(io.ComfyNode):
             "again.",
             search_aliases=["torch compile", "inductor", "tf32", "torchcompilemodel"],
             inputs=[
-                _model_input("Two-expert checkpoints: the high-noise expert here, the other at 'model_low'."),
+                model_input("Two-expert checkpoints: the high-noise expert here, the other at 'model_low'."),
                 io.Combo.Input(
                     "mode",
                     options=[OFF, *MODES],
@@ -202,9 +202,9 @@ class WanFP8Compile(io.ComfyNode):
                     "published code. bfloat16 rounds it three times a block, saves one activation of memory and under "
                     "1 % of the time; what it does to the latents is measured in docs/attention.md.",
                 ),
-                _low_input(),
+                low_input(),
             ],
-            outputs=_outputs("with these settings"),
+            outputs=outputs("with these settings"),
             hidden=[io.Hidden.unique_id],
         )
 
@@ -221,14 +221,14 @@ class WanFP8Compile(io.ComfyNode):
         if tf32 and not (caps.is_cuda and (caps.capability or (0, 0)) >= (8, 0)):
             lines.append(f"tf32 has no effect on {caps.name}: it needs an NVIDIA GPU of Ampere or later")
         changes = {"compile": compile_, "tf32": tf32, "stream_dtype": STREAM_TYPES[residual_stream]}
-        outputs = _changed(cls, model, model_low, lambda given: bridge.with_settings(given, **changes))
+        outputs = changed(cls, model, model_low, lambda given: bridge.with_settings(given, **changes))
         return io.NodeOutput(*outputs, ui=notice(node_id(cls), lines, level=logging.WARNING))
 
 
 # ---- what both share -----------------------------------------------------------------------------------------------
 
 
-def _model_input(more: str) -> io.Input:
+def model_input(more: str) -> io.Input:
     return io.Model.Input(
         "model",
         tooltip="A Wan2.2 T2V, I2V or TI2V MODEL from Load Wan2.2 Checkpoint or from core's Load Diffusion Model; "
@@ -236,7 +236,7 @@ def _model_input(more: str) -> io.Input:
     )
 
 
-def _low_input() -> io.Input:
+def low_input() -> io.Input:
     return io.Model.Input("model_low", optional=True, tooltip="The low-noise expert, to get the same settings.")
 
 
@@ -251,14 +251,14 @@ def _count_input(name: str, default: int, what: str, more: str) -> io.Input:
     )
 
 
-def _outputs(how: str) -> list[io.Output]:
+def outputs(how: str) -> list[io.Output]:
     return [
         io.Model.Output(display_name="model", tooltip=f"'model' {how}; the one that came in is unchanged."),
         io.Model.Output(display_name="model_low", tooltip=f"'model_low' {how}."),
     ]
 
 
-def _changed(cls: type[io.ComfyNode], model: Any, model_low: Any, change: Callable[[Any], Any]) -> tuple[Any, Any]:
+def changed(cls: type[io.ComfyNode], model: Any, model_low: Any, change: Callable[[Any], Any]) -> tuple[Any, Any]:
     """Changed copies of one or both MODELs; a MODEL that is given twice (TI2V) stays one."""
     first = change(require(model))
     if model_low is None:

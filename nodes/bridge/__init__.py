@@ -9,6 +9,7 @@ from .build import build_model_patcher
 from .fork import fork, hosted, is_hosted, spec_of
 from .hosted_model import HostSettings
 from .lora import WithLora, load_lora
+from .recipe import fp8_layers, recipe_of, with_recipe
 from .residency import make_resident, manage
 from .sampling import (
     core_sigmas,
@@ -33,6 +34,7 @@ __all__ = [
     "core_sigmas",
     "device_of",
     "fork",
+    "fp8_layers",
     "hosted",
     "is_hosted",
     "lazy_vae",
@@ -42,6 +44,7 @@ __all__ = [
     "make_sampler",
     "manage",
     "raw_latents",
+    "recipe_of",
     "run_stages",
     "sampler_names",
     "scheduler_names",
@@ -49,6 +52,7 @@ __all__ = [
     "settings_of",
     "spec_of",
     "vae_version",
+    "with_recipe",
     "with_settings",
     "with_timesteps",
 ]

@@ -24,10 +24,12 @@ from torch import Tensor, nn
 
 from ...wan_fp8 import kernels
 from ...wan_fp8.attention import attention_report
-from ...wan_fp8.errors import UnsupportedPatchError
+from ...wan_fp8.errors import InputError, UnsupportedPatchError
+from ...wan_fp8.kernels.quantize import Granularity, weight_granularity
 from ...wan_fp8.models.layers import HIGH_PRECISION
 from ...wan_fp8.models.specs import ModelSpec
 from ...wan_fp8.models.wan import WanModel, build_model
+from ...wan_fp8.quant.convert import share_recipe
 from .core_weights import assign_weights, clean_weights, core_spec, has_fp8
 from .hosted_model import HostedModel, adopt, bind, hosted_class, refuse_foreign_patches
 from .memory import activation_bytes
@@ -140,6 +142,7 @@ def _copy_choices(old: HostedModel, new: HostedModel) -> None:
         if hasattr(old, name):
             setattr(new, name, getattr(old, name))
     new.stack_wrappers.update(old.stack_wrappers)
+    share_recipe(old, new)
 
 
 def _shell_of(patcher: Any, net: HostedModel) -> nn.Module:
@@ -315,12 +318,23 @@ def _make_shell_class(base: Any) -> type:
 
 
 def _with_fp8_marks(saved: dict[str, Tensor]) -> dict[str, Tensor]:
-    """Name the layers that are stored as FP8, the way that core's newer loader and ours read (``X.comfy_quant``)."""
+    """Name the layers that are stored as FP8 with one scale, the way that core's newer loader and ours read
+    (``X.comfy_quant``). Row scales need no mark: their shape says what they are, to our loader alone.
+
+    Raises:
+        InputError: block scales, which no loader reads from a file.
+    """
     names = {torch.float8_e4m3fn: "float8_e4m3fn", torch.float8_e5m2: "float8_e5m2"}
     for key in [k for k in saved if k.endswith(".weight_scale")]:
         layer = key.removesuffix(".weight_scale")
         form = names.get(saved[f"{layer}.weight"].dtype)
-        if form is not None:
+        kind = weight_granularity(saved[key], saved[f"{layer}.weight"].shape)
+        if kind is Granularity.BLOCK:
+            raise InputError(
+                "this MODEL has FP8 weights with block scales, which cannot be saved to a file yet: save it with the "
+                "recipe DelayedScaling or Float8CurrentScaling (readable by ComfyUI too), rowwise, or none"
+            )
+        if form is not None and kind is Granularity.TENSOR:
             text = f'{{"format": "{form}"}}'.encode()
             saved[f"{layer}.comfy_quant"] = torch.frombuffer(bytearray(text), dtype=torch.uint8)
     return saved

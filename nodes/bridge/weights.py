@@ -19,7 +19,7 @@ import comfy.utils
 import torch
 from torch import Tensor, nn
 
-from ...wan_fp8.models.layers import HIGH_PRECISION, Leaf
+from ...wan_fp8.models.layers import HIGH_PRECISION, Leaf, Linear
 
 
 class ComfyWeights:
@@ -44,7 +44,7 @@ class ComfyWeights:
             bias = module.bias
             return module.dequantized(module.weight, like.dtype), None if bias is None else bias.to(like.dtype), None
         if module.weight.dtype in HIGH_PRECISION:
-            return self._cast(module, like, like.dtype)
+            return self._cast(module, like, like.dtype, like.dtype)
         return self._fetch_fp8(module, like)
 
     def release(self, module: Leaf, weight: Tensor, bias: Tensor | None, handle: Any) -> None:
@@ -52,26 +52,53 @@ class ComfyWeights:
         if handle is not None:
             self._uncast(module, weight, bias, handle)
 
-    def _cast(self, module: Leaf, like: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor | None, Any]:
-        result = comfy.ops.cast_bias_weight(module, like, dtype=dtype, bias_dtype=like.dtype, **self._offloadable)
+    def _cast(
+        self, module: Leaf, like: Tensor, dtype: torch.dtype, bias_dtype: torch.dtype
+    ) -> tuple[Tensor, Tensor | None, Any]:
+        result = comfy.ops.cast_bias_weight(module, like, dtype=dtype, bias_dtype=bias_dtype, **self._offloadable)
         return result if self._offloadable else (*result, None)
 
     def _uncast(self, module: Leaf, weight: Tensor, bias: Tensor | None, handle: Any) -> None:
         comfy.ops.uncast_bias_weight(module, weight, bias, handle)
 
+    def fetch_stored(
+        self, module: Linear, like: Tensor, dtype: torch.dtype
+    ) -> tuple[Tensor, Tensor, Tensor | None, Any]:
+        """FP8 weight and scale on the device of ``like``. One that is patched on the fly is merged in high precision
+        and cast again, for this forward."""
+        if not torch.compiler.is_compiling():
+            comfy.model_management.throw_exception_if_processing_interrupted()
+        scale, bias = module.current_scale(), module.bias
+        assert scale is not None
+        if not (module.comfy_cast_weights or module.weight_function or module.bias_function):
+            return module.weight, scale, None if bias is None else bias.to(dtype), None
+        value, merged, bias, handle = self._stored_parts(module, like, dtype)
+        if merged:
+            return *module.quantized(value), bias, handle
+        return value, scale.to(value.device, non_blocking=True), bias, handle
+
     def _fetch_fp8(self, module: Leaf, like: Tensor) -> tuple[Tensor, Tensor | None, Any]:
-        """Core moves the stored bytes; patches are added here, to real values.
+        """Real values of an FP8 weight."""
+        value, merged, bias, handle = self._stored_parts(module, like, like.dtype)
+        return value.to(like.dtype) if merged else module.dequantized(value, like.dtype), bias, handle
+
+    def _stored_parts(
+        self, module: Leaf, like: Tensor, bias_dtype: torch.dtype
+    ) -> tuple[Tensor, bool, Tensor | None, Any]:
+        """The bytes of an FP8 weight, or its merged real values; which of the two; bias and handle.
+
+        Core moves the stored bytes; patches are added here, to real values.
 
         Left to core they would be added to the bytes before the scale is multiplied in: some versions call
         ``convert_weight`` on the way and some don't.
         """
         functions, module.weight_function = module.weight_function, []  # type: ignore[assignment]
         try:
-            stored, bias, handle = self._cast(module, like, module.weight.dtype)
+            stored, bias, handle = self._cast(module, like, module.weight.dtype, bias_dtype)
         finally:
             module.weight_function = functions  # type: ignore[assignment]
         if not functions:
-            return module.dequantized(stored, like.dtype), bias, handle
+            return stored, False, bias, handle
         value: Tensor = module.convert_weight(stored)  # type: ignore[operator]
         for function in functions:  # type: ignore[union-attr]
             patches = getattr(function, "patches", None)
@@ -80,14 +107,14 @@ class ComfyWeights:
                 value = comfy.lora.calculate_weight(patches[key], value, key)
             else:
                 value = function(value)
-        return value.to(like.dtype), bias, handle
+        return value, True, bias, handle
 
 
 @functools.cache
 def keep_transfers_out_of_graphs() -> None:
     """torch.compile calls what fetches weights from elsewhere as it is: events and streams of core's own, and patches
     whose number differs from layer to layer. Done at the first compiled forward: it imports torch's compiler."""
-    for name in ("_cast", "_fetch_fp8", "_uncast"):
+    for name in ("_cast", "_fetch_fp8", "_stored_parts", "_uncast"):
         setattr(ComfyWeights, name, torch.compiler.disable(getattr(ComfyWeights, name)))
 
 

@@ -42,6 +42,10 @@ CONTRACT = {
         "model backend exact skip_first_steps skip_last_steps skip_first_blocks skip_last_blocks bound model_low",
         "model model_low",
     ),
+    "WanFP8Recipe": (
+        "model recipe backend amax_history_len amax_compute_algo margin keep model_low",
+        "model model_low",
+    ),
     "WanFP8Compile": ("model mode dynamic tf32 residual_stream model_low", "model model_low"),
 }
 """Saved in users' workflows, inputs by position: only ever append."""

@@ -1,0 +1,217 @@
+"""FP8 recipes on core's MODELs: forks, LoRAs merged from the original weights, offload, and the node itself."""
+
+from __future__ import annotations
+
+import gc
+
+import bridge_kit as kit
+import nodes_kit
+import pytest
+import torch
+from bridge_kit import bridge, core_model, distance, engine, ksample
+
+pytestmark = pytest.mark.usefixtures("comfy_core")
+
+NAMES = ["DelayedScaling", "Float8CurrentScaling", "Float8BlockScaling", "rowwise"]
+
+
+@pytest.fixture(autouse=True)
+def _inference():
+    with torch.inference_mode():
+        yield
+    kit.unload_everything()
+
+
+def recipe(name: str, **options):
+    return engine("quant").Recipe(name, backend="reference", **options)
+
+
+def with_recipe(model, name: str, **options):
+    return bridge().with_recipe(model, recipe(name, **options))[0]
+
+
+def weights_of(model) -> dict[str, torch.Tensor]:
+    net = model.model.diffusion_model
+    return {name: value.clone() for name, value in net.state_dict().items()}
+
+
+def same(a: dict[str, torch.Tensor], b: dict[str, torch.Tensor]) -> bool:
+    return a.keys() == b.keys() and all(torch.equal(value.float(), b[name].float()) for name, value in a.items())
+
+
+def lora(scale: float = 0.3) -> dict[str, torch.Tensor]:
+    generator = torch.Generator().manual_seed(4)
+    layers = {"blocks.0.self_attn.q": (128, 128), "blocks.1.ffn.0": (256, 128), "blocks.1.ffn.2": (128, 256)}
+    file = {}
+    for name, (rows, columns) in layers.items():
+        file[f"diffusion_model.{name}.lora_down.weight"] = torch.randn(4, columns, generator=generator) / columns**0.5
+        file[f"diffusion_model.{name}.lora_up.weight"] = scale * torch.randn(rows, 4, generator=generator)
+    return file
+
+
+def with_lora(model, strength: float = 1.0):
+    import comfy.sd
+
+    return comfy.sd.load_lora_for_models(model, None, lora(), strength, 0)[0]
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_a_recipe_makes_a_fork_and_leaves_the_model_alone(name: str) -> None:
+    model = core_model()
+    before, exact = weights_of(model), ksample(model)
+    fp8 = with_recipe(model, name)
+    assert bridge().recipe_of(fp8) == recipe(name) and bridge().recipe_of(model) is None
+    assert bridge().fp8_layers(fp8) == 20
+    first = ksample(fp8)
+    assert 0.002 < distance(first, exact) < 0.1
+    assert torch.equal(ksample(model), exact), "alternating with the original"
+    assert torch.equal(ksample(fp8), first), "a second run gives the same bits"
+    assert same(weights_of(model), before)
+
+
+def test_none_brings_the_original_back() -> None:
+    model = core_model()
+    plain = bridge().fork(model)
+    fp8 = with_recipe(plain, "rowwise")
+    back = with_recipe(fp8, "none")
+    assert bridge().recipe_of(fp8) is not None and bridge().recipe_of(back) is None
+    assert torch.equal(ksample(back), ksample(plain))
+    assert with_recipe(model, "none") is model
+
+
+def test_a_second_recipe_starts_from_the_original_weights() -> None:
+    model = core_model()
+    direct = with_recipe(model, "rowwise")
+    detour = with_recipe(with_recipe(model, "Float8BlockScaling"), "rowwise")
+    assert same(weights_of(direct), weights_of(detour))
+    forked = bridge().fork(direct)
+    assert torch.equal(ksample(forked), ksample(direct)), "a fork of an FP8 MODEL is one"
+    assert bridge().recipe_of(forked) == recipe("rowwise")
+
+
+@pytest.mark.parametrize("name", NAMES)
+@pytest.mark.parametrize("before", [True, False])
+def test_lora_is_merged_from_the_original_weights(name: str, before: bool) -> None:
+    model = core_model()
+    exact = with_lora(model)
+    fp8 = with_recipe(model, name)
+    bytes_before, plain = weights_of(fp8), ksample(fp8)
+    changed = with_recipe(exact, name) if before else with_lora(fp8)
+    result = ksample(changed)
+    layer = changed.model.diffusion_model.blocks[1].ffn[0]
+    changed.patch_model()
+    merged = layer.dequantized(layer.weight, torch.float32)
+    exact.patch_model()
+    want = exact.model.diffusion_model.blocks[1].ffn[0].weight.float()
+    assert 0.02 < distance(merged, want) < 0.03, "one rounding"
+    changed.unpatch_model()
+    exact.unpatch_model()
+    assert distance(result, ksample(exact)) < 0.1
+    assert distance(result, plain) > 0.02, "the LoRA does something"
+    assert torch.equal(ksample(fp8), plain) and same(weights_of(fp8), bytes_before), "removed: bit-equal"
+    assert torch.equal(ksample(with_lora(fp8, 0.0)), plain), "strength 0 is no LoRA"
+
+
+@pytest.mark.parametrize("name", NAMES)
+@pytest.mark.parametrize("patched", [False, True])
+def test_offloaded_weights_give_the_same(name: str, patched: bool) -> None:
+    fp8 = with_recipe(core_model(), name)
+    fp8 = with_lora(fp8) if patched else fp8
+    whole = ksample(fp8)
+    fp8.detach()
+    fp8.load(torch.device("cpu"), lowvram_model_memory=1)
+    net = fp8.model.diffusion_model
+    assert all(m.comfy_cast_weights for m in net.modules() if isinstance(m, engine("quant.linear").FP8Linear))
+    fp8.model.current_patcher = fp8
+    x = torch.randn(1, 16, 2, 4, 4, generator=torch.Generator().manual_seed(2))
+    context = torch.randn(1, 8, 4096, generator=torch.Generator().manual_seed(3))
+    net.forget_run()
+    cast = net(x, torch.tensor([500.0]), context)
+    fp8.detach()
+    fp8.load(torch.device("cpu"), full_load=True)
+    net.forget_run()
+    assert torch.equal(net(x, torch.tensor([500.0]), context), cast)
+    fp8.detach()
+    assert torch.equal(ksample(fp8), whole)
+
+
+def test_hooks_restore_fp8_bytes() -> None:
+    import comfy.hooks
+
+    assert with_recipe(core_model(), "rowwise").hook_mode == comfy.hooks.EnumHookMode.MinVram
+
+
+def test_memory_returns() -> None:
+    model = core_model()
+
+    def alive() -> int:
+        gc.collect()
+        return sum(1 for o in gc.get_objects() if type(o) is torch.Tensor and o.dtype == torch.float8_e4m3fn)
+
+    def parameters() -> int:
+        gc.collect()
+        kind = torch.nn.Parameter
+        return sum(1 for o in gc.get_objects() if type(o) is kind and o.dtype == torch.float8_e4m3fn)
+
+    start = alive(), parameters()
+    for _ in range(3):
+        fp8 = with_recipe(model, "rowwise")
+        ksample(fp8, steps=1)
+        ksample(model, steps=1)
+        assert parameters() > start[1]
+        del fp8
+        kit.unload_everything()
+    assert (alive(), parameters()) == start
+
+
+def test_saved_files() -> None:
+    for name in NAMES:
+        fp8 = with_recipe(core_model(), name)
+        if name == "Float8BlockScaling":
+            with pytest.raises(engine("errors").InputError, match=r"block scales.*rowwise"):
+                fp8.model.state_dict_for_saving()
+            continue
+        saved = fp8.model.state_dict_for_saving()
+        marks = [key for key in saved if key.endswith(".comfy_quant")]
+        assert len(marks) == (0 if name == "rowwise" else 20)
+
+
+# ---- the node ------------------------------------------------------------------------------------------------------
+
+
+def test_the_node_changes_one_model_or_both() -> None:
+    high, low = core_model(), core_model(seed=1)
+    out = nodes_kit.call("WanFP8Recipe", model=high, backend="reference", model_low=low, keep="blocks.0., ffn.2")
+    loaded = nodes_kit.module("nodes.bridge")
+    assert [loaded.fp8_layers(model) for model in out.args] == [9, 9]
+    assert loaded.recipe_of(out.args[0]).keep == ("blocks.0.", "ffn.2") and loaded.recipe_of(high) is None
+    assert not ksample(out.args[0]).isnan().any()
+    text = out.ui.value
+    assert "rowwise: 9 linears in FP8, multiplied by reference" in text
+    alone = nodes_kit.call("WanFP8Recipe", model=high, backend="reference", recipe="DelayedScaling", margin=1)
+    assert loaded.recipe_of(alone.args[0]).margin == 1
+    twice = nodes_kit.call("WanFP8Recipe", model=high, model_low=high, backend="reference")
+    assert twice.args[0] is twice.args[1]
+    back = nodes_kit.call("WanFP8Recipe", model=out.args[0], recipe="none")
+    assert loaded.recipe_of(back.args[0]) is None
+
+
+def test_the_node_says_why_not() -> None:
+    errors = nodes_kit.module("wan_fp8.errors")
+    model = core_model()
+    for inputs, kind, words in (
+        ({}, "BackendUnavailableError", r"torch: it needs an NVIDIA GPU.*never chosen automatically"),
+        ({"backend": "torch"}, "BackendUnavailableError", r"backend 'torch' cannot run here"),
+        ({"backend": "transformer_engine"}, "BackendUnavailableError", r"no row scales; use backend torch"),
+        ({"backend": "reference", "keep": "block.0"}, "InputError", r"keep names 'block.0'"),
+        ({"backend": "reference", "recipe": "MXFP8BlockScaling"}, "BackendUnavailableError", r"no backend"),
+    ):
+        with pytest.raises(getattr(errors, kind), match=words):
+            nodes_kit.call("WanFP8Recipe", model=model, **inputs)
+
+
+def test_menus_are_those_of_the_engine() -> None:
+    menus, gemm = nodes_kit.module("nodes.recipe"), nodes_kit.module("wan_fp8.gemm")
+    gemm.register_backends()
+    assert set(menus.RECIPES) == set(nodes_kit.module("wan_fp8.quant").RECIPES)
+    assert set(menus.BACKENDS) == set(gemm.GEMM.names)
