@@ -329,8 +329,10 @@ def adopt(folder: Path) -> Host:
             f"{python} lacks {', '.join(missing)}, which this pack needs: run "
             f"'{python} -m pip install -r {REQUIREMENTS[0]}'."
         )
+    known = set(os.listdir(folder / "custom_nodes")) if (folder / "custom_nodes").is_dir() else set()
     link = link_pack(folder / "custom_nodes")
-    say(f"using {folder} with {python}; the pack is {link}, nothing else there is changed")
+    if link.name not in known:
+        say(f"made {link}, a link to this pack; nothing else in {folder} is changed")
     return Host(folder, python, pinned=False)
 
 
@@ -375,9 +377,7 @@ def link_pack(custom_nodes: Path) -> Path:
         link.symlink_to(PACK, target_is_directory=True)
     except FileExistsError:
         if link.resolve() != PACK:  # a second process may just have made the same link
-            raise HostError(
-                f"{link} exists and is not this pack: move it away, or link {PACK} there under another name."
-            ) from None
+            raise HostError(f"{link} exists and is not this pack: move it away and run the command again.") from None
     return link
 
 
