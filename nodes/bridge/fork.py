@@ -318,8 +318,7 @@ def _make_shell_class(base: Any) -> type:
 
 
 def _with_fp8_marks(saved: dict[str, Tensor]) -> dict[str, Tensor]:
-    """Name the layers that are stored as FP8 with one scale, the way that core's newer loader and ours read
-    (``X.comfy_quant``). Row scales need no mark: their shape says what they are, to our loader alone.
+    """Name the layers that are stored as FP8, the way that core's newer loader and ours read (``X.comfy_quant``).
 
     Raises:
         InputError: block scales, which no loader reads from a file.
@@ -334,7 +333,7 @@ def _with_fp8_marks(saved: dict[str, Tensor]) -> dict[str, Tensor]:
                 "this MODEL has FP8 weights with block scales, which cannot be saved to a file yet: save it with the "
                 "recipe DelayedScaling or Float8CurrentScaling (readable by ComfyUI too), rowwise, or none"
             )
-        if form is not None and kind is Granularity.TENSOR:
+        if form is not None:
             text = f'{{"format": "{form}"}}'.encode()
             saved[f"{layer}.comfy_quant"] = torch.frombuffer(bytearray(text), dtype=torch.uint8)
     return saved

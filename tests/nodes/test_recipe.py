@@ -172,8 +172,10 @@ def test_saved_files() -> None:
                 fp8.model.state_dict_for_saving()
             continue
         saved = fp8.model.state_dict_for_saving()
-        marks = [key for key in saved if key.endswith(".comfy_quant")]
-        assert len(marks) == (0 if name == "rowwise" else 20)
+        assert sum(key.endswith(".comfy_quant") for key in saved) == 20
+        prefix = "model.diffusion_model."
+        for key, value in fp8.model.diffusion_model.state_dict().items():
+            assert torch.equal(saved[prefix + key].float(), value.float()), key
 
 
 # ---- the node ------------------------------------------------------------------------------------------------------
