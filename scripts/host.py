@@ -20,7 +20,6 @@ if sys.version_info < (3, 11):  # noqa: UP036 - whoever runs this may have any P
     sys.exit("This needs Python 3.11 or later: install one and name it, for example 'make demo PYTHON=python3.12'.")
 
 import contextlib
-import fcntl
 import hashlib
 import json
 import os
@@ -141,6 +140,10 @@ def _read_stamp(path: Path) -> str | None:
 @contextlib.contextmanager
 def _lock(name: str) -> Iterator[None]:
     """Let one process at a time build; the others wait, and say so."""
+    if os.name != "posix":
+        raise HostError("Building needs Linux: here, name a running server with --server or use ComfyUI's own editor.")
+    import fcntl
+
     HOST_DIR.mkdir(parents=True, exist_ok=True)
     with (HOST_DIR / f"{name}.lock").open("w", encoding="utf-8") as handle:
         try:

@@ -22,6 +22,7 @@ FLAGS = [
 HARMLESS = ("user.css", "userdata", "templates", "Content Security Policy", "favicon", "Jobs", "api/jobs", "api/assets")
 """Parts of complaints in the browser's console that the bare editor has as well."""
 
+NODES = "(window.app?.graph?._nodes ?? window.app?.graph?.nodes)"
 LOAD = """async (workflow) => {
     await app.loadGraphData(workflow);
     await app.extensionManager.command.execute('Comfy.Canvas.FitView');
@@ -65,7 +66,8 @@ class Editor:
         self.page.on("console", self._console)
         self.page.goto(url)
         self.page.wait_for_function("() => !!window.LiteGraph?.registered_node_types?.SaveVideo", timeout=120_000)
-        self.page.wait_for_timeout(2000)  # the default workflow is loaded a moment after the node types
+        self.page.wait_for_function(f"() => {NODES}?.length > 0", timeout=60_000)  # the default workflow comes later
+        self.page.wait_for_timeout(1000)
 
     def _console(self, message: ConsoleMessage) -> None:
         text = f"{message.text} {message.location.get('url', '')}"
@@ -76,7 +78,7 @@ class Editor:
         """Open a workflow; returns what is wrong with it as it is shown: node types missing, nodes drawn red."""
         self.page.evaluate(LOAD, workflow)
         self.page.wait_for_timeout(300)
-        shown = self.page.evaluate("() => (app.graph._nodes ?? app.graph.nodes).length")
+        shown = self.page.evaluate(f"() => {NODES}.length")
         lost = [] if shown == len(workflow["nodes"]) else [f"{shown} of {len(workflow['nodes'])} nodes are shown"]
         return lost + list(self.page.evaluate(PROBLEMS))
 
