@@ -8,6 +8,7 @@ from __future__ import annotations
 from comfy_api.latest import ComfyExtension, io
 
 from .loaders import WanFP8LoadCheckpoint
+from .lora import WanFP8LoadLora
 from .recipe import WanFP8Recipe
 from .samplers import WanFP8SampleI2V, WanFP8SampleT2V, WanFP8SampleTI2V
 from .schedules import WanFP8Sigmas, WanFP8Solver
@@ -17,6 +18,7 @@ from .text import WanFP8TextEncode
 
 NODES: list[type[io.ComfyNode]] = [
     WanFP8LoadCheckpoint,
+    WanFP8LoadLora,
     WanFP8TextEncode,
     WanFP8Recipe,
     WanFP8Attention,

@@ -262,7 +262,7 @@ def changed(cls: type[io.ComfyNode], model: Any, model_low: Any, change: Callabl
     """Changed copies of one or both MODELs; a MODEL that is given twice (TI2V) stays one."""
     first = change(require(model))
     if model_low is None:
-        title = cls.GET_SCHEMA().display_name
+        title = cls.define_schema().display_name  # GET_SCHEMA would write to the class, which is locked while it runs
         return first, Missing(
             f"{title} returns 'model_low' only when 'model_low' is connected to it: connect the low-noise expert there"
         )

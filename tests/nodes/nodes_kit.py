@@ -43,8 +43,9 @@ def call(node: str, **inputs: Any) -> Any:
     defaults = {i.id: i.default for i in schema.inputs if getattr(i, "default", None) is not None}
     known = {i.id for i in schema.inputs}
     assert inputs.keys() <= known, inputs.keys() - known
-    clone = cls.PREPARE_CLASS_CLONE({})
-    return clone.execute(**{**defaults, **inputs})
+    from comfy_api.internal import lock_class
+
+    return cls.execute.__func__(lock_class(cls.PREPARE_CLASS_CLONE({})), **{**defaults, **inputs})
 
 
 def latents(output: Any) -> Tensor:

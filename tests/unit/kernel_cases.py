@@ -166,7 +166,8 @@ def casts(device: torch.device, exact: Tensor) -> list[Cast]:
 
 
 def check_quantized(ours: QuantizedActivation, exact: Tensor, cast: Cast, what: str) -> None:
-    """Values rounded to nearest in e4m3 (the interpreter truncates: up to a whole step); scales against float64; the maximum."""
+    """Values rounded to nearest in e4m3 (the interpreter truncates: up to a whole step); scales against float64; the
+    maximum."""
     assert ours.qdata.dtype == torch.float8_e4m3fn and ours.granularity is cast.granularity
     rows = exact.flatten(0, -2)
     assert ours.scale.dtype == torch.float32
