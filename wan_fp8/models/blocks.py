@@ -30,8 +30,10 @@ class ForwardOptions:
     """What a caller may ask of one forward besides its tensors."""
 
     text_key: Hashable | None = None
-    """Names the prompt(s) of this batch: text keys and values are kept under it. None: the identity of ``context`` (torch
-    does not count writes to a tensor made under inference mode: after writing over such a one, ``clear_text_cache``)."""
+    """Names the prompt(s) of this batch: text keys and values are kept under it. None: the identity of ``context``
+    (torch
+    does not count writes to a tensor made under inference mode: after writing over such a one,
+    ``clear_text_cache``)."""
     cache_text: bool = True
     """False while text weights may change between two forwards."""
     attention: AttentionSetting | None = None
