@@ -15,6 +15,7 @@ import subprocess
 import sys
 from pathlib import Path
 
+import environments
 import host
 
 BASE = host.HOST_DIR / "demo"
@@ -45,7 +46,7 @@ def make_checkpoint(chosen: host.Host, client: Path) -> None:
 def main() -> int:
     try:
         chosen = host.ensure()
-        client = host.client_python()
+        client = environments.client_python()
         make_checkpoint(chosen, client)
     except host.HostError as error:
         host.say(str(error))

@@ -46,9 +46,6 @@ NOT_INSTALLED = ("torch", "torchvision", "torchaudio", "comfyui-workflow-templat
 """Lines of ComfyUI's own requirements that we pin ourselves, or that only bring pictures and help pages (120 MB)."""
 CONSTRAINTS = PACK / "scripts" / "host-constraints.txt"
 REQUIREMENTS = (PACK / "requirements.txt", PACK / "requirements-dev.txt")
-FRONTEND = "comfyui-frontend-package==1.58.1"
-CLIENT_PACKAGES = ("typer", "rich", "websocket-client")
-TOOLS_PACKAGES = ("comfy-cli==1.23.0",)
 
 # A CUDA build of torchvision beside a CPU build of torch finds none of its compiled operators and cannot even be
 # imported. ComfyUI uses none of them, so declaring the two that Python code mentions at import is enough.
@@ -93,9 +90,9 @@ def ensure() -> Host:
 def build() -> Host:
     """Build the pinned host into ``HOST_DIR``, or return at once when its stamp is that of these inputs."""
     host = Host(HOST_DIR / "comfyui", HOST_DIR / "venv" / "bin" / "python", pinned=True)
-    with _lock("host"):
+    with lock("host"):
         stamp = HOST_DIR / "stamp.json"
-        if host.python.exists() and _read_stamp(stamp) == _inputs():
+        if host.python.exists() and read_stamp(stamp) == _inputs():
             return host
         started = time.monotonic()
         say(f"building ComfyUI 0.3.75 and its environment in {HOST_DIR} (one to three minutes, once)")
@@ -105,7 +102,7 @@ def build() -> Host:
                 f"{TORCH} has wheels for Python {_dotted(TORCH_PYTHONS[0])} to {_dotted(TORCH_PYTHONS[1])} and this "
                 f"is {_dotted(sys.version_info[:2])}: install one of these and name it: 'make demo PYTHON=python3.12'."
             )
-        _make_venv(HOST_DIR / "venv")
+        make_venv(HOST_DIR / "venv")
         _step("ComfyUI 0.3.75", lambda: _extract_core(_fetch_core(host.python), host.comfyui))
         _step("PyTorch 2.13.0", lambda: _install_torch(host.python))
         _step("ComfyUI's requirements, the pack's and the test tools", lambda: _install_requirements(host))
@@ -130,7 +127,7 @@ def _inputs() -> str:
     return digest.hexdigest()
 
 
-def _read_stamp(path: Path) -> str | None:
+def read_stamp(path: Path) -> str | None:
     try:
         return str(json.loads(path.read_text(encoding="utf-8")).get("inputs"))
     except (FileNotFoundError, json.JSONDecodeError):
@@ -138,7 +135,7 @@ def _read_stamp(path: Path) -> str | None:
 
 
 @contextlib.contextmanager
-def _lock(name: str) -> Iterator[None]:
+def lock(name: str) -> Iterator[None]:
     """Let one process at a time build; the others wait, and say so."""
     if os.name != "posix":
         raise HostError("Building needs Linux: here, name a running server with --server or use ComfyUI's own editor.")
@@ -161,7 +158,7 @@ def _step(what: str, action) -> None:  # type: ignore[no-untyped-def]
     say(f"{what}: {time.monotonic() - started:.0f} s")
 
 
-def _run(*command: str | Path) -> None:
+def run(*command: str | Path) -> None:
     """Run a build command into the build log; a failure shows the end of what it said."""
     log = HOST_DIR / "build.log"
     with log.open("a", encoding="utf-8") as handle:
@@ -181,10 +178,10 @@ def _pip(python: Path, *arguments: str) -> None:
     # No byte-compiling: it takes a third of the time, for thousands of modules of which a start imports a few hundred;
     # whatever is imported first leaves its byte code behind.
     compiling = ("--no-compile",) if arguments[0] == "install" else ()
-    _run(python, "-m", "pip", "--disable-pip-version-check", *arguments, *compiling, "-c", str(CONSTRAINTS))
+    run(python, "-m", "pip", "--disable-pip-version-check", *arguments, *compiling, "-c", str(CONSTRAINTS))
 
 
-def _make_venv(folder: Path) -> None:
+def make_venv(folder: Path) -> None:
     """Make a virtual environment, or keep one that works. Debian splits ``ensurepip`` off into a package of its own."""
     python = folder / "bin" / "python"
     if (
@@ -201,7 +198,7 @@ def _make_venv(folder: Path) -> None:
             f"This Python {version} cannot make virtual environments: install the missing part with "
             f"'sudo apt-get install python{version}-venv' and run the command again."
         )
-    _run(sys.executable, "-m", "venv", "--clear", folder)
+    run(sys.executable, "-m", "venv", "--clear", folder)
 
 
 def _fetch_core(python: Path) -> Path:
@@ -382,60 +379,6 @@ def link_pack(custom_nodes: Path) -> Path:
         if link.resolve() != PACK:  # a second process may just have made the same link
             raise HostError(f"{link} exists and is not this pack: move it away and run the command again.") from None
     return link
-
-
-# ------------------------------------------------------------------------------------------------------ smaller venvs
-
-
-def client_python() -> Path:
-    """An interpreter with what ``run_workflow.py`` needs: the pinned host's, else a small environment made for it."""
-    host = HOST_DIR / "venv" / "bin" / "python"
-    if host.exists() and _read_stamp(HOST_DIR / "stamp.json") is not None:
-        return host
-    return _small_venv("client", CLIENT_PACKAGES)
-
-
-def tools_python() -> Path:
-    """An interpreter with the workflow checker (comfy-cli), whose requirements clash with the host's."""
-    return _small_venv("tools", TOOLS_PACKAGES)
-
-
-def comfy_cli(*arguments: str | Path) -> subprocess.CompletedProcess[str]:
-    """Run comfy-cli on this pack, its settings in our own folder and not the user's home, no usage reports."""
-    python = tools_python()
-    home = python.parent.parent / "home"
-    environment = {**os.environ, "HOME": str(home), "XDG_CONFIG_HOME": str(home / ".config"), "DO_NOT_TRACK": "1"}
-    program = [str(python.parent / "comfy"), "--skip-prompt"]
-    if not home.exists():
-        (home / ".config").mkdir(parents=True)
-        subprocess.run([*program, "tracking", "disable"], env=environment, capture_output=True, check=True)
-    command = [*program, *map(str, arguments)]
-    return subprocess.run(command, cwd=PACK, env=environment, capture_output=True, text=True, timeout=120, check=False)
-
-
-def newer_frontend() -> Path:
-    """The folder of a much newer editor, for ``--front-end-root``: most users' ComfyUI is newer than the pinned one."""
-    target = HOST_DIR / FRONTEND.replace("==", "-")
-    root = target / "comfyui_frontend_package" / "static"
-    with _lock("frontend"):
-        if not (root / "index.html").is_file():
-            say(f"installing {FRONTEND} into {target} ...")
-            python = HOST_DIR / "venv" / "bin" / "python"
-            _run(
-                python, "-m", "pip", "--disable-pip-version-check", "install", "--no-deps", "--target", target, FRONTEND
-            )
-    return root
-
-
-def _small_venv(name: str, packages: tuple[str, ...]) -> Path:
-    python, stamp = HOST_DIR / name / "bin" / "python", HOST_DIR / name / "stamp.json"
-    with _lock(name):
-        if not python.exists() or _read_stamp(stamp) != " ".join(packages):
-            say(f"installing {', '.join(packages)} into {python.parent.parent} ...")
-            _make_venv(HOST_DIR / name)
-            _run(python, "-m", "pip", "--disable-pip-version-check", "install", *packages)
-            stamp.write_text(json.dumps({"inputs": " ".join(packages)}) + "\n", encoding="utf-8")
-    return python
 
 
 def main() -> int:

@@ -24,11 +24,12 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Annotated, Any
 
+import environments
 import host
 
 if any(importlib.util.find_spec(name) is None for name in ("typer", "rich", "websocket")):
     try:  # whichever Python this was started with, carry on in one that has what it takes
-        _python = str(host.client_python())
+        _python = str(environments.client_python())
     except host.HostError as _error:
         sys.exit(f"{_error}")
     os.execv(_python, [_python, *sys.argv])

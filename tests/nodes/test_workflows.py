@@ -62,13 +62,13 @@ def test_it_says_where_files_go_and_what_it_costs(path: Path) -> None:
 
 @shipped
 def test_an_independent_checker_finds_nothing(path: Path, object_info: dict[str, Any], tmp_path: Path) -> None:
-    import host
+    import environments
 
     known = tmp_path / "object_info.json"
     known.write_text(json.dumps(object_info))
 
     def check(workflow: Path) -> subprocess.CompletedProcess[str]:
-        return host.comfy_cli("workflow", "validate", "--workflow", workflow, "--input", known)
+        return environments.comfy_cli("workflow", "validate", "--workflow", workflow, "--input", known)
 
     good = check(path)
     assert good.returncode == 0, good.stdout + good.stderr

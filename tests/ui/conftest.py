@@ -57,14 +57,14 @@ def editor(
     request: pytest.FixtureRequest, browser: Any, make_server: Callable[..., Any]
 ) -> Iterator[tuple[str, Editor]]:
     """(which, editor): the editor that the pinned ComfyUI brings, and one a year newer on the same server code."""
-    import host
+    import environments
 
     with contextlib.ExitStack() as stack:
         if request.param == "pinned":
             server, version = request.getfixturevalue("server"), "1.32.9"
         else:
-            server = stack.enter_context(make_server("newer", "--front-end-root", str(host.newer_frontend())))
-            version = host.FRONTEND.partition("==")[2]
+            server = stack.enter_context(make_server("newer", "--front-end-root", str(environments.newer_frontend())))
+            version = environments.FRONTEND.partition("==")[2]
         stack.enter_context(files_named_in_workflows(server.base / "models"))
         editor = Editor(browser, server.url, version)
         yield request.param, editor

@@ -146,7 +146,7 @@ def test_a_complete_host_is_not_built_again_until_its_inputs_change(
 ) -> None:
     steps: list[str] = []
     monkeypatch.setattr(host, "HOST_DIR", tmp_path)
-    monkeypatch.setattr(host, "_make_venv", lambda folder: (folder / "bin").mkdir(parents=True, exist_ok=True))
+    monkeypatch.setattr(host, "make_venv", lambda folder: (folder / "bin").mkdir(parents=True, exist_ok=True))
     monkeypatch.setattr(host, "_step", lambda what, action: steps.append(what))
     (tmp_path / "venv" / "bin").mkdir(parents=True)
     (tmp_path / "venv" / "bin" / "python").touch()
@@ -160,7 +160,7 @@ def test_a_complete_host_is_not_built_again_until_its_inputs_change(
 def test_a_failing_step_shows_the_end_of_its_log(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(host, "HOST_DIR", tmp_path)
     with pytest.raises(HostError, match=r"exit code 3(.|\n)*\nwhat went wrong"):
-        host._run(sys.executable, "-c", "print('what went wrong'); raise SystemExit(3)")
+        host.run(sys.executable, "-c", "print('what went wrong'); raise SystemExit(3)")
 
 
 def test_the_two_lists_of_requirements_agree() -> None:

@@ -6,14 +6,14 @@ import re
 import tomllib
 from pathlib import Path
 
-import host
+import environments
 
 PACK = Path(__file__).resolve().parents[2]
 PROJECT = tomllib.loads((PACK / "pyproject.toml").read_text())
 
 
 def test_the_registrys_checker_is_content() -> None:
-    done = host.comfy_cli("node", "validate")
+    done = environments.comfy_cli("node", "validate")
     assert done.returncode == 0 and "All validation checks passed" in done.stdout + done.stderr
 
 
