@@ -336,6 +336,14 @@ def test_an_unreadable_layer_format_is_an_error(text: bytes) -> None:
         inspect(state)
 
 
+@pytest.mark.parametrize("name", ["blocks.0.ffn.0.weight", "patch_embedding.weight", "text_embedding.0.weight"])
+def test_a_transformer_without_the_tensor_that_tells_its_size(name: str) -> None:
+    state = official_state(tiny_spec())
+    del state[name]
+    with pytest.raises(CheckpointError, match=rf"is incomplete: it has no tensor named {name}; .*TI2V-5B.*download"):
+        inspect(state)
+
+
 # ---- pairs ----------------------------------------------------------------------------------------------------------
 
 
@@ -354,7 +362,11 @@ def test_the_two_experts_of_a_model_are_both_needed() -> None:
         (low, None, "choose the high-noise file as well"),
         (low, high, "are swapped"),
         (high, high, "both files are the high-noise expert"),
-        (high, found("i2v", "low_noise"), "do not belong together"),
+        (
+            high,
+            found("i2v", "low_noise"),
+            "do not belong together: .*; choose the high-noise and the low-noise file of one model",
+        ),
         (found("ti2v", None), low, "has one expert; leave the low-noise file empty"),
     ):
         with pytest.raises(CheckpointError, match=words):

@@ -125,6 +125,13 @@ def test_a_source_that_the_caller_opened_stays_open(tmp_path: Path) -> None:
         assert_state(load_transformer(source), official_state(SPEC), torch.bfloat16)
 
 
+def test_tensors_of_a_state_dict_are_shared_where_nothing_changes() -> None:
+    state = {name: value.to(torch.bfloat16) for name, value in official_state(SPEC).items()}
+    for given, shared in ((state, True), ({name: value.clone() for name, value in state.items()}, False)):
+        loaded = load_transformer(given).state_dict()
+        assert all((loaded[name].data_ptr() == state[name].data_ptr()) is shared for name in state)
+
+
 def test_a_subclass_and_a_device_can_be_chosen() -> None:
     class Mine(WanModel):
         pass

@@ -117,8 +117,11 @@ def test_other_archives_are_named_as_what_they_are(tmp_path: Path) -> None:
 
 
 def test_an_archive_called_safetensors_is_told_apart(tmp_path: Path) -> None:
-    torch.save(STATE, tmp_path / "m.safetensors")
-    with pytest.raises(
-        CheckpointError, match=r"m.safetensors is a PyTorch archive, not safetensors; rename it to .pth"
-    ):
-        open_source(tmp_path / "m.safetensors")
+    (tmp_path / "shards").mkdir()
+    for path in (tmp_path / "m.safetensors", tmp_path / "shards" / "model.safetensors"):
+        for zipped in (True, False):
+            torch.save(STATE, path, _use_new_zipfile_serialization=zipped)
+            with pytest.raises(
+                CheckpointError, match=r"is a PyTorch pickle under a wrong name.*only if.*plain tensors"
+            ):
+                open_source(path if path.parent == tmp_path else path.parent)

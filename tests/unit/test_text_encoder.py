@@ -383,7 +383,9 @@ def test_ids_are_checked(encoder: TextEncoder) -> None:
 def test_no_tokenizer_is_an_error_of_encode_only() -> None:
     encoder = load_text_encoder(official_state_dict(), dtype=torch.float32)
     assert encoder.encode_ids(torch.tensor([[3, 1]])).shape == (1, 2, WIDTH)
-    with pytest.raises(CheckpointError, match=r"no tokenizer .*put the google/umt5-xxl folder"):
+    with pytest.raises(
+        CheckpointError, match=r"no tokenizer .*put the google/umt5-xxl folder .*, or use a umt5_xxl \.safetensors"
+    ):
         encoder.encode("a cat")
 
 

@@ -181,11 +181,17 @@ class _Shapes:
         return self._stored(official) in self._source
 
     def _shape(self, official: str, rank: int) -> tuple[int, ...]:
-        info = self._source.info(self._stored(official))
+        stored = self._stored(official)
+        if stored not in self._source:
+            raise CheckpointError(
+                f"{self._source.label} is incomplete: it has no tensor named {stored}; this loader takes complete "
+                f"{ACCEPTED}: download the file again"
+            )
+        info = self._source.info(stored)
         if len(info.shape) != rank or 0 in info.shape:
             raise CheckpointError(
-                f"{self._source.label} is no Wan checkpoint that can be loaded: {self._stored(official)} has shape "
-                f"{list(info.shape)}, {rank} dimensions are needed"
+                f"{self._source.label} is no Wan checkpoint that can be loaded: {stored} has shape "
+                f"{list(info.shape)}, {rank} dimensions are needed; download the file again"
             )
         return info.shape
 
@@ -289,7 +295,10 @@ def require_expert_pair(high: Detected, low: Detected | None, label: str) -> Non
             f"the experts of {model} are swapped: {label} is the low-noise one; exchange the two files"
         )
     if low.require_transformer("the low-noise file") != spec:
-        raise CheckpointError(f"the experts do not belong together: {label} is {high.label}, the other is {low.label}")
+        raise CheckpointError(
+            f"the experts do not belong together: {label} is {high.label}, the other is {low.label}; choose the "
+            "high-noise and the low-noise file of one model"
+        )
     if high.expert is not None and high.expert == low.expert:
         raise CheckpointError(
             f"both files are the {high.expert.replace('_', '-')} expert of {model}; choose one high-noise and one "

@@ -92,6 +92,10 @@ def refuse_format(path: Path, form: str) -> CheckpointError:
         "html": "is a web page, not weights: the download saved an error or log-in page; fetch the file again",
         "json": "is a JSON text, not weights; give the .safetensors file or the folder that holds it",
     }
+    reasons["zip"] = reasons["pickle"] = (
+        "is a PyTorch pickle under a wrong name, not safetensors; pickles are accepted as .pth and only if they hold "
+        "plain tensors: download the model's .safetensors file"
+    )
     allowed = "this loader takes .safetensors, and .pth files of plain tensors"
     return CheckpointError(f"{path.name} {reasons.get(form, f'is no tensor file ({size} bytes); {allowed}')}")
 
@@ -118,8 +122,6 @@ def read_header(path: Path) -> Header:
     if form != "safetensors":
         if form == "unknown" and path.stat().st_size < 8:
             raise CheckpointError(f"{path.name} is truncated: {path.stat().st_size} bytes; download it again")
-        if form in ("zip", "pickle"):
-            raise CheckpointError(f"{path.name} is a PyTorch archive, not safetensors; rename it to .pth")
         raise refuse_format(path, form)
     with open_binary(path) as file:
         size = os.fstat(file.fileno()).st_size

@@ -69,7 +69,9 @@ def load_transformer(
             ``device`` never holds more than the FP8 model and one weight. FP8 weights of the file keep their bytes
             where the recipe can multiply them. Mapped weights stay in reach, for LoRA merges.
     Returns:
-        The model. Beside it, host memory holds one tensor at most while loading.
+        The model. Beside it, host memory holds one tensor at most while loading. Tensors of a state dict that need no
+        change of type or device are not copied: the model's parameters share their storage, so that writing to one
+        writes to the other. Pass clones to keep them apart.
     Raises:
         CheckpointError: damaged, incomplete or another model's weights; the message says which.
         InputError: an expert or dtype that does not fit.

@@ -128,7 +128,7 @@ def open_file(path: Path, *, map_files: bool = True) -> TensorSource:
     form = sniff(path)
     if form in ("zip", "pickle"):
         if path.suffix == ".safetensors":
-            raise CheckpointError(f"{path.name} is a PyTorch archive, not safetensors; rename it to .pth")
+            raise refuse_format(path, form)
         from .pickled import open_archive
 
         return open_archive(path, form)

@@ -89,7 +89,9 @@ class TensorSource(ABC):
         try:
             return self.tensors[name]
         except KeyError:
-            raise CheckpointError(f"{self.label} has no tensor named {name}") from None
+            raise CheckpointError(
+                f"{self.label} has no tensor named {name}: the file is incomplete or another model's; download it again"
+            ) from None
 
 
 class RenamedSource(TensorSource):

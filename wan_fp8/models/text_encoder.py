@@ -135,7 +135,7 @@ class TextEncoder:
         if self.tokenizer is None:
             raise CheckpointError(
                 f"the text encoder has no tokenizer{self._searched}; put the google/umt5-xxl folder of the official "
-                "checkpoint beside it or choose a tokenizer"
+                "checkpoint beside it, or use a umt5_xxl .safetensors file that has its tokenizer inside"
             )
         cleaned = clean_prompt(text)
         ids, lost = cut_ids(self.tokenizer.ids(cleaned))
@@ -197,8 +197,8 @@ def load_text_encoder(
         dtype: Storage of the weights: bfloat16 (as published, 11.4 GB), float16, float32, or float8_e4m3fn (6.7 GB;
             computed in bf16 from FP8 linears with one scale per row).
         device: Where the weights go.
-        tokenizer: Folder, file or object (``tokenizer.load_tokenizer``); None: the one beside the weights or inside
-        the file.
+        tokenizer: Folder, file or object (``tokenizer.load_tokenizer``); None: the one inside the
+            file, or else beside it.
     Raises:
         CheckpointError: the source is missing, damaged or no UMT5.
         InputError: dtype is not one of these.
