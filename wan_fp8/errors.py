@@ -6,6 +6,12 @@ from __future__ import annotations
 class WanFP8Error(Exception):
     """Base of every error that this package raises on purpose."""
 
+    __module__ = "wan_fp8.errors"
+
+    def __init_subclass__(cls) -> None:
+        # ComfyUI imports a pack under the path of its folder and shows the module of an error in its dialog.
+        cls.__module__ = WanFP8Error.__module__
+
 
 class CheckpointError(WanFP8Error, ValueError):
     """A file or folder is not what was asked for: damaged, mislabelled, incomplete, or another model."""
