@@ -144,7 +144,8 @@ def has_accelerator(python: Path) -> bool:
     if not any(Path(device).exists() for device in ("/dev/nvidiactl", "/dev/dxg", "/dev/kfd", "/dev/dri")):
         return False
     code = "import torch; print(torch.cuda.is_available() or getattr(torch, 'xpu', torch.cuda).is_available())"
-    return subprocess.run([python, "-c", code], capture_output=True, text=True, check=True).stdout.strip() == "True"
+    command = [str(python), "-B", "-c", code]  # no cache files in somebody's own installation
+    return subprocess.run(command, capture_output=True, text=True, check=True).stdout.strip() == "True"
 
 
 def _free_port() -> int:

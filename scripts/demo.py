@@ -11,6 +11,7 @@ Standard library only: this runs before anything is installed.
 from __future__ import annotations
 
 import os
+import signal
 import subprocess
 import sys
 from pathlib import Path
@@ -37,10 +38,28 @@ def make_checkpoint(chosen: host.Host, client: Path) -> None:
     environment = dict(os.environ)
     if not chosen.pinned:  # its interpreter has torch; the command line's libraries, pure Python, come from our own
         environment["PYTHONPATH"] = host.site_packages(client)
+        environment["PYTHONDONTWRITEBYTECODE"] = "1"  # not even a cache file appears in somebody's own installation
     command = [str(chosen.python), str(script), str(target), "--task", "t2v"]
     done = subprocess.run(command, env=environment, capture_output=True, text=True, check=False)
     if done.returncode != 0:
         raise host.HostError(f"The tiny checkpoint could not be made:\n{done.stdout}{done.stderr}")
+
+
+def run_to_its_end(command: list[str]) -> int:
+    """The exit code of a command that is told of whatever would end us, and waited for while it cleans up."""
+    # In a session of its own Ctrl-C reaches us alone: the command hears of it once, however it was sent.
+    runner = subprocess.Popen(command, start_new_session=True)
+    stopped: list[int] = []
+
+    def forward(number: int, _: object) -> None:
+        stopped.append(number)
+        runner.terminate()
+
+    for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
+        if signal.getsignal(number) is not signal.SIG_IGN:  # as under nohup
+            signal.signal(number, forward)
+    code = runner.wait()
+    return 130 if stopped and code < 0 else code  # it was stopped before it could say so itself
 
 
 def main() -> int:
@@ -55,11 +74,7 @@ def main() -> int:
         return 130
     runner = [str(client), str(host.PACK / "scripts" / "run_workflow.py"), str(WORKFLOW)]
     folders = ["--base-directory", str(BASE), "--output", str(host.PACK / "output")]
-    try:
-        done = subprocess.run([*runner, *folders, *(word for s in SETTINGS for word in ("--set", s))], check=False)
-    except KeyboardInterrupt:  # the terminal sent it to the runner too, which cancels the prompt and says so
-        return 130
-    return done.returncode
+    return run_to_its_end([*runner, *folders, *(word for s in SETTINGS for word in ("--set", s))])
 
 
 if __name__ == "__main__":
