@@ -37,11 +37,11 @@ if any(importlib.util.find_spec(name) is None for name in ("typer", "rich", "web
 import typer
 from comfy_server import start_server
 from headless.client import Client, Output
-from headless.convert import Json, to_prompt
+from headless.convert import to_prompt
 from headless.errors import Cancelled, RunError, ServerUnreachable, WorkflowError
+from headless.progress import progress_for
 from headless.settings import Setting, apply, settings, shortest_name, unique_names
 from rich.console import Console
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 from rich.table import Table
 
 OUTPUT = host.PACK / "output"
@@ -49,45 +49,6 @@ OWN_FOLDERS = host.HOST_DIR / "demo"
 """Models, inputs and settings of the pinned host when it is started from here; ``make demo`` puts its checkpoint
 there."""
 console = Console(stderr=True, highlight=False)
-
-
-class RunProgress:
-    """Two bars: nodes of the graph done, and steps of the node that runs."""
-
-    def __init__(self, prompt: dict[str, Json]) -> None:
-        self.titles = {key: str((n.get("_meta") or {}).get("title") or n["class_type"]) for key, n in prompt.items()}
-        columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn())
-        self.bars = Progress(*columns, console=console, transient=False)
-        self.nodes = self.bars.add_task("waiting in the queue", total=len(prompt))
-        self.steps = self.bars.add_task("", total=1, visible=False)
-        self.done: set[str] = set()
-
-    def event(self, event: Json) -> None:
-        kind, data = event["type"], event["data"]
-        if kind == "execution_start":
-            self.bars.update(self.nodes, description="running")
-        elif kind == "execution_cached":
-            self._finish(data["nodes"])
-        elif kind == "executing" and data["node"] is not None:
-            self.bars.update(self.nodes, description=self._title(data["node"]))
-            self.bars.update(self.steps, visible=False)
-        elif kind == "executed":
-            self._finish([data["node"]])
-        elif kind == "progress_state":
-            self._finish([key for key, state in data["nodes"].items() if state["state"] == "finished"])
-        elif kind == "progress" and data["max"] > 1:
-            name = f"  {self._title(data['node'])}"
-            self.bars.update(self.steps, description=name, completed=data["value"], total=data["max"], visible=True)
-        elif kind == "execution_success":
-            self._finish(self.titles)
-            self.bars.update(self.nodes, description="done")
-
-    def _title(self, node_id: Any) -> str:
-        return self.titles.get(str(node_id), str(node_id))
-
-    def _finish(self, node_ids: Any) -> None:
-        self.done |= set(map(str, node_ids)) & set(self.titles)
-        self.bars.update(self.nodes, completed=len(self.done))
 
 
 @contextlib.contextmanager
@@ -143,8 +104,7 @@ def run(workflow: Path, assignments: list[str], client: Client, local: Path | No
     content, info = load(workflow), client.object_info()
     prompt = to_prompt(content, info)
     apply(prompt, info, assignments, client.upload)
-    progress = RunProgress(prompt.nodes)
-    with progress.bars:
+    with progress_for(prompt.nodes, console) as progress:
         made = client.run(prompt.nodes, progress.event)
     return save(client, made, local, folder)
 

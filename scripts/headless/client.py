@@ -19,7 +19,7 @@ from typing import Any
 import websocket
 
 from .convert import Json, ObjectInfo
-from .errors import Cancelled, ExecutionFailed, ServerUnreachable, WorkflowError
+from .errors import Cancelled, ExecutionFailed, RunError, ServerUnreachable, WorkflowError
 
 END_OF_RUN = ("execution_success", "execution_error", "execution_interrupted")
 PATIENCE_S = 15.0
@@ -121,7 +121,8 @@ class Client:
     def run(self, prompt: Mapping[str, Json], on_event: Callable[[Json], None] = lambda event: None) -> list[Output]:
         """Queue a prompt, follow it to its end, and return the files it made.
 
-        Interrupting this call (``KeyboardInterrupt``) cancels the prompt on the server, and only this prompt.
+        Interrupting this call (``KeyboardInterrupt``) cancels the prompt on the server, and only this prompt. What a
+        lost connection kept from ``on_event`` of the nodes' outputs and of the successful end, it is told at the end.
 
         Raises:
             WorkflowError: The server refused the prompt.
@@ -129,17 +130,31 @@ class Client:
             Cancelled: The prompt was interrupted.
             ServerUnreachable: The connection was lost and did not come back.
         """
+        told: set[str | None] = set()  # nodes whose outputs were passed on; None for the successful end
+
+        def pass_on(event: Json) -> None:
+            if event["type"] in ("executed", "execution_success"):
+                told.add(event["data"].get("node"))
+            on_event(event)
+
         connection = self._connect()
         try:
             prompt_id = self.queue(prompt)
             try:
-                self._follow(connection, prompt_id, on_event)
+                self._follow(connection, prompt_id, pass_on)
             except KeyboardInterrupt:
                 self.cancel(prompt_id)
                 raise Cancelled("Cancelled.") from None
         finally:
             connection.close()
-        return self.outcome(prompt_id, prompt)
+        entry = self._entry(prompt_id)
+        for node_id in (node_id for node_id in entry["outputs"] if node_id not in told):
+            data = {"node": node_id, "output": entry["outputs"][node_id], "prompt_id": prompt_id}
+            on_event({"type": "executed", "data": data})
+        made = _made(entry, prompt)
+        if None not in told:
+            on_event({"type": "execution_success", "data": {"prompt_id": prompt_id}})
+        return made
 
     @property
     def _socket_address(self) -> str:
@@ -216,14 +231,7 @@ class Client:
 
     def outcome(self, prompt_id: str, prompt: Mapping[str, Json]) -> list[Output]:
         """The files of a prompt that has ended. Raises ExecutionFailed or Cancelled if it ended that way."""
-        entry = self._entry(prompt_id)
-        for kind, data in entry["status"]["messages"]:
-            if kind == "execution_interrupted":
-                raise Cancelled("The prompt was interrupted on the server.")
-            if kind == "execution_error":
-                node = _node_name(str(data["node_id"]), prompt)
-                raise ExecutionFailed(f"{node} failed: {data['exception_message'].strip()} ({data['exception_type']})")
-        return list(_files(entry["outputs"]))
+        return _made(self._entry(prompt_id), prompt)
 
     def _entry(self, prompt_id: str) -> Json:
         """The history entry; it is written a moment after the last message is sent."""
@@ -235,20 +243,49 @@ class Client:
         raise Cancelled("The prompt is no longer known to the server: it was taken off its queue.")
 
     def download(self, output: Output, folder: Path) -> Path:
-        """Save an output below ``folder``; an existing file is kept, and the new one gets a number."""
+        """Save an output below ``folder``; an existing file is kept, and the new one gets a number.
+
+        Raises:
+            RunError: It cannot be written; no part of it is left.
+        """
         query = urllib.parse.urlencode(
             {"filename": output.filename, "subfolder": output.subfolder, "type": output.kind}
         )
         content = self.request(f"/view?{query}")
-        name = Path(output.filename)
-        target = folder / name.name
-        number = 1
-        folder.mkdir(parents=True, exist_ok=True)
-        while target.exists():
-            target = folder / f"{name.stem} ({number}){name.suffix}"
-            number += 1
-        target.write_bytes(content)
-        return target
+        name = Path(output.filename).name
+        partial = folder / f".{uuid.uuid4().hex}.part"  # takes its name when it is complete
+        try:
+            folder.mkdir(parents=True, exist_ok=True)
+            partial.write_bytes(content)
+            return partial.rename(_free_name(folder / name))
+        except OSError as error:
+            raise RunError(
+                f"{name} ({len(content) / 2**20:.1f} MiB) cannot be saved in {folder} ({error.strerror or error}): "
+                "make room there or choose another folder with --output; the server still has it among its outputs."
+            ) from None
+        finally:
+            with contextlib.suppress(OSError):  # nothing there, or no folder to begin with
+                partial.unlink()
+
+
+def _free_name(path: Path) -> Path:
+    target, number = path, 1
+    while target.exists():
+        target = path.with_name(f"{path.stem} ({number}){path.suffix}")
+        number += 1
+    return target
+
+
+def _made(entry: Json, prompt: Mapping[str, Json]) -> list[Output]:
+    """The files of a history entry. Raises ExecutionFailed or Cancelled if the prompt ended that way."""
+    for kind, data in entry["status"]["messages"]:
+        if kind == "execution_interrupted":
+            raise Cancelled("The prompt was interrupted on the server.")
+        if kind == "execution_error":
+            node = _node_name(str(data["node_id"]), prompt)
+            error = data["exception_type"].rpartition(".")[2]  # a pack's module begins with the path of its folder
+            raise ExecutionFailed(f"{node} failed: {data['exception_message'].strip()} ({error})")
+    return list(_files(entry["outputs"]))
 
 
 def _files(outputs: Mapping[str, Json]) -> Iterator[Output]:

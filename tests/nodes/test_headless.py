@@ -192,3 +192,19 @@ def test_the_command_prints_paths_and_exits_by_what_happened(server: Any, tmp_pa
     process = run_script(workflow, "--help", url=server.url)
     table, _ = process.communicate(timeout=60)
     assert process.returncode == 0 and "batch_size" in table and "filename_prefix" in table
+
+
+def test_without_a_terminal_the_command_prints_lines_and_what_nodes_say(server: Any, tmp_path: Path) -> None:
+    workflow = tmp_path / "text.json"
+    wait = waiting(20, "command text")["7"]
+    show = {"class_type": "PreviewAny", "inputs": {"source": ["7", 0]}, "_meta": {"title": "[bold]Shown"}}
+    workflow.write_text(json.dumps({"7": wait, "8": show}))
+    for cached in (False, True):  # the second time from the server's cache
+        process = run_script(workflow, url=server.url)
+        paths, errors = process.communicate(timeout=60)
+        assert process.returncode == 0 and paths == "", errors
+        lines = errors.splitlines()
+        assert "[bold]Shown: 20" in lines and lines[-1] == "done (2 of 2 nodes)"
+        if not cached:
+            assert "Wait (0 of 2 nodes done)" in lines and "[bold]Shown (1 of 2 nodes done)" in lines
+            assert [line for line in lines if "steps" in line] == [f"Wait: {n} of 20 steps" for n in range(2, 21, 2)]
