@@ -18,13 +18,16 @@ import weakref
 from collections import Counter
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any, TypeVar
+from typing import TYPE_CHECKING, Any, TypeVar
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from .errors import InputError
 from .hardware import device_caps, has_module
+
+if TYPE_CHECKING:
+    from .models.wan import WanModel
 
 log = logging.getLogger("wan_fp8")
 
@@ -38,7 +41,7 @@ LIMIT = 64
 Run = Callable[..., Any]
 """Calls a bound method of a block with the arguments that follow it."""
 
-Model = TypeVar("Model", bound=nn.Module)
+Model = TypeVar("Model", bound="WanModel")
 
 
 @dataclass(frozen=True, slots=True)
@@ -152,7 +155,7 @@ def compile_blocks(
 def remove_compile(model: Model) -> Model:
     """Run the blocks plainly again, and free what was compiled for this model. Returns the model."""
     model.compile_setting = None
-    model.compiled_parts.clear()  # type: ignore[operator]
+    model.compiled_parts.clear()
     return model
 
 

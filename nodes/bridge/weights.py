@@ -68,7 +68,8 @@ class ComfyWeights:
         and cast again, for this forward."""
         if not torch.compiler.is_compiling():
             comfy.model_management.throw_exception_if_processing_interrupted()
-        scale, bias = module.current_scale(), module.bias
+        scale = module.current_scale()
+        bias: Tensor | None = module.bias
         assert scale is not None
         if not (module.comfy_cast_weights or module.weight_function or module.bias_function):
             return module.weight, scale, None if bias is None else bias.to(dtype), None
