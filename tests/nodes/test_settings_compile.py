@@ -141,6 +141,18 @@ def test_weights_that_stay_on_the_host(core, with_lora, traced_only):
     assert traced_only
 
 
+def test_after_and_before_an_fp8_recipe(core, traced_only):
+    recipe = {"recipe": "DelayedScaling", "backend": "reference"}
+    quantised = call("WanFP8Recipe", model=core, **recipe).args[0]
+    plain = kit.ksample(quantised, steps=3)
+    after = changed(quantised, mode="default")
+    assert torch.equal(kit.ksample(after, steps=3), plain)
+    assert traced_only
+    before = call("WanFP8Recipe", model=changed(core, mode="default"), **recipe).args[0]
+    assert torch.equal(kit.ksample(before, steps=3), plain)
+    assert graphs_of(before) == graphs_of(after) > 0
+
+
 def test_says_when_it_compiles(core, monkeypatch, caplog):
     from comfy_execution.utils import CurrentNodeContext
 

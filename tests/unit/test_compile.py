@@ -10,7 +10,7 @@ import pytest
 import torch
 from test_model_parity import TINY, inputs, random_state, relative, tiny_model
 
-from wan_fp8 import compile_blocks, remove_compile
+from wan_fp8 import Recipe, apply_recipe, compile_blocks, remove_compile
 from wan_fp8.compile import Compile
 from wan_fp8.errors import InputError
 from wan_fp8.models.blocks import ForwardOptions
@@ -95,6 +95,25 @@ def test_all_blocks_share_what_is_compiled() -> None:
     x, context = inputs("i2v")
     model(x, torch.tensor([900.0]), context)
     assert next(iter(model.compiled_parts.values())).graphs == GRAPHS
+
+
+@pytest.mark.parametrize("recipe", ["DelayedScaling", "rowwise"])
+def test_fp8_linears_and_their_delayed_scales(recipe: str) -> None:
+    """Scales belong to layers, graphs to all of them. The first step of a run has no scales yet: graphs of its own."""
+    model = apply_recipe(small(layers=6), Recipe(recipe, backend="reference"))
+    x, context = inputs("i2v")
+
+    def run() -> list[torch.Tensor]:
+        model.begin_run()
+        return [model(x, torch.tensor([step]), context) for step in (900.0, 800.0, 700.0)]
+
+    plain = run()
+    compile_blocks(model, backend="eager", fullgraph=True)
+    compiled = run()
+    assert all(torch.equal(ours, theirs) for ours, theirs in zip(compiled, plain, strict=True))
+    assert next(iter(model.compiled_parts.values())).graphs == GRAPHS * (2 if recipe == "DelayedScaling" else 1)
+    remove_compile(model)
+    assert all(torch.equal(ours, theirs) for ours, theirs in zip(run(), plain, strict=True))
 
 
 def test_static_tokens_are_compiled_by_size_beyond_torchs_own_limit(monkeypatch) -> None:

@@ -26,6 +26,24 @@ FORMAT = "wan_fp8_delayed_scales"
 VERSION = "1"
 
 
+class Site:
+    """One input of linears: its entries of the scales, and what became of it. Nothing here is an index, so that
+    torch.compile makes one graph for all sites."""
+
+    multiplier: Tensor
+    """[1]: values are multiplied by it before the cast."""
+    dequant: Tensor
+    """[1]: its inverse."""
+    amax: Tensor
+    """[1]: the maximum of the forward that is running."""
+
+    def __init__(self) -> None:
+        self.calibrated = False
+        """False: this input must be cast by its own maximum."""
+        self.touched = False
+        """Whether the forward that is running came by."""
+
+
 class DelayedScales:
     """History, scales and the maxima of the forward that is running, for every site of one model.
 
@@ -44,27 +62,26 @@ class DelayedScales:
             self.dequant = torch.ones(len(self.sites))
             self.amax = torch.zeros(len(self.sites))
             self._timestep = torch.full((), float("nan"))
-        self._calibrated: set[int] = set()
-        self._touched: set[int] = set()
+        self.entries = [Site() for _ in self.sites]
+        """One for each of ``sites``; views of the tensors above."""
+        self._bind()
         self._restart = False
         self._start: tuple[Tensor, Tensor] | None = None
 
     # ---- what a linear's input asks ----------------------------------------------------------------------------------
 
-    def is_calibrated(self, site: int) -> bool:
-        """False: this input must be cast by its own maximum."""
-        return site in self._calibrated
-
-    def factors(self, site: int) -> tuple[Tensor, Tensor]:
-        """Multiplier and its inverse, [1] each."""
-        return self.multiplier[site : site + 1], self.dequant[site : site + 1]
-
-    def cell(self, site: int) -> Tensor | None:
+    def cell(self, site: Site) -> Tensor | None:
         """[1]: raised to the maximum of this forward; None while scales are frozen and known."""
-        if self.frozen and site in self._calibrated:
+        if self.frozen and site.calibrated:
             return None
-        self._touched.add(site)
-        return self.amax[site : site + 1]
+        site.touched = True
+        return site.amax
+
+    def _bind(self) -> None:
+        with torch.inference_mode(False):
+            for index, site in enumerate(self.entries):
+                for name in ("multiplier", "dequant", "amax"):
+                    setattr(site, name, getattr(self, name)[index : index + 1])
 
     # ---- around a forward --------------------------------------------------------------------------------------------
 
@@ -79,15 +96,15 @@ class DelayedScales:
             with torch.inference_mode(False):
                 for name in ("history", "multiplier", "dequant", "amax", "_timestep"):
                     setattr(self, name, getattr(self, name).to(device))
+            self._bind()
         if self._restart:
             self._begin_again()
-        if self._touched:
-            self._touched.clear()
-            self.amax.zero_()
+        if any(site.touched for site in self.entries):
+            self._clear()
 
     def end(self, timestep: Tensor) -> None:
         """After a forward at ``timestep`` (any shape): enter what was collected, and set the scales of the next."""
-        if not self._touched:
+        if not any(site.touched for site in self.entries):
             return  # every block was skipped, or scales are frozen
         now = timestep.detach().max().to(self._timestep)
         same = now == self._timestep
@@ -97,8 +114,13 @@ class DelayedScales:
         self.history.copy_(torch.where(same, raised, entered))
         self._timestep.copy_(now)
         self._set_scales()
-        self._calibrated |= self._touched
-        self._touched.clear()
+        for site in self.entries:
+            site.calibrated |= site.touched
+        self._clear()
+
+    def _clear(self) -> None:
+        for site in self.entries:
+            site.touched = False
         self.amax.zero_()
 
     def _set_scales(self) -> None:
@@ -113,7 +135,8 @@ class DelayedScales:
         self._timestep.fill_(float("nan"))
         if self._start is None:
             self.history.zero_()
-            self._calibrated.clear()
+            for site in self.entries:
+                site.calibrated = False
         else:
             history, multiplier = self._start
             self.history.copy_(history)
@@ -124,7 +147,7 @@ class DelayedScales:
 
     def state(self) -> dict[str, Tensor]:
         """Tensors to save: ``history`` [entries, sites] and ``multiplier`` [sites]."""
-        missing = [name for index, name in enumerate(self.sites) if index not in self._calibrated]
+        missing = [name for name, site in zip(self.sites, self.entries, strict=True) if not site.calibrated]
         if missing:
             raise InputError(f"{len(missing)} inputs ({missing[0]}, ...) have no scale yet: run a forward first")
         return {name: getattr(self, name).detach().cpu().clone() for name in ("history", "multiplier")}
@@ -139,7 +162,8 @@ class DelayedScales:
         """Begin every run with these."""
         with torch.inference_mode(False):
             self._start = (state["history"].clone(), state["multiplier"].clone())
-        self._calibrated = set(range(len(self.sites)))
+        for site in self.entries:
+            site.calibrated = True
         self.frozen = freeze
         self._begin_again()
 

@@ -24,7 +24,7 @@ from ..kernels.quantize import (
 )
 from ..models.layers import Linear
 from ..registry import Resolution
-from .calibrate import DelayedScales
+from .calibrate import DelayedScales, Site
 from .recipe import Recipe
 
 
@@ -41,6 +41,15 @@ class Quantization:
                 margin=recipe.margin,
             )
             if recipe.is_delayed
+            else None
+        )
+        self.compile_refusal = (
+            "every layer has delayed scales of its own, so that each block would be compiled anew; choose the recipe "
+            "rowwise, or no compilation"
+            if recipe.is_delayed
+            else "Transformer Engine is called through objects that cannot be traced; choose the backend torch, or no "
+            "compilation"
+            if recipe.backend == "transformer_engine"
             else None
         )
         self.fused: bool | None = None
@@ -88,7 +97,11 @@ class InputQuantizer:
 
     def __init__(self, quantization: Quantization, site: int | None) -> None:
         """``site``: index among the delayed scales; None: the scale comes from the tensor itself."""
-        self.quantization, self.site = quantization, site
+        self.quantization = quantization
+        self.site: Site | None = None
+        if site is not None:
+            assert quantization.scales is not None
+            self.site = quantization.scales.entries[site]
 
     def cast(self, device: torch.device, dtype: torch.dtype) -> Cast:
         """What the kernel that makes the input should do with it; ``finish`` does the rest."""
@@ -123,8 +136,7 @@ class InputQuantizer:
         granularity = self.quantization.recipe.granularity
         if own is not None:
             made = own(x, Cast(granularity, power_of_2=True), gelu)
-            if self.site is not None:
-                self._record(448.0 * made.scale)
+            self._record(448.0 * made.scale)
             return made
         if granularity is Granularity.TENSOR:
             return quantize_current(x, gelu=gelu, amax=self._cell(), fused=fused)
@@ -132,17 +144,17 @@ class InputQuantizer:
 
     def _static(self) -> Cast | None:
         """One scale from before, where there is one."""
-        scales = self.quantization.scales
-        if scales is None or self.site is None or not scales.is_calibrated(self.site):
+        site = self.site
+        if site is None or not site.calibrated:
             return None
-        multiplier, dequant = scales.factors(self.site)
-        return Cast(Granularity.TENSOR, multiplier=multiplier, dequant=dequant, amax=scales.cell(self.site))
+        return Cast(Granularity.TENSOR, multiplier=site.multiplier, dequant=site.dequant, amax=self._cell())
 
     def _cell(self) -> Tensor | None:
         scales = self.quantization.scales
         return None if scales is None or self.site is None else scales.cell(self.site)
 
     def _record(self, amax: Tensor) -> None:
+        """Raise the site's maximum; nothing where there is no site."""
         cell = self._cell()
         if cell is not None:
             torch.maximum(cell, amax.reshape(1), out=cell)
