@@ -16,6 +16,7 @@ from ..wan_fp8 import sampling
 from ..wan_fp8.errors import InputError
 from ..wan_fp8.models.specs import Task
 from . import bridge
+from .choices import check_choice
 from .missing import require
 
 AREA_720P = "720p area"
@@ -24,6 +25,8 @@ AREA_704P = "704p area"
 AS_GIVEN = "width x height"
 AREAS = {AREA_720P: 1280 * 720, AREA_480P: 832 * 480, AREA_704P: 1280 * 704}
 """Pixels, at most, of the published sizes that a video made from an image may have."""
+SIZE_RULES = {Task.I2V: (AREA_720P, AREA_480P, AS_GIVEN), Task.TI2V: (AREA_704P, AS_GIVEN)}
+"""Choices of the box 'size'."""
 
 VISIBLE_STRETCH = 0.03
 """Change of aspect from which a stretched picture looks wrong; the published size rule stays below it for all usual
@@ -55,13 +58,17 @@ def video_size(task: Task, image: Tensor, size: str, width: int, height: int) ->
     Raises:
         InputError: an unknown rule, or a size that is not allowed.
     """
+    check_size_rule(task, size)
     if size == AS_GIVEN:
         sampling.check_size(task, width, height)
         return width, height
-    if size not in AREAS:
-        raise InputError(f"size must be one of {', '.join([*AREAS, AS_GIVEN])}; got {size!r}")
     rule = sampling.i2v_size if task is Task.I2V else sampling.ti2v_size
     return rule(image.shape[2], image.shape[1], AREAS[size])
+
+
+def check_size_rule(task: Task, size: str) -> None:
+    """Raise InputError unless ``size`` is a choice of that box of the task's sampler."""
+    check_choice("size", size, SIZE_RULES[task])
 
 
 def stretch_warning(image: Tensor, width: int, height: int) -> str | None:

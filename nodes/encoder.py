@@ -82,7 +82,8 @@ class TextEncoderHandle:
 
     Args:
         load: Reads it from disk, to the CPU.
-        identity: What the rows depend on besides the prompt: file, its size and time, storage type.
+        identity: What the rows depend on besides the prompt: files of weights and tokenizer, their sizes and times,
+            storage type.
         name: For messages.
     """
 

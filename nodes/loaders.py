@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
@@ -12,15 +13,18 @@ from comfy_api.latest import io
 
 from ..wan_fp8.checkpoint.detect import Detected, detect, require_expert_pair
 from ..wan_fp8.checkpoint.encoders import load_vae_state_dict, require_vae_version
-from ..wan_fp8.checkpoint.folder import VAE_OF_TASK
+from ..wan_fp8.checkpoint.folder import VAE_OF_TASK, CheckpointFolder
 from ..wan_fp8.checkpoint.load import build_from, open_transformer
+from ..wan_fp8.checkpoint.naming import EXPERTS
 from ..wan_fp8.checkpoint.reader import open_source
 from ..wan_fp8.checkpoint.signatures import Kind
 from ..wan_fp8.checkpoint.tensors import TensorSource
-from ..wan_fp8.errors import CheckpointError, InputError
+from ..wan_fp8.errors import CheckpointError
 from ..wan_fp8.models.specs import ModelSpec, Task
 from ..wan_fp8.models.text_encoder import load_text_encoder
+from ..wan_fp8.models.tokenizer import find_tokenizer
 from . import bridge
+from .choices import check_choice
 from .encoder import TextEncoderHandle
 from .missing import Missing
 from .notices import node_id, notice
@@ -52,6 +56,8 @@ TEXT_DTYPES = {
     "fp16": torch.float16,
     "fp32": torch.float32,
 }
+MODEL_FOLDERS = {"text_encoder": "text_encoders", "vae": "vae"}
+"""ComfyUI's folder by box."""
 VAE_DTYPES = {AUTO_DTYPE: None, "fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 
 
@@ -100,17 +106,23 @@ class WanFP8LoadCheckpoint(io.ComfyNode):
         text_encoder_dtype: str,
         vae_dtype: str,
     ) -> io.NodeOutput:
+        stored = _choice("weight_dtype", weight_dtype, {AUTO_DTYPE: torch.bfloat16, **WEIGHT_DTYPES})
+        encoder_dtype = _choice("text_encoder_dtype", text_encoder_dtype, TEXT_DTYPES)
+        computed = _choice("vae_dtype", vae_dtype, VAE_DTYPES)
         chosen = select(checkpoint, low_noise)
         with ExitStack() as opened:
             found = _open_experts(chosen, checkpoint, opened)
             spec = found[0][1].require_transformer(checkpoint)
-            encoder = _text_encoder(chosen, checkpoint, text_encoder, _choice(text_encoder_dtype, TEXT_DTYPES), spec)
-            decoder = _vae(chosen, checkpoint, vae, _choice(vae_dtype, VAE_DTYPES), spec)
+            encoder = _text_encoder(chosen, checkpoint, text_encoder, encoder_dtype, spec)
+            decoder = _vae(chosen, checkpoint, vae, computed, spec)
             auto = weight_dtype == AUTO_DTYPE
-            dtype = torch.bfloat16 if auto else _choice(weight_dtype, WEIGHT_DTYPES)
-            nets = [build_from(source, what, dtype=dtype, keep_fp8=auto) for source, what in found]
+            nets = [build_from(source, what, dtype=stored, keep_fp8=auto) for source, what in found]
             lines = _report(found)
-        models = [bridge.build_model_patcher(net) for net in nets]
+        if chosen.folder is not None:  # here too, for the one who would find out after sampling
+            lines += [part.reason for part in (encoder, decoder) if isinstance(part, Missing)]
+        # A pair has its roles from the boxes; one alone, from its name.
+        experts: Sequence[str | None] = EXPERTS if len(found) == 2 else [what.expert for _, what in found]
+        models = [bridge.build_model_patcher(net, expert) for net, expert in zip(nets, experts, strict=True)]
         low = _low_output(models, spec, checkpoint)
         return io.NodeOutput(models[0], low, encoder, decoder, ui=notice(node_id(cls), lines))
 
@@ -172,9 +184,8 @@ def _inputs() -> list[io.Input]:
     ]
 
 
-def _choice(name: str, choices: dict[str, Any]) -> Any:
-    if name not in choices:
-        raise InputError(f"a dtype must be one of {', '.join(choices)}; got {name!r}")
+def _choice(box: str, name: str, choices: dict[str, Any]) -> Any:
+    check_choice(box, name, choices)
     return choices[name]
 
 
@@ -220,27 +231,32 @@ def _text_encoder(chosen: Selection, name: str, choice: str, dtype: torch.dtype,
     Raises:
         CheckpointError: the file is something else, or another model's.
     """
-    tokenizer = None
     if choice != FROM_CHECKPOINT:
         path = file_path("text_encoders", choice)
     elif chosen.folder is None or chosen.folder.text_encoder is None:
-        return Missing(_no_part(chosen, name, "text encoder", "text_encoder", "models/text_encoders"))
+        return Missing(_no_part(chosen.folder, name, "text encoder", "text_encoder"))
     else:
-        path, tokenizer = chosen.folder.text_encoder, chosen.folder.tokenizer
+        path = chosen.folder.text_encoder
     with open_source(path) as source:
         what = detect(source, path)
         if what.kind is not Kind.TEXT_ENCODER:
             raise CheckpointError(f"{path.name} is {what.label}: choose a UMT5-XXL file under 'text_encoder'")
         tables = ("token_embedding.weight", "shared.weight", "encoder.embed_tokens.weight")
+        has_tokenizer = any(key.endswith("spiece_model") for key in source)
         width = next(source.info(table).shape[1] for table in tables if table in source)
     if width != spec.text_dim:
         raise CheckpointError(
             f"{path.name} makes text rows of width {width} and {name} takes {spec.text_dim}: choose the text encoder "
             "of this checkpoint"
         )
+    beside = find_tokenizer(path)
+    tokenizer = None if chosen.folder is None else chosen.folder.tokenizer
+    if choice != FROM_CHECKPOINT and (has_tokenizer or beside is not None):
+        tokenizer = None  # a file's own tokenizer comes before the checkpoint's
+    used = tokenizer or beside
     return TextEncoderHandle(
         load=lambda: load_text_encoder(path, dtype=dtype, device="cpu", tokenizer=tokenizer),
-        identity=(stamp(path), dtype),
+        identity=(stamp(path), dtype, None if used is None else stamp(used)),
         name=path.name,
     )
 
@@ -254,7 +270,7 @@ def _vae(chosen: Selection, name: str, choice: str, dtype: torch.dtype | None, s
     if choice != FROM_CHECKPOINT:
         path = file_path("vae", choice)
     elif chosen.folder is None or chosen.folder.vae is None:
-        return Missing(_no_part(chosen, name, "VAE", "vae", "models/vae"))
+        return Missing(_no_part(chosen.folder, name, "VAE", "vae"))
     else:
         path = chosen.folder.vae
     with open_source(path) as source:
@@ -265,9 +281,16 @@ def _vae(chosen: Selection, name: str, choice: str, dtype: torch.dtype | None, s
     return bridge.lazy_vae(lambda: load_vae_state_dict(path).state_dict, dtype=dtype)
 
 
-def _no_part(chosen: Selection, name: str, part: str, box: str, folder: str) -> str:
-    kind = "single file" if chosen.folder is None else "folder"
-    return f"{name} is a {kind} without a {part}: put one into {folder} and choose it under '{box}'"
+def _no_part(folder: CheckpointFolder | None, name: str, part: str, box: str) -> str:
+    """Why a part is missing and where to get it."""
+    place = MODEL_FOLDERS[box]
+    if folder is None:
+        return f"{name} is a single file without a {part}: put one into models/{place} and choose it under '{box}'"
+    try:
+        folder.require_vae() if box == "vae" else folder.require_text_encoder()
+    except CheckpointError as error:
+        return f"{error}, or put one into models/{place} and choose it under '{box}'"
+    raise AssertionError(f"{name} has a {part}")
 
 
 def _report(found: list[tuple[TensorSource, Detected]]) -> list[str]:

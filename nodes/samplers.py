@@ -11,17 +11,21 @@ from comfy_api.latest import io
 from torch import Tensor
 
 from ..wan_fp8 import sampling
+from ..wan_fp8.checkpoint.naming import HIGH_NOISE, LOW_NOISE
 from ..wan_fp8.errors import BackendUnavailableError, InputError
 from ..wan_fp8.models.specs import Task
 from . import bridge, conditions
+from .choices import check_choice
 from .missing import require
 from .notices import node_id, notice
 from .sampler_inputs import (
+    NOISE_CPU,
     NOISE_CUDA,
     OFFICIAL_SCHEDULE,
     low_noise_input,
     model_inputs,
     schedule_inputs,
+    scheduler_names,
     size_inputs,
 )
 from .schema import SAMPLING, node_schema
@@ -35,7 +39,11 @@ NODE_OF_TASK = {
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Settings:
-    """The widgets that every sampler has."""
+    """The widgets that every sampler has.
+
+    Raises:
+        InputError: a box with a list holds what is not on it.
+    """
 
     seed: int
     steps: int
@@ -46,6 +54,11 @@ class Settings:
     solver: str
     scheduler: str
     noise: str
+
+    def __post_init__(self) -> None:
+        check_choice("solver", self.solver, bridge.sampler_names(), first=sampling.SOLVER_NAMES)
+        check_choice("scheduler", self.scheduler, scheduler_names(), first=[OFFICIAL_SCHEDULE])
+        check_choice("noise", self.noise, [NOISE_CPU, NOISE_CUDA])
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -94,9 +107,10 @@ class WanFP8SampleT2V(io.ComfyNode):
         model_low: Any = None,
         **settings: Any,
     ) -> io.NodeOutput:
+        chosen = Settings(**settings)
         latent = conditions.empty_latent(Task.T2V, width, height, length)
         experts = prepare_models(Task.T2V, model, model_low if settings["boundary"] > 0 else None)
-        return io.NodeOutput(run(experts, positive, negative, latent, Settings(**settings)))
+        return io.NodeOutput(run(experts, positive, negative, latent, chosen))
 
 
 class WanFP8SampleI2V(io.ComfyNode):
@@ -122,7 +136,7 @@ class WanFP8SampleI2V(io.ComfyNode):
                 ),
                 io.Combo.Input(
                     "size",
-                    options=[conditions.AREA_720P, conditions.AREA_480P, conditions.AS_GIVEN],
+                    options=list(conditions.SIZE_RULES[Task.I2V]),
                     default=conditions.AREA_720P,
                     tooltip="How large the video is. Default 720p area: the published rule (wan/image2video.py), "
                     "which keeps the picture's aspect within 1280 x 720 pixels in total; 480p area does so within 832 "
@@ -159,6 +173,7 @@ class WanFP8SampleI2V(io.ComfyNode):
         end_image: Tensor | None = None,
         **settings: Any,
     ) -> io.NodeOutput:
+        chosen = Settings(**settings)
         start = conditions.one_image(start_image, "start_image")
         end = None if end_image is None else conditions.one_image(end_image, "end_image")
         width, height = conditions.video_size(Task.I2V, start, size, width, height)
@@ -170,7 +185,7 @@ class WanFP8SampleI2V(io.ComfyNode):
         shown = notice(node_id(cls), lines, level=logging.WARNING if len(lines) > 1 else logging.INFO)
         values = conditions.image_conditioning(vae, start, end, width, height, length)
         positive, negative = conditions.with_values(positive, values), conditions.with_values(negative, values)
-        return io.NodeOutput(run(experts, positive, negative, latent, Settings(**settings)), ui=shown)
+        return io.NodeOutput(run(experts, positive, negative, latent, chosen), ui=shown)
 
 
 class WanFP8SampleTI2V(io.ComfyNode):
@@ -190,7 +205,7 @@ class WanFP8SampleTI2V(io.ComfyNode):
                 *model_inputs(Task.TI2V),
                 io.Combo.Input(
                     "size",
-                    options=[conditions.AREA_704P, conditions.AS_GIVEN],
+                    options=list(conditions.SIZE_RULES[Task.TI2V]),
                     default=conditions.AREA_704P,
                     tooltip="How large a video made from a picture is; without a picture, width x height count. "
                     "Default 704p area: the published rule (best_output_size in wan/utils/utils.py), which keeps the "
@@ -229,10 +244,12 @@ class WanFP8SampleTI2V(io.ComfyNode):
         start_image: Tensor | None = None,
         **settings: Any,
     ) -> io.NodeOutput:
+        chosen = Settings(**settings)
+        conditions.check_size_rule(Task.TI2V, size)
         if start_image is None:
             latent = conditions.empty_latent(Task.TI2V, width, height, length)
             experts = prepare_models(Task.TI2V, model, None)
-            return io.NodeOutput(run(experts, positive, negative, latent, Settings(**settings)))
+            return io.NodeOutput(run(experts, positive, negative, latent, chosen))
         start = conditions.one_image(start_image, "start_image")
         width, height = conditions.video_size(Task.TI2V, start, size, width, height)
         sampling.check_frames(length)
@@ -245,15 +262,20 @@ class WanFP8SampleTI2V(io.ComfyNode):
         experts = prepare_models(Task.TI2V, model, None)
         shown = notice(node_id(cls), [f"video of {width}x{height} pixels, {length} frames"])
         latent = conditions.first_frame_latent(vae, experts[0], start, width, height, length)
-        return io.NodeOutput(run(experts, positive, negative, latent, Settings(**settings)), ui=shown)
+        return io.NodeOutput(run(experts, positive, negative, latent, chosen), ui=shown)
 
 
 def prepare_models(task: Task, model: Any, model_low: Any) -> list[Any]:
     """MODELs with this pack's transformer inside, high-noise expert first.
 
     Raises:
-        InputError: a MODEL is not one of this task.
+        InputError: a MODEL is not one of this task, or the two experts are known and swapped.
     """
+    if model_low is not None and (bridge.expert_of(model), bridge.expert_of(model_low)) == (LOW_NOISE, HIGH_NOISE):
+        raise InputError(
+            "the experts are swapped: 'model' holds the low-noise expert and 'model_low' the high-noise one; connect "
+            "the high-noise MODEL to 'model' and the low-noise MODEL to 'model_low'"
+        )
     experts = []
     for name, given in (("model", model), ("model_low", model_low)):
         if given is None:
@@ -282,9 +304,6 @@ def plan(model: Any, settings: Settings) -> Schedule:
         timesteps = sampling.timesteps(settings.steps, settings.shift, grid)
         switch = settings.steps if boundary is None else sampling.high_noise_steps(timesteps, boundary)
         return Schedule(sigmas=sigmas, timesteps=timesteps, switch=switch)
-    if settings.scheduler not in bridge.scheduler_names():
-        allowed = ", ".join([OFFICIAL_SCHEDULE, *bridge.scheduler_names()])
-        raise InputError(f"there is no scheduler named {settings.scheduler!r}; take one of {allowed}")
     sigmas = bridge.core_sigmas(model, settings.scheduler, settings.steps, settings.solver)
     switch = len(sigmas) - 1 if boundary is None else int((sigmas[:-1] >= boundary).sum())
     return Schedule(sigmas=sigmas, timesteps=None, switch=switch)

@@ -15,6 +15,7 @@ from ..wan_fp8.checkpoint.folder import CheckpointFolder, resolve_folder
 from ..wan_fp8.checkpoint.listing import find_checkpoints
 from ..wan_fp8.checkpoint.naming import HIGH_NOISE, LOW_NOISE, expert_from_name
 from ..wan_fp8.errors import CheckpointError, InputError, WanFP8Error
+from ..wan_fp8.models.tokenizer import find_tokenizer
 
 FOLDER_KIND = "wan"
 """Our kind of model folder: ``models/wan/<checkpoint folder>``, and every ``wan:`` of an extra model paths file."""
@@ -144,7 +145,10 @@ def fingerprint(checkpoint: str | None, low_noise: str | None, text_encoder: str
             seen += [stamp(path) for path in sorted(paths)]
         for kind, name in (("text_encoders", text_encoder), ("vae", vae)):
             if name not in (None, FROM_CHECKPOINT):
-                seen.append(stamp(file_path(kind, str(name))))
+                path = file_path(kind, str(name))
+                seen.append(stamp(path))
+                tokenizer = find_tokenizer(path) if kind == "text_encoders" else None
+                seen.append(None if tokenizer is None else stamp(tokenizer))
     except WanFP8Error as error:  # the run itself will raise it, where the user sees it
         seen.append(str(error))
     return hashlib.sha256(repr(seen).encode()).hexdigest()

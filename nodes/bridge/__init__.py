@@ -6,7 +6,7 @@ It detects what the running ComfyUI offers and never compares versions.
 from __future__ import annotations
 
 from .build import build_model_patcher
-from .fork import fork, hosted, is_hosted, spec_of
+from .fork import expert_of, fork, hosted, is_hosted, spec_of
 from .hosted_model import HostSettings
 from .lora import WithLora, load_lora
 from .recipe import fp8_layers, recipe_of, with_recipe
@@ -22,7 +22,7 @@ from .sampling import (
 )
 from .settings import attention_request, device_of, settings_of, with_settings
 from .stages import Stage, run_stages
-from .vae import check_vae_matches, lazy_vae, load_vae, vae_version
+from .vae import lazy_vae, load_vae
 
 __all__ = [
     "HostSettings",
@@ -30,9 +30,9 @@ __all__ = [
     "WithLora",
     "attention_request",
     "build_model_patcher",
-    "check_vae_matches",
     "core_sigmas",
     "device_of",
+    "expert_of",
     "fork",
     "fp8_layers",
     "hosted",
@@ -51,7 +51,6 @@ __all__ = [
     "set_shift",
     "settings_of",
     "spec_of",
-    "vae_version",
     "with_recipe",
     "with_settings",
     "with_timesteps",

@@ -12,11 +12,11 @@ import torch
 from ...wan_fp8.errors import CheckpointError
 from ...wan_fp8.models.layers import HIGH_PRECISION
 from ...wan_fp8.models.wan import WanModel
-from .fork import attach, shell_class
+from .fork import EXPERT, attach, shell_class
 from .hosted_model import adopt, bind
 
 
-def build_model_patcher(net: WanModel) -> Any:
+def build_model_patcher(net: WanModel, expert: str | None = None) -> Any:
     """Put a filled engine model into a stock BaseModel and ModelPatcher: a MODEL like one from core's loader.
 
     Latent format, sampling (flow, shift 8 until a node sets another) and conditioning are those that core chooses for
@@ -25,6 +25,7 @@ def build_model_patcher(net: WanModel) -> Any:
 
     Args:
         net: Loaded on the CPU. It is turned into a hosted model in place; don't use it elsewhere any more.
+        expert: ``high_noise`` or ``low_noise`` where that is known, for ``expert_of``.
     Raises:
         CheckpointError: core knows no Wan model of these shapes.
     """
@@ -47,6 +48,8 @@ def build_model_patcher(net: WanModel) -> Any:
     bind(hosted, shell)
     patcher = comfy.model_patcher.ModelPatcher(shell, load_device=load_device, offload_device=offload_device)
     attach(patcher)
+    if expert is not None:
+        patcher.set_attachments(EXPERT, expert)
     return patcher
 
 

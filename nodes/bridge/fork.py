@@ -38,6 +38,8 @@ from .weights import place_loose_parameters
 
 KEY = "wan_fp8"
 """Name of our callbacks and wrappers on a patcher."""
+EXPERT = "wan_fp8_expert"
+"""Name of the attachment that says which expert a MODEL holds; clones and forks keep it."""
 
 
 # ---- questions -----------------------------------------------------------------------------------------------------
@@ -56,6 +58,12 @@ def spec_of(patcher: Any) -> ModelSpec:
     """
     net = getattr(getattr(patcher, "model", None), "diffusion_model", None)
     return net.spec if isinstance(net, HostedModel) else core_spec(net)
+
+
+def expert_of(patcher: Any) -> str | None:
+    """Which of two experts this MODEL holds, ``high_noise`` or ``low_noise``; None where its loader did not say."""
+    get = getattr(patcher, "get_attachment", None)
+    return get(EXPERT) if callable(get) else None
 
 
 _FORKS: weakref.WeakKeyDictionary[Any, tuple[Any, Any]] = weakref.WeakKeyDictionary()

@@ -17,8 +17,8 @@ import torch
 from torch import Tensor
 from tqdm.auto import trange
 
-from ...wan_fp8.errors import InputError
 from ...wan_fp8.sampling import SOLVER_NAMES, make_solver
+from ..choices import check_choice
 
 PURE_NOISE = 0.999
 """From this sigma on, a run starts from the noise itself. The official UniPC schedule begins at S(0.999), which is
@@ -40,10 +40,9 @@ def make_sampler(name: str) -> Any:
     Raises:
         InputError: there is no sampler of that name.
     """
+    check_choice("solver", name, sampler_names(), first=SOLVER_NAMES)
     if name in SOLVER_NAMES:
         return comfy.samplers.KSAMPLER(_sample_with_solver, extra_options={"solver": name})
-    if name not in comfy.samplers.SAMPLER_NAMES:
-        raise InputError(f"there is no sampler named {name!r}; take one of {', '.join(sampler_names())}")
     return comfy.samplers.sampler_object(name)
 
 

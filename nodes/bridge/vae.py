@@ -11,7 +11,7 @@ import comfy.sd
 import torch
 from torch import Tensor
 
-from ...wan_fp8.errors import CheckpointError, InputError
+from ...wan_fp8.errors import CheckpointError
 
 _MARK_21 = "decoder.middle.0.residual.0.gamma"
 _MARK_22 = "decoder.upsamples.0.upsamples.0.residual.2.weight"
@@ -68,28 +68,6 @@ class _LazyVAE(comfy.sd.VAE):
     def get_ram_usage(self) -> int:
         """Asked by core of everything that it caches, which is no reason to load."""
         return 0 if "_pending" in self.__dict__ else super().get_ram_usage()
-
-
-def vae_version(vae: Any) -> str:
-    """ "2.1" or "2.2" by latent channels, else the number of channels."""
-    channels = int(getattr(vae, "latent_channels", 0))
-    return {16: "2.1", 48: "2.2"}.get(channels, f"{channels}-channel")
-
-
-def check_vae_matches(model: Any, vae: Any) -> None:
-    """Compare the latents that MODEL samples with those that VAE makes, before memory is spent.
-
-    Raises:
-        InputError: they differ; the message names the VAE that is needed.
-    """
-    wanted = model.get_model_object("latent_format").latent_channels
-    given = getattr(vae, "latent_channels", None)
-    if given is not None and wanted != given:
-        name = {16: "Wan2.1 VAE", 48: "Wan2.2 VAE"}.get(wanted, f"VAE with {wanted} latent channels")
-        raise InputError(
-            f"this VAE has {given} latent channels and the model samples {wanted}: connect the {name} (Wan2.2 T2V and "
-            "I2V use the Wan2.1 VAE, TI2V-5B the Wan2.2 VAE)"
-        )
 
 
 def _sizes_22(weights: Mapping[str, Tensor]) -> tuple[int, int] | None:

@@ -1,4 +1,4 @@
-"""Core's VAE object for small and published widths of both Wan VAEs, and the wrong VAE named before memory is spent."""
+"""Core's VAE object for small and published widths of both Wan VAEs; incomplete and foreign files are named."""
 
 from __future__ import annotations
 
@@ -39,7 +39,7 @@ def vae_weights(version, seed=0, **sizes):
 def test_encode_and_decode(version, stride, channels):
     weights = vae_weights(version)
     vae = kit.bridge().load_vae(weights)
-    assert kit.bridge().vae_version(vae) == version
+    assert vae.latent_channels == channels
     saved = vae.get_sd()
     assert saved.keys() == weights.keys() and all(torch.equal(saved[k].float(), weights[k]) for k in weights)
     pixels = torch.rand(5, 2 * stride, 4 * stride, 3, generator=torch.Generator().manual_seed(1))
@@ -106,13 +106,3 @@ def test_incomplete_and_foreign_files_are_refused():
         bridge.load_vae(weights)
     with pytest.raises(errors.CheckpointError, match="no Wan VAE"):
         bridge.load_vae(kit.core_weights())
-
-
-def test_wrong_vae_is_named():
-    bridge, errors = kit.bridge(), kit.engine("errors")
-    vaes = {v: bridge.load_vae(vae_weights(v)) for v in ("2.1", "2.2")}
-    for kind, version in (("t2v", "2.1"), ("i2v", "2.1"), ("ti2v", "2.2")):
-        other = {"2.1": "2.2", "2.2": "2.1"}[version]
-        bridge.check_vae_matches(kit.own_model(kind, layers=1), vaes[version])
-        with pytest.raises(errors.InputError, match=rf"connect the Wan{version} VAE"):
-            bridge.check_vae_matches(kit.own_model(kind, layers=1), vaes[other])

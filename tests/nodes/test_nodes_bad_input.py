@@ -168,8 +168,6 @@ def test_settings_out_of_range(t2v):
     assert "steps" in t2v_refused(t2v, steps=0)
     assert "shift" in t2v_refused(t2v, shift=0.0)
     assert "boundary" in t2v_refused(t2v, boundary=1.5)
-    assert "sampler named 'eulr'" in t2v_refused(t2v, solver="eulr")
-    assert "scheduler" in t2v_refused(t2v, scheduler="karas")
     assert "size must be one of" in refused(
         "InputError",
         "WanFP8SampleI2V",
@@ -179,6 +177,49 @@ def test_settings_out_of_range(t2v):
         start_image=picture(32, 32),
         size="1080p area",
     )
+
+
+@pytest.mark.parametrize(
+    "box, value, words",
+    [
+        ("noise", "bogus", "one of cpu, cuda (published code); got 'bogus'"),
+        ("noise", "CPU", "one of cpu, cuda (published code); got 'CPU'"),
+        ("solver", "eulr", "one of unipc, dpm++, euler"),
+        ("solver", "res_multistp", "one of unipc, dpm++, euler, res_multistep"),
+        ("solver", "no such thing", "one of unipc, dpm++, euler or the other names listed in its box"),
+        ("scheduler", "karas", "one of official, karras or the other names listed in its box; got 'karas'"),
+        ("scheduler", None, "got None"),
+    ],
+)
+def test_names_that_a_list_does_not_have(t2v, ti2v, box, value, words):
+    for message in (
+        t2v_refused(t2v, **{box: value}),
+        refused("InputError", "WanFP8SampleTI2V", model=ti2v, **{box: value}),
+    ):
+        assert message.startswith(f"{box} must be ") and words in message, message
+        assert len(message) < 220, "not a list of every name"
+
+
+def test_the_size_rule_of_another_sampler(i2v, ti2v):
+    common = {"start_image": picture(32, 32)}
+    message = refused("InputError", "WanFP8SampleI2V", model=i2v, vae=None, size="704p area", **common)
+    assert "one of 720p area, 480p area, width x height" in message
+    for extra in (common, {}):
+        message = refused("InputError", "WanFP8SampleTI2V", model=ti2v, size="720p area", **extra)
+        assert "one of 704p area, width x height" in message
+
+
+def test_swapped_experts():
+    """The mark of the loader goes through clones and forks; what is not known is not refused."""
+    build = nodes_kit.module("nodes.bridge.build").build_model_patcher
+    bridge, load = nodes_kit.module("nodes.bridge"), nodes_kit.module("wan_fp8.checkpoint.load").load_transformer
+    high, low, unknown = (build(load(kit.core_weights("t2v")), e) for e in ("high_noise", "low_noise", None))
+    prepare, task = nodes_kit.module("nodes.samplers").prepare_models, nodes_kit.module("wan_fp8.models.specs").Task.T2V
+    for make in (lambda m: m, lambda m: m.clone(), bridge.fork, lambda m: bridge.set_shift(m, 3.0)):
+        assert "the experts are swapped: 'model' holds the low-noise" in t2v_refused(make(low), model_low=make(high))
+        assert len(prepare(task, make(high), make(low))) == 2
+    for pair in ((low, unknown), (unknown, high), (unknown, unknown), (low, None)):
+        assert prepare(task, *pair)
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="needs a machine without CUDA")

@@ -429,4 +429,59 @@ def test_names_that_lead_elsewhere(models, made, tmp_path):
     shutil.copytree(made("t2v"), tmp_path / "outside")
     for name in ("../outside", str(tmp_path / "outside"), "", "gone.safetensors"):
         assert "no file" in refused(checkpoint=name)
-    assert "dtype must be one of" in refused("InputError", checkpoint=put(models, made("t2v")), vae_dtype="fp4")
+    name = put(models, made("t2v"))
+    for box in ("weight_dtype", "text_encoder_dtype", "vae_dtype"):
+        message = refused("InputError", checkpoint=name, **{box: "fp4"})
+        assert message.startswith(f"{box} must be one of") and "bf16" in message and "'fp4'" in message
+
+
+def test_a_folder_that_lacks_a_part(models, made):
+    folder = models / "wan" / "copy"
+    shutil.copytree(made("t2v"), folder)
+    (folder / "Wan2.1_VAE.pth").unlink()
+    shutil.copy(made("ti2v") / "Wan2.2_VAE.pth", folder)
+    for file in folder.glob("models_t5*"):
+        file.unlink()
+    out = call(NODE, checkpoint="copy")
+    errors, (_, _, encoder, vae) = nodes_kit.module("wan_fp8.errors"), out.args
+    words = r"copy has no Wan2\.1_VAE\.pth and Wan2\.2_VAE\.pth is the VAE of other models.*models/vae.*under 'vae'"
+    with pytest.raises(errors.InputError, match=words):
+        vae.decode(torch.zeros(1, 16, 1, 2, 2))
+    with pytest.raises(errors.InputError, match=r"has no text encoder: models_t5.*models/text_encoders"):
+        call("WanFP8TextEncode", text_encoder=encoder, prompt="")
+    assert "is the VAE of other models" in out.ui.value, "said before somebody samples for an hour"
+
+
+def test_the_loader_marks_the_experts(models, made):
+    expert_of = nodes_kit.module("nodes.bridge").expert_of
+    files = put_comfy(models, made("t2v", "comfy"))
+    folder = put(models, made("t2v"))
+    for name in (folder, files[0]):
+        assert [expert_of(m) for m in call(NODE, checkpoint=name).args[:2]] == ["high_noise", "low_noise"]
+    alone = [call(NODE, checkpoint=name, low_noise="none").args[0] for name in files]
+    assert [expert_of(m) for m in alone] == ["high_noise", "low_noise"]
+    assert expert_of(call(NODE, checkpoint=put(models, made("ti2v"), name="5b")).args[0]) is None
+
+
+def test_an_official_encoder_finds_the_tokenizer_of_the_checkpoint(models, made):
+    folder = models / "wan" / "copy"
+    shutil.copytree(made("t2v"), folder)
+    given = next(folder.glob("models_t5*.pth"))
+    shutil.move(given, models / "text_encoders" / given.name)
+    boxes = {"checkpoint": "copy", "text_encoder": given.name}
+    cache = nodes_kit.module("nodes.encoder").CACHE
+    cache.clear()
+    for kept in (1, 1, 2):
+        if kept == 2:  # another tokenizer makes other rows
+            for file in (folder / "google" / "umt5-xxl").iterdir():
+                os.utime(file, (1, 1))
+        assert call(NODE, **boxes).args[2].encode("a cat").rows.shape[1] == 512
+        assert len(cache) == kept
+    shutil.rmtree(folder / "google")
+    errors = nodes_kit.module("wan_fp8.errors")
+    with pytest.raises(errors.CheckpointError, match=r"no tokenizer.*google/umt5-xxl.*\.safetensors"):
+        call(NODE, **boxes).args[2].encode("a cat")
+    cls = nodes_kit.load_pack()[NODE]
+    before = cls.fingerprint_inputs(**boxes)
+    shutil.copytree(made("t2v") / "google", models / "text_encoders" / "google")
+    assert cls.fingerprint_inputs(**boxes) != before, "a tokenizer beside the encoder counts"

@@ -94,7 +94,7 @@ def test_a_type_that_torch_lacks_can_be_listed_but_not_read(tmp_path: Path) -> N
         assert source.info("a").dtype is None
         with pytest.raises(CheckpointError, match="stores a as F6_E2M3"):
             source.read("a")
-        with pytest.raises(CheckpointError, match="has no tensor named b: .*download it again"):
+        with pytest.raises(CheckpointError, match=r"has no tensor named b: .*download it again"):
             source.read("b")
 
 
