@@ -31,7 +31,7 @@ from ...wan_fp8.models.specs import ModelSpec
 from ...wan_fp8.models.wan import WanModel, build_model
 from ...wan_fp8.quant.convert import share_recipe
 from .core_weights import assign_weights, clean_weights, core_spec, has_fp8
-from .hosted_model import HostedModel, adopt, bind, hosted_class, refuse_foreign_patches
+from .hosted_model import SETTINGS, HostedModel, HostSettings, adopt, bind, hosted_class, refuse_foreign_patches
 from .memory import activation_bytes
 from .voice import say
 from .weights import place_loose_parameters
@@ -269,6 +269,7 @@ def _around_run(executor: Any, *args: Any, **kwargs: Any) -> Any:
     refuse_foreign_patches(patcher)
     net = patcher.get_model_object("diffusion_model")
     net.forget_run()
+    net.settings_of_run = patcher.model_options.get("transformer_options", {}).get(SETTINGS) or HostSettings()
     try:
         result = executor(*args, **kwargs)
         _report_attention(net)
@@ -309,7 +310,9 @@ def _make_shell_class(base: Any) -> type:
         patcher, net = self.current_patcher, self.diffusion_model
         device = comfy.model_management.get_torch_device() if patcher is None else torch.device(patcher.load_device)
         fused = net.fused_kernels != "eager" and kernels.refusal(device, compute) is None
-        return activation_bytes(net.spec, input_shape, compute, fused=fused)
+        attention = net.settings_of_run.attention
+        quantised = attention is not None and not attention.is_exact
+        return activation_bytes(net.spec, input_shape, compute, fused=fused, low_precision_attention=quantised)
 
     def state_dict_for_saving(self: Any, *args: Any, **kwargs: Any) -> dict[str, Tensor]:
         saved = base.state_dict_for_saving(self, *args, **kwargs)

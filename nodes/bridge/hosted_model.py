@@ -59,6 +59,9 @@ class HostedModel(WanModel):
     task_inputs: frozenset[str] = frozenset()
     """Keyword inputs that this task's ``embed`` takes from core's conditioning."""
 
+    settings_of_run: HostSettings = HostSettings()
+    """Of the MODEL that is being sampled, or was last: the forward's memory is estimated before any forward."""
+
     _shell: weakref.ref[nn.Module] | None = None
     _prompts: OrderedDict[Hashable, Tensor]
 

@@ -13,18 +13,27 @@ import torch
 from ...wan_fp8.models.specs import ModelSpec
 
 OVERHEAD = 1.2
-"""Quantised copies of a recipe or of FP8 attention, rotary tables, workspaces of the GEMM library, fragmentation."""
+"""Quantised copies of a recipe, rotary tables, workspaces of the GEMM library, fragmentation."""
 
 
-def activation_bytes(spec: ModelSpec, input_shape: Sequence[int], dtype: torch.dtype, *, fused: bool = True) -> int:
+def activation_bytes(
+    spec: ModelSpec,
+    input_shape: Sequence[int],
+    dtype: torch.dtype,
+    *,
+    fused: bool = True,
+    low_precision_attention: bool = False,
+) -> int:
     """Peak bytes of one forward for latents [B, C, F, H, W], conditioning channels not counted.
 
     At the peak of a block four tensors of the model's width stand in ``dtype`` (q, k, v and the attention's output) or
     the FFN's input and hidden layer, beside the float32 residual stream. Measured at 832x480x81 and the widths of
-    A14B: 1.88 GiB, of which this formula without its overhead gives 1.87.
+    A14B: 1.88 GiB, of which this formula without its overhead gives 1.87; at 1280x720x81 4.49 and 4.44 GiB, with
+    attention in FP8 5.57 and 5.52 GiB (six blocks and one prompt: benchmarks/results/dit_i2v-a14b_*_h200.json).
 
     Args:
         fused: False where the eager references run: each norm or rotary turn then holds float32 copies of its operand.
+        low_precision_attention: q, k and v are held in one byte as well while attention runs.
     """
     batch = input_shape[0]
     frames, rows, columns = (
@@ -33,7 +42,8 @@ def activation_bytes(spec: ModelSpec, input_shape: Sequence[int], dtype: torch.d
     tokens = batch * frames * rows * columns
     width = dtype.itemsize
     stream = 4 * spec.dim
-    block = max(4 * spec.dim, spec.dim + spec.ffn_dim) * width + (0 if fused else 3 * 4 * spec.dim)
+    attention = 4 * spec.dim * width + (3 * spec.dim if low_precision_attention else 0)
+    block = max(attention, (spec.dim + spec.ffn_dim) * width) + (0 if fused else 3 * 4 * spec.dim)
     ends = 4 * (spec.in_dim + 2 * spec.out_dim) * math.prod(spec.patch_size) + 4 * spec.dim
     # Keys and values of the text stay for the whole run: two prompts, in one batch or one after the other.
     text = max(2, batch) * spec.num_layers * 2 * 512 * spec.dim * width

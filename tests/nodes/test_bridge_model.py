@@ -3,6 +3,9 @@ memory."""
 
 from __future__ import annotations
 
+import dataclasses
+import json
+
 import bridge_kit as kit
 import pytest
 import torch
@@ -553,6 +556,22 @@ def test_memory_estimate_of_the_real_model():
     assert gib(1) < gib(2) < 2 * gib(1)
     assert gib(1, fused=False) > gib(1) + 3
     assert gib(1, dtype=torch.float32) > 1.5 * gib(1)
+
+
+@pytest.mark.parametrize(("size", "attention"), [("1280x720", "fa3"), ("1280x720", "fa3-fp8"), ("832x480", "fa3-fp8")])
+def test_memory_estimate_against_measured_peaks(size, attention):
+    """Six blocks of A14B with one prompt on an H200."""
+    memory = __import__(f"{kit.PACKAGE}.nodes.bridge.memory", fromlist=["x"])
+    spec = dataclasses.replace(kit.engine("models.specs").I2V_A14B, num_layers=6)
+    results = kit.PACK / "benchmarks" / "results" / f"dit_i2v-a14b_{size}_h200.json"
+    rows = json.loads(results.read_text())["rows"]
+    (row,) = [row for row in rows if (row["attention"], row["stream"], row["recipe"]) == (attention, "float32", "none")]
+    width, height = (int(number) for number in size.split("x"))
+    told = memory.activation_bytes(
+        spec, [1, 16, 21, height // 8, width // 8], torch.bfloat16, low_precision_attention=attention == "fa3-fp8"
+    )
+    peak = row["peak_gib"] - row["weights_gib"]
+    assert peak < told / 2**30 < 1.35 * peak
 
 
 def test_memory_is_estimated_for_the_kernels_that_run():

@@ -265,6 +265,22 @@ def test_both_experts_have_their_say_on_one_node(t2v, node_texts):
     assert node_texts[-1].count("attention reference-fp8: used for") == 2
 
 
+def test_memory_is_estimated_for_the_copies_in_fp8(monkeypatch):
+    memory, told = nodes_kit.module("nodes.bridge.memory"), []
+    estimate = memory.activation_bytes
+
+    def spy(*args, low_precision_attention, **kwargs):
+        told.append(low_precision_attention)
+        return estimate(*args, low_precision_attention=low_precision_attention, **kwargs)
+
+    monkeypatch.setattr(nodes_kit.module("nodes.bridge.fork"), "activation_bytes", spy)
+    model = kit.core_model("t2v", seed=3)
+    for given, expected in ((windowed(model)[0], True), (attended(model)[0], False), (windowed(model)[0], True)):
+        told.clear()
+        kit.ksample(given)
+        assert told and set(told) == {expected}, "before the weights are loaded, and for the batch of each step"
+
+
 def test_cores_sampler_is_told_as_well(caplog, node_texts):
     model, _ = windowed(kit.core_model("t2v", seed=3), skip_first_steps=0, skip_last_steps=1)
     with caplog.at_level(logging.INFO):
