@@ -1,6 +1,7 @@
 """Time one Wan2.2 transformer on random weights: per block, outside the blocks, against the floor of its own kernels.
 
-    python benchmarks/dit.py --model i2v-A14B --size 1280x720 --frames 81 --layers 3,6 --attention fa3 --json out.json
+    python benchmarks/dit.py --model i2v-A14B --size 1280x720 --frames 81 --layers 3,6 --attention fa3 \\
+        --recipe rowwise,DelayedScaling --backend torch,transformer_engine --json out.json
 
 Time per block is the difference between two layer counts, run in turn. ``floor_ms`` is the sum, for one block, of the
 fastest of
@@ -27,13 +28,18 @@ from rich.console import Console
 from rich.table import Table
 from torch import Tensor
 
-from wan_fp8 import Attention, compile_blocks, set_attention
+from wan_fp8 import Attention, Recipe, apply_recipe, compile_blocks, set_attention
 from wan_fp8.attention import AttentionCore
 from wan_fp8.attention.backends import flash3
 from wan_fp8.compile import MODES
+from wan_fp8.errors import BackendUnavailableError
+from wan_fp8.gemm import token_multiple
 from wan_fp8.kernels import attention_cast
+from wan_fp8.kernels.quantize import QuantizedActivation
 from wan_fp8.models.specs import SPECS, ModelSpec, Task
 from wan_fp8.models.wan import WanModel, build_model
+from wan_fp8.quant import RECIPES, recipe_of
+from wan_fp8.quant.linear import FP8Linear, Quantization
 
 TEXT_TOKENS = 512
 STEPS = 40
@@ -103,13 +109,21 @@ def floor_terms(model: WanModel, tokens: int, device: str, dtype: torch.dtype, s
     spec = model.spec
     dim, ffn = spec.dim, spec.ffn_dim
     block = model.blocks[0]
-    x = torch.randn(1, tokens, dim, device=device, dtype=dtype)
-    wide = torch.randn(1, tokens, ffn, device=device, dtype=dtype)
+    recipe = recipe_of(model)
+    rows = tokens
+    if isinstance(model.quantization, Quantization):
+        assert recipe is not None
+        rows += -tokens % token_multiple(model.quantization.runner(torch.device(device), dtype), recipe.granularity)
+    x = torch.randn(1, rows, dim, device=device, dtype=dtype)
+    wide = torch.randn(1, rows, ffn, device=device, dtype=dtype)
 
     def fastest(function) -> float:
         return min(common.milliseconds(function, device))
 
     def gemm(layer, value: Tensor, **options: bool) -> float:
+        if isinstance(layer, FP8Linear):  # on an input that is cast already; a GELU belongs to the next cast
+            made: QuantizedActivation = layer.input_quantizer(value)
+            return fastest(lambda: layer(made))
         return fastest(lambda: layer(value, **options))
 
     def attend(core: AttentionCore, keys: int) -> float:
@@ -137,6 +151,8 @@ def floor_terms(model: WanModel, tokens: int, device: str, dtype: torch.dtype, s
         "qk_norm_rope": 4 * one * half,
         "cross_q_norm": 2 * one * half,
     }
+    if recipe is not None:
+        moved |= cast_bytes(model, one, tokens * ffn, stream_bytes, half)
     if not block.self_attn.inner_attention.setting.is_exact:
         # q, k and v read twice (statistics, cast) and written once in FP8; the mean of V added to the output
         moved["fp8_attention_casts"] = one * (3 * (2 * half + 1) + 2 * half)
@@ -144,6 +160,21 @@ def floor_terms(model: WanModel, tokens: int, device: str, dtype: torch.dtype, s
     gigabytes = sum(moved.values()) / 1e9
     console.print(f"copy bandwidth {bandwidth / 1e9:.2f} TB/s; fused passes move {gigabytes:.1f} GB a block")
     return terms
+
+
+def cast_bytes(model: WanModel, one: int, wide: int, stream_bytes: int, half: int) -> dict[str, int]:
+    """What the casts of a recipe must move: inside the norms where the scale is known in the same pass, else a pass of
+    their own; one more reading where the tensor's own maximum comes first."""
+    recipe = recipe_of(model)
+    assert recipe is not None
+    current = recipe.name == "Float8CurrentScaling"
+    alone = (2 if current else 1) * half + 1
+    normed = half + half + 1 if current else 1  # current: stored with its maximum, then read and cast
+    return {
+        "residual_norm": 3 * one * (2 * stream_bytes + half + normed),
+        "attention_output_casts": 2 * one * alone,
+        "gelu_and_cast": wide * alone,
+    }
 
 
 def kernels_used(call, device: str) -> dict[str, float]:
@@ -162,16 +193,24 @@ def kernels_used(call, device: str) -> dict[str, float]:
     return {name[:110]: round(value, 3) for name, value in largest}
 
 
-def velocity_error(model: WanModel, grid: tuple[int, int, int], device: str, dtype: torch.dtype) -> float:
+def velocity_error(
+    model: WanModel,
+    grid: tuple[int, int, int],
+    device: str,
+    dtype: torch.dtype,
+    originals: dict[str, Tensor] | None = None,
+) -> float:
     """Relative L2 error of the velocity against fp32 weights and arithmetic, on a short clip."""
     frames = max(1, min(grid[0], 4096 // (grid[1] * grid[2] // 4)))
     grid = (frames, *grid[1:])
     x, timestep, context = model_inputs(model.spec, grid, device, dtype)
+    model.begin_run()
     ours = model(x, timestep, context)
     with torch.device("meta"):
         exact = build_model(model.spec)
     exact.fused_kernels = "eager"
-    exact.load_state_dict({name: value.float() for name, value in model.state_dict().items()}, assign=True)
+    state = originals if originals is not None else model.state_dict()
+    exact.load_state_dict({name: value.to(device, torch.float32) for name, value in state.items()}, assign=True)
     set_attention(exact, Attention("sdpa"))
     reference = exact(x.float(), timestep, context.float())
     return float((ours.double() - reference.double()).norm() / reference.double().norm())
@@ -188,6 +227,7 @@ def measure(
     kernels: str = "auto",
     stream: torch.dtype | None = None,
     compiled: str = "off",
+    recipe: Recipe | None = None,
 ) -> dict:
     """One row of results."""
     spec = MODELS[model_name]
@@ -197,6 +237,10 @@ def measure(
     model = random_model(spec, layers[1], device, dtype)
     set_attention(model, open_window(attention))
     model.fused_kernels, model.stream_dtype_override = kernels, stream
+    originals = None
+    if recipe is not None:
+        originals = {name: value.cpu() for name, value in model.state_dict().items()}
+        apply_recipe(model, recipe)
     if compiled != "off":
         compile_blocks(model, mode=compiled)
     x, timestep, context = model_inputs(spec, grid, device, dtype)
@@ -231,7 +275,7 @@ def measure(
         torch.empty(1, tokens, 1, spec.head_dim, device=device, dtype=dtype),
     )
     model.blocks = every_block
-    error = velocity_error(model, grid, device, dtype)
+    error = velocity_error(model, grid, device, dtype, originals)
     stream_bytes = torch.empty((), dtype=model.stream_dtype).element_size()
     terms = floor_terms(model, tokens, device, dtype, stream_bytes)
     forward_s = (fixed_ms + spec.num_layers * layer_ms) / 1000
@@ -240,8 +284,10 @@ def measure(
         "size": size,
         "frames": frames,
         "tokens": tokens,
-        "recipe": "none",
-        "backend": str(dtype).removeprefix("torch."),
+        "recipe": "none" if recipe is None else recipe.name,
+        "backend": str(dtype).removeprefix("torch.")
+        if recipe is None
+        else model.quantization.resolve(torch.device(device), dtype).backend.name,  # type: ignore[attr-defined]
         "attention": attention if attention != "auto" else resolution.backend.name,
         "sparsity": None,
         "cache": None,
@@ -280,6 +326,25 @@ def show(row: dict) -> None:
         console.print(title, row[title])
 
 
+def recipes(names: str, backends: str, device: str, dtype: str) -> list[Recipe | None]:
+    """Every recipe on every backend that can run it here; with several, the others are named and left out."""
+    found: list[Recipe | None] = []
+    for name, backend in itertools.product(names.split(","), backends.split(",")):
+        recipe = Recipe(name, backend=backend)
+        if recipe.is_none:
+            found += [None] if None not in found else []
+            continue
+        try:
+            Quantization(recipe, ()).resolve(torch.device(device), getattr(torch, dtype))
+        except BackendUnavailableError as error:
+            if "," not in names + backends:
+                raise
+            console.print(f"left out {name} on {backend}: {error}")
+        else:
+            found.append(recipe)
+    return found
+
+
 def main(
     model: Annotated[str, typer.Option(help=f"One of {', '.join(MODELS)}.")] = "i2v-A14B",
     size: Annotated[str, typer.Option(help="Pixels, width x height.")] = "1280x720",
@@ -291,6 +356,8 @@ def main(
     stream: Annotated[
         str, typer.Option(help="Residual stream: float32 or bfloat16, or both with a comma.")
     ] = "float32",
+    recipe: Annotated[str, typer.Option(help=f"One of {', '.join(RECIPES)}; or several: one row each.")] = "none",
+    backend: Annotated[str, typer.Option(help="Who multiplies in FP8; or several.")] = "auto",
     compiled: Annotated[
         str, typer.Option("--compile", help=f"torch.compile of the blocks: off, {', '.join(MODES)}; or several.")
     ] = "off",
@@ -305,10 +372,14 @@ def main(
     device = device or ("cuda" if torch.cuda.is_available() else "cpu")
     first, second = (int(n) for n in layers.split(","))
     rows = []
-    for name, stored, mode in itertools.product(attention.split(","), stream.split(","), compiled.split(",")):
+    for name, stored, mode, scaling in itertools.product(
+        attention.split(","), stream.split(","), compiled.split(","), recipes(recipe, backend, device, dtype)
+    ):
         with torch.inference_mode():
             types = getattr(torch, dtype), getattr(torch, stored)
-            rows.append(measure(model, size, frames, (first, second), name, types[0], device, kernels, types[1], mode))
+            rows.append(
+                measure(model, size, frames, (first, second), name, types[0], device, kernels, types[1], mode, scaling)
+            )
         show(rows[-1])
         if device.startswith("cuda"):
             torch.cuda.empty_cache()

@@ -11,6 +11,8 @@ from safetensors.torch import load_file, save_file
 from test_model_parity import TINY, inputs, relative, tiny_model
 from torch import Tensor
 
+from wan_fp8 import compile_blocks
+from wan_fp8.checkpoint.load import load_transformer
 from wan_fp8.errors import BackendUnavailableError, CheckpointError, InputError
 from wan_fp8.gemm import GEMM, GemmRunner
 from wan_fp8.kernels.quantize import QuantizedActivation
@@ -416,3 +418,32 @@ def test_files_of_scales_are_checked(tmp_path) -> None:
         load_scales(fp8_model(reference("DelayedScaling", margin=1)), path)
     with pytest.raises(CheckpointError, match="other FP8 layers"):
         load_scales(fp8_model(reference("DelayedScaling", keep=("ffn.2",))), path)
+
+
+def test_loading_with_a_recipe(tmp_path) -> None:
+    """From a mapped file, tensor by tensor: the same bits as loading first; the originals stay the file's pages."""
+    original, path = tiny_model("t2v", torch.bfloat16), tmp_path / "wan2.2_t2v_high_noise.safetensors"
+    save_file({k: v.contiguous() for k, v in original.state_dict().items()}, path)
+    loaded = load_transformer(path, recipe=reference("rowwise"))
+    direct = apply_recipe(original, reference("rowwise"))
+    state = direct.state_dict()
+    assert recipe_of(loaded) == reference("rowwise")
+    assert all(torch.equal(v.float(), state[k].float()) for k, v in loaded.state_dict().items())
+    assert torch.equal(step(loaded, 900), step(direct, 900))
+    assert loaded.blocks[0].ffn[0].source is not None
+    plain = load_transformer(path, recipe=Recipe("none"))
+    assert recipe_of(plain) is None
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_compiled_blocks(name: str) -> None:
+    """One graph a part, the same bits; delayed scales, one of its own for each layer, are refused by name."""
+    model = fp8_model(reference(name))
+    want = step(model, 900)
+    compile_blocks(model, backend="aot_eager")
+    if name == "DelayedScaling":
+        with pytest.raises(InputError, match=r"delayed scales of its own.*rowwise"):
+            step(model, 900)
+        return
+    assert torch.equal(step(model, 900), want)
+    assert next(iter(model.compiled_parts.values())).graphs <= 4

@@ -42,6 +42,9 @@ log = logging.getLogger("wan_fp8")
 class ForwardQuantization(Protocol):
     """What an FP8 recipe does around a forward."""
 
+    compile_refusal: str | None
+    """Why blocks with this recipe cannot be compiled; None where they can."""
+
     def begin_run(self) -> None:
         """A sampling run starts with the next forward."""
 
@@ -339,6 +342,8 @@ class WanModel(nn.Module):
         setting = options.compile or self.compile_setting
         if setting is None:
             return run_plainly
+        if self.quantization is not None and self.quantization.compile_refusal is not None:
+            raise InputError(f"torch.compile cannot be used here: {self.quantization.compile_refusal}")
         if setting not in self.compiled_parts:
             self.compiled_parts[setting] = CompiledParts(setting)
         compiled = self.compiled_parts[setting]
