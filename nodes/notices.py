@@ -34,6 +34,13 @@ def notice(node_id: str | None, lines: list[str], *, level: int = logging.INFO) 
     return ui.PreviewText(text)
 
 
+def extended(shown: Any, lines: list[str]) -> Any:
+    """What ``notice`` returned, with lines after it that were logged and shown elsewhere."""
+    if not lines:
+        return shown
+    return ui.PreviewText("\n".join([*([] if shown is None else [shown.value]), *lines]))
+
+
 def show_on_node(node_id: str | None, text: str) -> None:
     """Put ``text`` on a node.
 

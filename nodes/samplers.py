@@ -17,7 +17,7 @@ from ..wan_fp8.models.specs import Task
 from . import bridge, conditions
 from .choices import check_choice
 from .missing import require
-from .notices import node_id, notice
+from .notices import extended, node_id, notice
 from .sampler_inputs import (
     NOISE_CPU,
     NOISE_CUDA,
@@ -110,7 +110,7 @@ class WanFP8SampleT2V(io.ComfyNode):
         chosen = Settings(**settings)
         latent = conditions.empty_latent(Task.T2V, width, height, length)
         experts = prepare_models(Task.T2V, model, model_low if settings["boundary"] > 0 else None)
-        return io.NodeOutput(run(experts, positive, negative, latent, chosen))
+        return _output(run(experts, positive, negative, latent, chosen))
 
 
 class WanFP8SampleI2V(io.ComfyNode):
@@ -185,7 +185,7 @@ class WanFP8SampleI2V(io.ComfyNode):
         shown = notice(node_id(cls), lines, level=logging.WARNING if len(lines) > 1 else logging.INFO)
         values = conditions.image_conditioning(vae, start, end, width, height, length)
         positive, negative = conditions.with_values(positive, values), conditions.with_values(negative, values)
-        return io.NodeOutput(run(experts, positive, negative, latent, chosen), ui=shown)
+        return _output(run(experts, positive, negative, latent, chosen), shown)
 
 
 class WanFP8SampleTI2V(io.ComfyNode):
@@ -249,7 +249,7 @@ class WanFP8SampleTI2V(io.ComfyNode):
         if start_image is None:
             latent = conditions.empty_latent(Task.TI2V, width, height, length)
             experts = prepare_models(Task.TI2V, model, None)
-            return io.NodeOutput(run(experts, positive, negative, latent, chosen))
+            return _output(run(experts, positive, negative, latent, chosen))
         start = conditions.one_image(start_image, "start_image")
         width, height = conditions.video_size(Task.TI2V, start, size, width, height)
         sampling.check_frames(length)
@@ -262,7 +262,12 @@ class WanFP8SampleTI2V(io.ComfyNode):
         experts = prepare_models(Task.TI2V, model, None)
         shown = notice(node_id(cls), [f"video of {width}x{height} pixels, {length} frames"])
         latent = conditions.first_frame_latent(vae, experts[0], start, width, height, length)
-        return io.NodeOutput(run(experts, positive, negative, latent, chosen), ui=shown)
+        return _output(run(experts, positive, negative, latent, chosen), shown)
+
+
+def _output(latent: dict[str, Tensor], shown: Any = None) -> io.NodeOutput:
+    """The latents, with what the node showed before the run and what the run said at its end."""
+    return io.NodeOutput(latent, ui=extended(shown, bridge.kept_words()))
 
 
 def prepare_models(task: Task, model: Any, model_low: Any) -> list[Any]:

@@ -23,6 +23,7 @@ from .sampling import (
 from .settings import attention_request, device_of, settings_of, with_settings
 from .stages import Stage, run_stages
 from .vae import lazy_vae, load_vae
+from .voice import kept_words
 
 __all__ = [
     "HostSettings",
@@ -37,6 +38,7 @@ __all__ = [
     "fp8_layers",
     "hosted",
     "is_hosted",
+    "kept_words",
     "lazy_vae",
     "load_lora",
     "load_vae",

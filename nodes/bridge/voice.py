@@ -28,3 +28,9 @@ def say(text: str, *, level: int = logging.INFO, keep: bool = False) -> None:
     lines = _kept[1] if _kept[0] == context else []
     show_on_node(context.node_id, "\n".join([*lines, text]))
     _kept = (context, [*lines, text] if keep else lines)
+
+
+def kept_words() -> list[str]:
+    """What was said to stay since the node that executes now began."""
+    context = get_executing_context()
+    return list(_kept[1]) if context is not None and _kept[0] == context else []

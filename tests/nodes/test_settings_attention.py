@@ -261,8 +261,16 @@ def test_a_window_without_a_step_is_said(t2v, monkeypatch, pack, caplog):
 
 
 def test_both_experts_have_their_say_on_one_node(t2v, node_texts):
-    sample(*windowed(*t2v), guidance=1.0, guidance_low=1.0)
-    assert node_texts[-1].count("attention reference-fp8: used for") == 2
+    high, low = windowed(*t2v)
+    inputs = dict(**TEXT, **SIZE, seed=7, steps=STEPS, guidance=1.0, guidance_low=1.0)
+    output = call("WanFP8SampleT2V", model=high, model_low=low, **inputs)
+    for text in (node_texts[-1], told(output)):
+        assert text.count("attention reference-fp8: used for") == 2, "on the node, and in the prompt's history"
+
+
+def test_exact_attention_says_nothing(t2v, node_texts):
+    output = call("WanFP8SampleT2V", model=t2v[0], boundary=0.0, **TEXT, **SIZE, seed=7, steps=STEPS)
+    assert output.ui is None and not node_texts
 
 
 def test_memory_is_estimated_for_the_copies_in_fp8(monkeypatch):
