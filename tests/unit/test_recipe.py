@@ -29,7 +29,7 @@ from wan_fp8.quant import (
     save_scales,
 )
 from wan_fp8.quant.convert import LINEARS, share_recipe
-from wan_fp8.quant.linear import FP8Linear
+from wan_fp8.quant.linear import FP8Linear, Quantization
 
 NAMES = RECIPES[1:]
 
@@ -437,13 +437,19 @@ def test_loading_with_a_recipe(tmp_path) -> None:
 
 @pytest.mark.parametrize("name", NAMES)
 def test_compiled_blocks(name: str) -> None:
-    """One graph a part, the same bits; delayed scales, one of its own for each layer, are refused by name."""
+    """One graph a part, the same bits; delayed scales need a second one, once there are scales."""
     model = fp8_model(reference(name))
-    want = step(model, 900)
+    want = [step(model, 900), step(model, 800)]
+    model.begin_run()
     compile_blocks(model, backend="aot_eager")
-    if name == "DelayedScaling":
-        with pytest.raises(InputError, match=r"delayed scales of its own.*rowwise"):
-            step(model, 900)
-        return
-    assert torch.equal(step(model, 900), want)
-    assert next(iter(model.compiled_parts.values())).graphs <= 4
+    assert torch.equal(step(model, 900), want[0])
+    assert torch.equal(step(model, 800), want[1])
+    assert next(iter(model.compiled_parts.values())).graphs <= (8 if name == "DelayedScaling" else 4)
+
+
+def test_compiled_blocks_are_refused_where_transformer_engine_multiplies() -> None:
+    model = tiny_model("t2v")
+    model.quantization = Quantization(Recipe("rowwise", backend="transformer_engine"), ())
+    compile_blocks(model, backend="eager")
+    with pytest.raises(InputError, match="Transformer Engine is called through objects that cannot be traced"):
+        step(model, 900)

@@ -44,10 +44,7 @@ class Quantization:
             else None
         )
         self.compile_refusal = (
-            "every layer has delayed scales of its own, so that each block would be compiled anew; choose the recipe "
-            "rowwise, or no compilation"
-            if recipe.is_delayed
-            else "Transformer Engine is called through objects that cannot be traced; choose the backend torch, or no "
+            "Transformer Engine is called through objects that cannot be traced; choose the backend torch, or no "
             "compilation"
             if recipe.backend == "transformer_engine"
             else None
