@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib.util
 import os
+import signal
 import sys
 from pathlib import Path
 
@@ -31,6 +32,10 @@ def _expose_engine() -> None:
 
 
 _expose_engine()
+
+if signal.getsignal(signal.SIGINT) == signal.SIG_IGN:
+    # a shell starts background jobs with Ctrl-C ignored, and children inherit that; the tests of cancelling need it
+    signal.signal(signal.SIGINT, signal.default_int_handler)
 
 
 @pytest.fixture(scope="session")
