@@ -392,7 +392,7 @@ def main(
                 rows += found
                 for done in found:
                     seconds = f"{done['load_s']} s, reading into memory {done['read_into_memory_s']} s"
-                    console.print(f"  {done['page_cache']}, as {done['loaded']}: {seconds}")
+                    console.print(f"  {done['page_cache']}, {done['loaded']}: {seconds}")
             shutil.rmtree(root)
     good = show(rows, console)
     if json_path is not None:
