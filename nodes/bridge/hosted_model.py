@@ -35,6 +35,9 @@ SCHEDULE = "wan_fp8_schedule"
 """Our key for the sigmas of the whole run (floats), where a MODEL samples only some of its steps; core tells it about
 those only."""
 
+STEP = "wan_fp8_step"
+"""Our key for the ``Step`` that a model call belongs to, where our solver makes the call."""
+
 logger = logging.getLogger("wan_fp8")
 
 
@@ -153,7 +156,9 @@ class HostedModel(WanModel):
             extra = comfy.ldm.common_dit.pad_to_patch_size(time_dim_concat, self.patch_size)
             x = torch.cat([x, extra.to(x)], dim=2)
         text_key = (
-            None if patcher is not None and weights_change_mid_run(patcher) else self._prompt_key(context, options)
+            None
+            if patcher is not None and weights_change_mid_run(patcher)
+            else self._prompt_key(context, options, compare=may_change_text(patcher, options))
         )
         velocity = super().forward(
             x,
@@ -214,17 +219,19 @@ class HostedModel(WanModel):
             return None
         return clip_fea
 
-    def _prompt_key(self, context: Tensor, options: Mapping[str, Any]) -> Hashable | None:
+    def _prompt_key(self, context: Tensor, options: Mapping[str, Any], *, compare: bool) -> Hashable | None:
         """A name for the prompts of this batch that means the same text as it did last time; None where core gives
         none.
 
-        Core's uuids are made once per run, but a node may have changed the rows since: the kept copy is compared, and
-        if it differs everything kept is dropped.
+        Core's uuids are made once per run. With ``compare`` a node may have changed the rows since: a copy is kept and
+        compared, for which the host waits, and if it differs everything kept is dropped.
         """
         uuids = options.get("uuids")
         if not uuids:
             return None
         key = (*uuids, tuple(context.shape), context.dtype)
+        if not compare:
+            return key
         kept = self._prompts.get(key)
         if kept is not None and not (kept.device == context.device and torch.equal(kept, context)):
             self._prompts.clear()
@@ -322,8 +329,10 @@ def step_of_run(options: Mapping[str, Any]) -> Step | None:
     """Which step of the run this forward belongs to, by its sigma; None outside of a sampling run.
 
     Over two ``KSamplerAdvanced`` core knows no more than each one's own steps; our samplers say what the whole
-    schedule is.
+    schedule is, and our solvers which step it is, so that the host need not wait for the sigma.
     """
+    if isinstance(options.get(STEP), Step):
+        return options[STEP]
     now, schedule = options.get("sigmas"), options.get(SCHEDULE)
     if schedule is None and options.get("sample_sigmas") is not None:
         schedule = options["sample_sigmas"].flatten().tolist()
@@ -352,6 +361,22 @@ def refuse_foreign_patches(patcher: Any) -> None:
             f"a node injects {', '.join(map(repr, injections))} into the model's layers while it samples, which Wan "
             "FP8's transformer cannot take: remove that node (a LoRA loaded in bypass mode: load it the ordinary way)"
         )
+
+
+_SEE_TEXT = ("CALC_COND_BATCH", "PREDICT_NOISE", "APPLY_MODEL", "DIFFUSION_MODEL")
+"""Kinds of wrappers that text rows pass through on their way from core's conditioning to our forward."""
+
+
+def may_change_text(patcher: Any, options: Mapping[str, Any]) -> bool:
+    """Whether another node's code stands between core's conditioning and this forward, so that the rows behind one of
+    core's uuids may differ from step to step."""
+    if patcher is None:
+        return True
+    kinds = comfy.patcher_extension.WrappersMP
+    functions = ("model_function_wrapper", "sampler_calc_cond_batch_function", "context_handler")
+    return any(patcher.model_options.get(name) is not None for name in functions) or any(
+        comfy.patcher_extension.get_all_wrappers(getattr(kinds, kind), options) for kind in _SEE_TEXT
+    )
 
 
 def weights_change_mid_run(patcher: Any) -> bool:

@@ -17,8 +17,10 @@ import torch
 from torch import Tensor
 from tqdm.auto import trange
 
+from ...wan_fp8.attention import Step
 from ...wan_fp8.sampling import SOLVER_NAMES, make_solver
 from ..choices import check_choice
+from .hosted_model import STEP
 
 PURE_NOISE = 0.999
 """From this sigma on, a run starts from the noise itself. The official UniPC schedule begins at S(0.999), which is
@@ -85,11 +87,18 @@ def _sample_with_solver(
     x = _first_latents(model, x, sigmas)
     ones = x.new_ones([x.shape[0]])
     for index in trange(run.steps, disable=disable):
-        denoised = model(x, sigmas[index] * ones, **extra_args)
+        denoised = model(x, sigmas[index] * ones, **_told_step(extra_args, Step(index, run.steps)))
         if callback is not None:
             callback({"x": x, "i": index, "sigma": sigmas[index], "sigma_hat": sigmas[index], "denoised": denoised})
         x = run.step((x - denoised) / sigmas[index], index, x)
     return x
+
+
+def _told_step(extra_args: dict[str, Any], step: Step) -> dict[str, Any]:
+    """The arguments of a model call, with its step for settings that hold in some steps only."""
+    options = dict(extra_args.get("model_options") or {})
+    options["transformer_options"] = {**options.get("transformer_options", {}), STEP: step}
+    return {**extra_args, "model_options": options}
 
 
 def _first_latents(model: Any, scaled: Tensor, sigmas: Tensor) -> Tensor:
@@ -136,14 +145,17 @@ def with_timesteps(model: Any, sigmas: Tensor, timesteps: Tensor) -> Any:
 
         def timestep(self, sigma: Tensor) -> Tensor:
             value = torch.as_tensor(sigma)
-            on_schedule = value.float()[..., None] == self.schedule_sigmas.to(value.device)
-            scheduled = (on_schedule * self.schedule_timesteps.to(value.device)).sum(-1)
+            if value.device not in self.schedules:  # once: a copy from the host's memory waits for the GPU
+                self.schedules[value.device] = self.schedules[torch.device("cpu")].to(value.device)
+            known, told = self.schedules[value.device]
+            on_schedule = value.float()[..., None] == known
+            scheduled = (on_schedule * told).sum(-1)
             return torch.where(on_schedule.any(-1), scheduled, super().timestep(value))
 
     sampling = copy.deepcopy(current)
     sampling.__class__ = ScheduledTimesteps
-    sampling.schedule_sigmas = sigmas[: len(timesteps)].to("cpu", torch.float32)
-    sampling.schedule_timesteps = timesteps.to("cpu", torch.float32)
+    schedule = torch.stack([t.to("cpu", torch.float32) for t in (sigmas[: len(timesteps)], timesteps)])
+    sampling.schedules = {schedule.device: schedule}
     patched = model.clone()
     patched.add_object_patch("model_sampling", sampling)
     return patched

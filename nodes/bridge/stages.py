@@ -30,7 +30,7 @@ from torch import Tensor
 
 from ...wan_fp8.errors import InputError
 from .coroutine import Call, Coroutine, Finished
-from .hosted_model import SCHEDULE
+from .hosted_model import SCHEDULE, STEP
 from .sampling import with_timesteps
 
 
@@ -172,7 +172,8 @@ class _Relay(comfy.samplers.Sampler):
         self.finished = False
         self.guider: Any = None
         self._sampler, self._sigmas = sampler, sigmas
-        self._limits = [float(sigmas[step]) for step in first_steps[1:]]
+        self._first_steps = list(first_steps[1:])
+        self._limits = [float(sigmas[step]) for step in self._first_steps]
         self._coroutine: Coroutine | None = None
         self._pending: Call | None = None
         self._first_options: dict[str, Any] = {}
@@ -206,8 +207,8 @@ class _Relay(comfy.samplers.Sampler):
             assert self._pending is not None
             message = self._answer(self._pending, extra_args["model_options"], callback)
         while isinstance(message, Call):
-            if message.kind == "model" and self._stage_of(message.args[1]) != self.stage:
-                self.stage, self._pending = self._stage_of(message.args[1]), message
+            if message.kind == "model" and (stage := self._stage_of(message)) != self.stage:
+                self.stage, self._pending = stage, message
                 return message.args[0]
             message = self._answer(message, extra_args["model_options"], callback)
         self.finished = True
@@ -242,7 +243,12 @@ class _Relay(comfy.samplers.Sampler):
             return self._coroutine.throw(error)
         return self._coroutine.resume(answer)
 
-    def _stage_of(self, sigma: Tensor) -> int:
+    def _stage_of(self, call: Call) -> int:
+        """By the step, where the sampler says it; else by the sigma, for which the host waits."""
+        _, sigma, options, _ = call.args
+        step = options.get("transformer_options", {}).get(STEP)
+        if step is not None:
+            return sum(step.index >= first for first in self._first_steps)
         value = float(sigma.flatten()[0])
         return sum(value <= limit for limit in self._limits)
 
@@ -280,4 +286,7 @@ def _rebased_options(first: dict[str, Any], asked_with: dict[str, Any], current:
             rebased[key] = [*current.get(key, []), *added]
         else:
             rebased[key] = value
+    step = asked_with.get("transformer_options", {}).get(STEP)
+    if step is not None:
+        rebased["transformer_options"] = {**current.get("transformer_options", {}), STEP: step}
     return rebased

@@ -9,6 +9,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from ..hardware import DeviceCaps
@@ -50,6 +51,13 @@ GEMM: KernelRegistry[GemmRequest] = KernelRegistry("FP8 GEMM")
 def token_multiple(runner: GemmRunner, granularity: Granularity) -> int:
     """What the number of tokens must be a multiple of; the model pads once per forward."""
     return dict(runner.multiples).get(granularity, 1)
+
+
+def padded_block_scale(scale: Tensor) -> Tensor:
+    """A weight's block scales [N / 128, K / 128] as wide as a multiple of four, as GEMMs read them. Wan's widths are so
+    already: nothing is copied."""
+    extra = -scale.shape[1] % 4
+    return F.pad(scale, (0, extra)) if extra else scale
 
 
 def register_backends() -> None:

@@ -101,7 +101,8 @@ def finish(
         return out
     if row_amax is not None:
         assert cast.amax is not None
-        torch.maximum(cast.amax, row_amax.amax(0, keepdim=True), out=cast.amax)
+        largest = reference.counted(row_amax, cast.padding, out.shape[-2]).amax().reshape(1)
+        torch.maximum(cast.amax, largest, out=cast.amax)
     if cast.granularity is None:
         return out
     scale = cast.dequant if scale is None else scale
@@ -130,7 +131,7 @@ def launch_quantize(x: Tensor, cast: Cast, gelu: bool) -> QuantizedActivation:
     return result
 
 
-def launch_amax(x: Tensor, gelu: bool) -> Tensor:
+def launch_amax(x: Tensor, gelu: bool, padding: tuple[int, int] | None) -> Tensor:
     """See ``quantize.collect_amax``."""
     x = x.contiguous()
     rows, dim = x.numel() // x.shape[-1], x.shape[-1]
@@ -139,4 +140,4 @@ def launch_amax(x: Tensor, gelu: bool) -> Tensor:
         x, None, None, None, row_amax, rows, dim,
         GELU=gelu, MODE=NO_STORE, POWER_OF_2=False, COLLECT=True, **launch_shape(dim),
     )  # fmt: skip
-    return row_amax.amax(0, keepdim=True)
+    return reference.counted(row_amax, padding, x.shape[-2]).amax().reshape(1)

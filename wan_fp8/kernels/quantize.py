@@ -83,6 +83,16 @@ class Cast:
     """[1] fp32: its inverse."""
     amax: Tensor | None = None
     """[1] fp32: raised to the largest magnitude seen, that of the stored values where they stay in high precision."""
+    padding: tuple[int, int] | None = None
+    """(S, tokens): of the S rows of each sample only the first ``tokens`` count for ``amax``; applies to inputs of S
+    rows."""
+
+
+def counted(rows: Tensor, padding: tuple[int, int] | None, tokens: int) -> Tensor:
+    """Of ``rows`` [B * S, ...], ``tokens`` being S, those that are no padding."""
+    if padding is None or tokens != padding[0]:
+        return rows
+    return rows.unflatten(0, (-1, padding[0]))[:, : padding[1]]
 
 
 # ---- activations ---------------------------------------------------------------------------------------------------
@@ -105,27 +115,36 @@ def quantize(x: Tensor, cast: Cast, *, gelu: bool = False, fused: bool | None = 
 
 
 def quantize_current(
-    x: Tensor, *, gelu: bool = False, amax: Tensor | None = None, fused: bool | None = None
+    x: Tensor,
+    *,
+    gelu: bool = False,
+    amax: Tensor | None = None,
+    fused: bool | None = None,
+    padding: tuple[int, int] | None = None,
 ) -> QuantizedActivation:
     """One scale, from this tensor's own maximum: two passes over ``x``.
 
     Args:
         amax: [1] fp32 cell that is raised to the maximum.
+        padding: as in ``Cast``.
     """
-    largest = collect_amax(x, gelu=gelu, fused=fused)
+    largest = collect_amax(x, gelu=gelu, fused=fused, padding=padding)
     if amax is not None:
         torch.maximum(amax, largest, out=amax)
     multiplier = current_multiplier(largest)
     return quantize(x, Cast(Granularity.TENSOR, multiplier=multiplier, dequant=1 / multiplier), gelu=gelu, fused=fused)
 
 
-def collect_amax(x: Tensor, *, gelu: bool = False, fused: bool | None = None) -> Tensor:
-    """[1] fp32: the largest magnitude of ``x``, or of its GELU."""
+def collect_amax(
+    x: Tensor, *, gelu: bool = False, fused: bool | None = None, padding: tuple[int, int] | None = None
+) -> Tensor:
+    """[1] fp32: the largest magnitude of ``x`` [..., S, D], or of its GELU."""
     if not _use_triton(x, fused):
-        return _activated(x, gelu).abs().amax().float().reshape(1)
+        values = counted(_activated(x, gelu).flatten(0, -2), padding, x.shape[-2])
+        return values.abs().amax().float().reshape(1)
     from ._quantize_triton import launch_amax
 
-    return launch_amax(x, gelu)
+    return launch_amax(x, gelu, padding)
 
 
 def current_multiplier(amax: Tensor, margin: int = 0) -> Tensor:
@@ -156,6 +175,7 @@ def emit(values: Tensor, cast: Cast | None, dtype: torch.dtype) -> Tensor | Quan
 
 def _raise_amax(cast: Cast | None, values: Tensor) -> None:
     if cast is not None and cast.amax is not None:
+        values = counted(values.flatten(0, -2), cast.padding, values.shape[-2])
         torch.maximum(cast.amax, values.abs().amax().float().reshape(1), out=cast.amax)
 
 

@@ -1,7 +1,6 @@
 """One Wan transformer block, and the state of a forward that every block reads.
 
-B batch, S video tokens (padding included), L text tokens, D model width, N heads, E head width, R distinct timestep
-rows.
+B batch, S video tokens (padding included), L text tokens, D model width, N heads, E head width, R timestep rows.
 Parameter names are the official ones. Source: Wan-Video/Wan2.2 ``wan/modules/model.py``.
 """
 
@@ -61,7 +60,7 @@ class ForwardOptions:
 
 @dataclass(slots=True)
 class Modulation:
-    """Shift, scale and gate vectors, stored once for each distinct timestep."""
+    """Shift, scale and gate vectors, stored once a sample, or once a latent frame where frames differ."""
 
     rows: Tensor
     """[R, 6, D]: shift, scale, gate of self-attention, then of the FFN."""

@@ -5,7 +5,7 @@ A task that needs more (extra tokens, injections after some blocks) overrides ``
 and parallel layouts replace leaves, set ``token_multiple``, or wrap the stack through ``stack_wrappers``.
 
 B batch, C channels, F latent frames, H/W latent rows and columns, S video tokens, L text tokens, D model width, R
-distinct timestep rows.
+timestep rows.
 Precision follows the official code: fp32 residual stream, modulation, gates, time MLP and head; fp64 sinusoid and
 rotary angles; GEMMs and
 attention in ``compute_dtype``. Source: Wan-Video/Wan2.2 ``wan/modules/model.py``.
@@ -50,6 +50,9 @@ class ForwardQuantization(Protocol):
 
     def begin(self, device: torch.device, dtype: torch.dtype, fused: bool) -> int:
         """Before a forward; returns what the number of tokens must be a multiple of."""
+
+    def padded(self, tokens: int, num_tokens: int) -> None:
+        """The forward that began has ``num_tokens`` tokens, padded to ``tokens``."""
 
     def end(self, timestep: Tensor) -> None:
         """After a forward."""
@@ -207,6 +210,8 @@ class WanModel(nn.Module):
             needed = self.quantization.begin(tokens.device, state.compute_dtype, state.fused)
             multiple = math.lcm(multiple, needed)
         tokens = self._padded(tokens, state, multiple)
+        if self.quantization is not None:
+            self.quantization.padded(tokens.shape[1], state.num_tokens)
         tokens = self._stack()(tokens, state)[:, : state.num_tokens]
         if self.quantization is not None:
             self.quantization.end(timestep)
@@ -353,12 +358,20 @@ class WanModel(nn.Module):
     def _time_rows(
         self, timestep: Tensor, batch_tokens: torch.Size, grid: tuple[int, int, int]
     ) -> tuple[Tensor, Modulation]:
-        """Run the time MLP on distinct timesteps only: [R, D] embeddings and the modulation [R, 6, D]."""
+        """Run the time MLP on distinct timesteps only: [R, D] embeddings and the modulation [R, 6, D].
+
+        On a GPU equal timesteps of frames are not merged: to find them the host would have to wait, which costs more
+        than 31 rows of a small MLP.
+        """
         row_of_token = None
         if timestep.ndim == 2:
-            timestep, row = torch.unique(timestep, return_inverse=True)
+            if timestep.is_cuda and timestep.shape[1] == grid[0]:
+                row = torch.arange(timestep.numel(), device=timestep.device).view(timestep.shape)
+                timestep = timestep.flatten()
+            else:
+                timestep, row = torch.unique(timestep, return_inverse=True)
             repeats = (grid[0] * grid[1] * grid[2]) // row.shape[1]
-            row_of_token = row.repeat_interleave(repeats, dim=1)
+            row_of_token = row[..., None].expand(*row.shape, repeats).flatten(1)
             assert row_of_token.shape == batch_tokens, (row_of_token.shape, batch_tokens)
         embedding = self.time_embedding(wan.sinusoidal_embedding(timestep, self.spec.freq_dim).to(self.high_dtype))
         rows = self.time_projection(embedding).unflatten(1, (6, self.spec.dim))

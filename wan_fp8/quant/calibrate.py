@@ -44,6 +44,12 @@ class Site:
         """Whether the forward that is running came by."""
 
 
+def _spread(values: Tensor) -> Tensor:
+    """The same values 16 bytes apart: cuBLAS refuses a scale at another address ("not supported")."""
+    spaced = values.new_empty(len(values), 4)[:, 0]
+    return spaced.copy_(values)
+
+
 class DelayedScales:
     """History, scales and the maxima of the forward that is running, for every site of one model.
 
@@ -58,8 +64,7 @@ class DelayedScales:
         """True: scales stay what they are, and nothing is collected."""
         with torch.inference_mode(False):  # tensors made in inference mode could not be changed outside of it
             self.history = torch.zeros(history_len, len(self.sites))
-            self.multiplier = torch.ones(len(self.sites))
-            self.dequant = torch.ones(len(self.sites))
+            self.multiplier, self.dequant = (_spread(torch.ones(len(self.sites))) for _ in range(2))
             self.amax = torch.zeros(len(self.sites))
             self._timestep = torch.full((), float("nan"))
         self.entries = [Site() for _ in self.sites]
@@ -94,8 +99,10 @@ class DelayedScales:
         """Before a forward on ``device``. What a forward that failed had collected is dropped."""
         if self.amax.device != device:
             with torch.inference_mode(False):
-                for name in ("history", "multiplier", "dequant", "amax", "_timestep"):
+                for name in ("history", "amax", "_timestep"):
                     setattr(self, name, getattr(self, name).to(device))
+                for name in ("multiplier", "dequant"):
+                    setattr(self, name, _spread(getattr(self, name).to(device)))
             self._bind()
         if self._restart:
             self._begin_again()

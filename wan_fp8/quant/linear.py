@@ -51,6 +51,8 @@ class Quantization:
         )
         self.fused: bool | None = None
         """The Triton kernels or their eager references, as the running forward has it."""
+        self.padding: tuple[int, int] | None = None
+        """(tokens with padding, tokens) of the running forward; None where nothing is padded."""
         self._resolved: dict[tuple[torch.device, torch.dtype], Resolution[GemmRequest]] = {}
 
     def resolve(self, device: torch.device, dtype: torch.dtype) -> Resolution[GemmRequest]:
@@ -81,7 +83,12 @@ class Quantization:
         self.fused = fused
         if self.scales is not None:
             self.scales.begin(device)
+        self.padding = None
         return token_multiple(self.runner(device, dtype), self.recipe.granularity)
+
+    def padded(self, tokens: int, num_tokens: int) -> None:
+        """The forward that began has ``num_tokens`` tokens, padded to ``tokens``."""
+        self.padding = None if tokens == num_tokens else (tokens, num_tokens)
 
     def end(self, timestep: Tensor) -> None:
         """After a forward."""
@@ -109,7 +116,8 @@ class InputQuantizer:
         if self.quantization.runner(device, dtype).quantize is not None:
             return Cast(None)
         if granularity is Granularity.TENSOR:
-            return Cast(None, amax=torch.zeros(1, dtype=torch.float32, device=device))
+            amax = torch.zeros(1, dtype=torch.float32, device=device)
+            return Cast(None, amax=amax, padding=self.quantization.padding)
         return Cast(granularity, power_of_2=True)
 
     def finish(self, made: Tensor | QuantizedActivation, cast: Cast) -> QuantizedActivation:
@@ -126,17 +134,19 @@ class InputQuantizer:
     def __call__(self, x: Tensor, gelu: bool = False) -> QuantizedActivation:
         """Cast ``x`` [..., D], after a GELU (tanh form) where asked."""
         own = self.quantization.runner(x.device, x.dtype).quantize
-        fused = self.quantization.fused
+        fused, padding = self.quantization.fused, self.quantization.padding
+        granularity = self.quantization.recipe.granularity
+        if own is not None and padding is not None and granularity is Granularity.TENSOR and x.shape[1] == padding[0]:
+            x[:, padding[1] :] = 0  # a maximum of its own making takes every row in
         static = self._static()
         if static is not None:
             return quantize(x, static, gelu=gelu, fused=fused) if own is None else own(x, static, gelu)
-        granularity = self.quantization.recipe.granularity
         if own is not None:
             made = own(x, Cast(granularity, power_of_2=True), gelu)
             self._record(448.0 * made.scale)
             return made
         if granularity is Granularity.TENSOR:
-            return quantize_current(x, gelu=gelu, amax=self._cell(), fused=fused)
+            return quantize_current(x, gelu=gelu, amax=self._cell(), fused=fused, padding=padding)
         return quantize(x, Cast(granularity, power_of_2=True), gelu=gelu, fused=fused)
 
     def _static(self) -> Cast | None:
@@ -144,7 +154,10 @@ class InputQuantizer:
         site = self.site
         if site is None or not site.calibrated:
             return None
-        return Cast(Granularity.TENSOR, multiplier=site.multiplier, dequant=site.dequant, amax=self._cell())
+        padding = self.quantization.padding
+        return Cast(
+            Granularity.TENSOR, multiplier=site.multiplier, dequant=site.dequant, amax=self._cell(), padding=padding
+        )
 
     def _cell(self) -> Tensor | None:
         scales = self.quantization.scales
@@ -166,8 +179,15 @@ class FP8Linear(Linear):
     """Weight and scale that this layer was made of; None where they are gone."""
 
     def forward(self, x: Tensor | QuantizedActivation, gelu: bool = False) -> Tensor:
-        """[..., D_in] -> [..., D_out] in the type of ``x``; an input that is cast already is taken as it is."""
+        """[B, S, D_in] -> [B, S, D_out] in the type of ``x``; an input that is cast already is taken as it is.
+
+        The model pads video tokens once a forward; text of an odd length is padded here, once a prompt.
+        """
         if isinstance(x, Tensor):
+            runner = self.quantization.runner(x.device, x.dtype)
+            extra = -x.shape[1] % token_multiple(runner, self.quantization.recipe.granularity)
+            if extra:
+                return self.forward(F.pad(x, (0, 0, 0, extra)), gelu)[:, :-extra]
             x = self.input_quantizer(x)
         weight, scale, bias, handle = self.weight_source.fetch_stored(self, x.qdata, x.dtype)
         y = self.quantization.runner(x.device, x.dtype)(x, weight, scale, bias)

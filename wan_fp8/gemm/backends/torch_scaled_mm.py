@@ -13,7 +13,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from ...kernels.quantize import Granularity, QuantizedActivation
-from ..core import GEMM, GemmRequest, GemmRunner
+from ..core import GEMM, GemmRequest, GemmRunner, padded_block_scale
 
 _Version = tuple[int, int]
 
@@ -60,7 +60,10 @@ def _refuse(request: GemmRequest) -> str | None:
 
 
 def multiply(x: QuantizedActivation, weight: Tensor, weight_scale: Tensor, bias: Tensor | None) -> Tensor:
-    """[..., K] -> [..., N]; ``weight`` [N, K] row-major is the column-major operand that cuBLAS asks for."""
+    """[..., K] -> [..., N]; ``weight`` [N, K] row-major is the column-major operand that cuBLAS asks for.
+
+    cuBLAS reads a weight's block scales in fours along K; Wan's widths are multiples of 512, others are padded here.
+    """
     qdata = x.qdata.flatten(0, -2)
     if x.granularity is Granularity.BLOCK:
         y = F.scaled_mm(
@@ -68,7 +71,7 @@ def multiply(x: QuantizedActivation, weight: Tensor, weight_scale: Tensor, bias:
             weight.t(),
             x.scale.t(),
             F.ScalingType.BlockWise1x128,
-            weight_scale.t(),
+            padded_block_scale(weight_scale).t(),
             F.ScalingType.BlockWise128x128,
             bias=bias,
             output_dtype=x.dtype,
@@ -86,4 +89,5 @@ def multiply(x: QuantizedActivation, weight: Tensor, weight_scale: Tensor, bias:
     return y.unflatten(0, x.shape[:-1])
 
 
-GEMM.register("torch", priority=20, refuse=_refuse)(GemmRunner(multiply))
+GEMM.register("torch", priority=20, refuse=_refuse)(GemmRunner(multiply, multiples=((Granularity.BLOCK, 4),)))
+"""Block scales lie token by token, and their rows begin at multiples of 16 bytes."""

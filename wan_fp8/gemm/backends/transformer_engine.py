@@ -15,13 +15,12 @@ from importlib import metadata
 from typing import Any
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
 from ...errors import InputError
 from ...hardware import has_module
 from ...kernels.quantize import Cast, Granularity, QuantizedActivation
-from ..core import GEMM, GemmRequest, GemmRunner
+from ..core import GEMM, GemmRequest, GemmRunner, padded_block_scale
 
 VERSIONS = ((2, 20), (2, 21))
 """From the first, below the second."""
@@ -67,6 +66,10 @@ def probe() -> tuple[_Library | None, str]:
     if not low <= tuple(int(part) for part in version.split("+")[0].split(".")[:2]) < high:
         wanted = f"{low[0]}.{low[1]} up to, not including, {high[0]}.{high[1]}"
         return None, f"Transformer Engine {version} has not been tested with this pack (it takes {wanted}): {_INSTALL}"
+    if torch.version.cuda:
+        # It loads a cuDNN of its own finding; where that is another version, torch could not load its own any more,
+        # and every convolution after this would fail.
+        torch.backends.cudnn.version()
     # In its own order: the extension module loads its libraries through the package.
     found: dict[str, Any] = {}
     try:
@@ -155,7 +158,7 @@ def multiply(x: QuantizedActivation, weight: Tensor, weight_scale: Tensor, bias:
                 bool(is_weight),
                 fake_dtype=x.dtype,
             )
-            for data, scale, is_weight in ((stored, _padded(weight_scale), 1), (qdata, x.scale, 0))
+            for data, scale, is_weight in ((stored, padded_block_scale(weight_scale), 1), (qdata, x.scale, 0))
         )
     else:
         left, right = (
@@ -169,18 +172,12 @@ def multiply(x: QuantizedActivation, weight: Tensor, weight_scale: Tensor, bias:
     return y.view(*x.shape[:-1], weight.shape[0])
 
 
-def _padded(scale: Tensor) -> Tensor:
-    """A weight's block scales as wide as a multiple of four, which its GEMM reads; Wan's widths are so already."""
-    extra = -scale.shape[1] % 4
-    return F.pad(scale, (0, extra)) if extra else scale
-
-
 def _check_rows(rows: int, granularity: Granularity) -> None:
     multiple = dict(_MULTIPLES)[granularity]
     if rows % multiple:
         raise InputError(
-            f"Transformer Engine multiplies a number of rows divisible by {multiple}; got {rows}: pad text to 512 rows "
-            "(video tokens are padded by the model), or use backend torch"
+            f"Transformer Engine multiplies a number of rows divisible by {multiple}; got {rows}: pad the rows, or use "
+            "backend torch"
         )
 
 
