@@ -13,6 +13,8 @@ from .quantize import Cast, Granularity, QuantizedActivation
 MODES = {None: 0, Granularity.ROW: 1, Granularity.TENSOR: 2, Granularity.BLOCK: 3}
 """Store in high precision; cast with a scale a row, one for the tensor, one for 128 channels."""
 NO_STORE = 4
+NARROWEST = 128
+"""Values that a part of a row holds at least: block scales are made of 128."""
 
 _MAX = tl.constexpr(448.0)
 _TINY = tl.constexpr(1e-12)
@@ -26,34 +28,46 @@ def to_e4m3(scaled):
 
 
 @triton.jit
-def store_row(
-    values, inside, offset, token, rows, dim, out_ptr, scale_ptr, multiplier_ptr, amax_ptr,
-    MODE: tl.constexpr, POWER_OF_2: tl.constexpr, COLLECT: tl.constexpr, WIDTH: tl.constexpr,
-):  # fmt: skip
-    """Store one row of fp32 ``values`` (zero outside) as ``MODE`` says, and its largest magnitude where asked."""
+def largest_of(values, out_ptr, MODE: tl.constexpr):
+    """Largest magnitude of fp32 ``values`` (zero outside), as they will be stored where they stay in high precision."""
     if MODE == 0:
-        stored = values.to(out_ptr.dtype.element_ty)
-        tl.store(out_ptr + offset, stored, mask=inside)
-        values = stored.to(tl.float32)
-    if COLLECT or MODE == 1:
-        largest = tl.max(tl.abs(values), axis=0)
-        if COLLECT:
-            tl.store(amax_ptr + token, largest)
-        if MODE == 1:
-            largest = tl.maximum(largest, _TINY)
-            tl.store(scale_ptr + token, largest / _MAX)
-            tl.store(out_ptr + offset, to_e4m3(values * (_MAX / largest)), mask=inside)
+        values = values.to(out_ptr.dtype.element_ty).to(tl.float32)
+    return tl.max(tl.abs(values), axis=0)
+
+
+@triton.jit
+def row_multiplier(largest, token, scale_ptr, multiplier_ptr, amax_ptr, MODE: tl.constexpr, COLLECT: tl.constexpr):
+    """What the values of one row are multiplied by before a cast; stores the row's scale and its maximum."""
+    multiplier = 1.0
+    if COLLECT:
+        tl.store(amax_ptr + token, largest)
+    if MODE == 1:
+        largest = tl.maximum(largest, _TINY)
+        tl.store(scale_ptr + token, largest / _MAX)
+        multiplier = _MAX / largest
     if MODE == 2:
-        tl.store(out_ptr + offset, to_e4m3(values * tl.load(multiplier_ptr)), mask=inside)
+        multiplier = tl.load(multiplier_ptr)
+    return multiplier
+
+
+@triton.jit
+def store_part(
+    values, multiplier, inside, offset, token, rows, first, dim, out_ptr, scale_ptr,
+    MODE: tl.constexpr, POWER_OF_2: tl.constexpr, WIDTH: tl.constexpr,
+):  # fmt: skip
+    """Store ``WIDTH`` neighbouring values of a row, from column ``first`` on, as ``MODE`` says."""
+    if MODE == 0:
+        tl.store(out_ptr + offset, values.to(out_ptr.dtype.element_ty), mask=inside)
+    if MODE == 1 or MODE == 2:
+        tl.store(out_ptr + offset, to_e4m3(values * multiplier), mask=inside)
     if MODE == 3:
         groups = tl.reshape(values, (WIDTH // _GROUP, _GROUP))
-        multiplier = _MAX / tl.maximum(tl.max(tl.abs(groups), axis=1), _TINY)
+        of_group = _MAX / tl.maximum(tl.max(tl.abs(groups), axis=1), _TINY)
         if POWER_OF_2:  # keep the exponent, drop the mantissa
-            multiplier = (multiplier.to(tl.int32, bitcast=True) & 0x7F800000).to(tl.float32, bitcast=True)
-        group = tl.arange(0, WIDTH // _GROUP)
-        place = scale_ptr + group.to(tl.int64) * rows + token
-        tl.store(place, 1.0 / multiplier, mask=group * _GROUP < dim)
-        scaled = tl.reshape(groups * multiplier[:, None], (WIDTH,))
+            of_group = (of_group.to(tl.int32, bitcast=True) & 0x7F800000).to(tl.float32, bitcast=True)
+        group = first // _GROUP + tl.arange(0, WIDTH // _GROUP)
+        tl.store(scale_ptr + group.to(tl.int64) * rows + token, 1.0 / of_group, mask=group * _GROUP < dim)
+        scaled = tl.reshape(groups * of_group[:, None], (WIDTH,))
         tl.store(out_ptr + offset, to_e4m3(scaled), mask=inside)
 
 
@@ -76,14 +90,15 @@ def quantize_kernel(
     x = tl.load(x_ptr + offset, mask=inside, other=0.0).to(tl.float32)
     if GELU:
         x = gelu_tanh(x)
-    store_row(
-        x, inside, offset, token, rows, dim, out_ptr, scale_ptr, multiplier_ptr, amax_ptr,
-        MODE, POWER_OF_2, COLLECT, WIDTH,
+    largest = largest_of(x, out_ptr, MODE) if COLLECT or MODE == 1 else 0.0
+    multiplier = row_multiplier(largest, token, scale_ptr, multiplier_ptr, amax_ptr, MODE, COLLECT)
+    store_part(
+        x, multiplier, inside, offset, token, rows, 0, dim, out_ptr, scale_ptr, MODE, POWER_OF_2, WIDTH
     )  # fmt: skip
 
 
 def outputs(x: Tensor, cast: Cast | None, dtype: torch.dtype) -> tuple[Tensor, Tensor | None, Tensor | None]:
-    """Room for what ``store_row`` writes for tensors shaped like ``x``: values, scales, maxima of rows."""
+    """Room for what a row's stores write for tensors shaped like ``x``: values, scales, maxima of rows."""
     rows, dim = x.numel() // x.shape[-1], x.shape[-1]
     granularity = None if cast is None else cast.granularity
     out = torch.empty(x.shape, dtype=dtype if granularity is None else reference.E4M3, device=x.device)
@@ -96,7 +111,7 @@ def outputs(x: Tensor, cast: Cast | None, dtype: torch.dtype) -> tuple[Tensor, T
 def finish(
     out: Tensor, scale: Tensor | None, row_amax: Tensor | None, cast: Cast | None, dtype: torch.dtype
 ) -> Tensor | QuantizedActivation:
-    """Put together what ``store_row`` wrote."""
+    """Put together what they wrote."""
     if cast is None:
         return out
     if row_amax is not None:

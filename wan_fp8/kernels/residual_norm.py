@@ -22,6 +22,9 @@ from torch import Tensor
 from . import accumulate_dtype
 from .quantize import Cast, QuantizedActivation, emit
 
+NUM_WARPS = 8
+"""Warps that share one row of a full-size model."""
+
 
 @dataclass(frozen=True, slots=True)
 class NormTable:
@@ -128,7 +131,8 @@ def fused(
         (None, None, False) if table is None else (table.scale_RD, table.shift_RD, table.modulated)
     )
     rows = None if row_of_token is None else row_of_token.to(torch.int32)
-    block = triton.next_power_of_2(dim)
+    head = 1 << (dim.bit_length() - 1)
+    tail = 0 if head == dim else max(quantized.NARROWEST, triton.next_power_of_2(dim - head))
     residual_norm_kernel[(batch * tokens,)](
         x_BSD, branch_BSD, gate_RD, scale, shift, rows, x_out, out,
         out_scale, None if cast is None else cast.multiplier, amax,
@@ -139,6 +143,6 @@ def fused(
         MODULATED=modulated, HAS_ROWS=rows is not None,
         MODE=quantized.MODES[None if cast is None else cast.granularity],
         POWER_OF_2=cast is not None and cast.power_of_2, COLLECT=amax is not None,
-        BLOCK=block, num_warps=min(8, max(1, block // 1024)),
+        HEAD=head, TAIL=tail, num_warps=min(NUM_WARPS, max(1, head // 512)),
     )  # fmt: skip
     return x_out, None if out is None else quantized.finish(out, out_scale, amax, cast, out_dtype)
