@@ -20,7 +20,7 @@ from torch import Tensor
 
 from wan_fp8.attention import ATTENTION, AttentionCore
 from wan_fp8.attention.core import register_backends
-from wan_fp8.kernels import attention_cast, residual_norm, rms_rope
+from wan_fp8.kernels import attention_cast, quantize, residual_norm, rms_rope
 from wan_fp8.kernels.residual_norm import NormTable
 from wan_fp8.models import functional as wan
 
@@ -41,6 +41,17 @@ def copy_bandwidth() -> float:
     source = torch.empty(2**28, dtype=torch.int32, device="cuda").random_()
     target = torch.empty_like(source)
     return 2 * source.numel() * 4 / min(common.milliseconds(lambda: target.copy_(source), "cuda")) / 1e9
+
+
+def casts() -> dict[str, quantize.Cast]:
+    """Each kind of scales; the one for the tensor from before, its maximum collected on the way."""
+    multiplier, amax = torch.full((1,), 50.0, device="cuda"), torch.zeros(1, device="cuda")
+    tensor = quantize.Cast(quantize.Granularity.TENSOR, multiplier=multiplier, dequant=1 / multiplier, amax=amax)
+    return {
+        "row": quantize.Cast(quantize.Granularity.ROW),
+        "tensor": tensor,
+        "block": quantize.Cast(quantize.Granularity.BLOCK, power_of_2=True),
+    }
 
 
 def fused_kernels(bandwidth: float) -> list[dict]:
@@ -75,6 +86,26 @@ def fused_kernels(bandwidth: float) -> list[dict]:
                 lambda a=arguments, o=options: residual_norm.eager(*a, **o),
                 per_value * one,
             )
+            if norm is None or added is None:
+                continue
+            for kind, cast in casts().items():
+                given = options | {"cast": cast}
+                row(
+                    f"{name} -> e4m3 by {kind}, {str(stream).removeprefix('torch.')} stream",
+                    lambda a=arguments, o=given: residual_norm.fused(*a, **o),
+                    lambda a=arguments, o=given: residual_norm.eager(*a, **o),
+                    (per_value - 1) * one,
+                )
+    hidden, y = random(1, TOKENS, FFN, seed=15), random(1, TOKENS, DIM, seed=16)
+    for what, values, gelu in (("attention output", y, False), ("GELU of the FFN's hidden layer", hidden, True)):
+        for kind, cast in casts().items():
+            row(
+                f"{what} -> e4m3 by {kind}",
+                lambda v=values, c=cast, g=gelu: quantize.quantize(v, c, gelu=g, fused=True),
+                lambda v=values, c=cast, g=gelu: quantize.quantize(v, c, gelu=g, fused=False),
+                3 * values.numel(),
+            )
+    del hidden, y
     q, gain = random(1, TOKENS, DIM, seed=3), random(DIM, seed=4)
     rope = tuple(t.cuda() for t in wan.rope_table(wan.grid_positions(GRID), 128, torch.float32))
     for name, turn in (("RMSNorm + RoPE", rope), ("RMSNorm", None)):

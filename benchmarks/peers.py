@@ -4,7 +4,7 @@
 
 Every peer runs as shipped (torch's choice of attention) and again with FlashAttention 3, diffusers also compiled; TF32
 is allowed for all, and
-nobody but the rows that say so is compiled. Time per block is the difference between two layer counts, the median of
+nobody but the rows that say so is compiled. FP8 rows: our recipes, and core's own FP8 matrix products. Time per block is the difference between two layer counts, the median of
 five forwards each.
 A peer that is not installed is named as left out.
 """
@@ -21,13 +21,14 @@ from typing import Annotated
 import common
 import torch
 import typer
-from dit import MODELS, latent_grid, model_inputs, random_model
+from dit import MODELS, latent_grid, model_inputs, open_window, random_model
 from rich.console import Console
 from rich.table import Table
 from torch import Tensor, nn
 
-from wan_fp8 import Attention, set_attention
+from wan_fp8 import Recipe, apply_recipe, set_attention
 from wan_fp8.errors import BackendUnavailableError
+from wan_fp8.kernels.quantize import Granularity, quantize_weight
 from wan_fp8.models.specs import ModelSpec
 
 DTYPE = torch.bfloat16
@@ -35,10 +36,13 @@ console = Console(width=140)
 
 
 @contextmanager
-def ours(spec: ModelSpec, layers: int, attention: str) -> Iterator[tuple[nn.ModuleList, Callable[..., Tensor]]]:
-    """Our model, without torch.compile."""
+def ours(
+    spec: ModelSpec, layers: int, attention: str, recipe: str = "none"
+) -> Iterator[tuple[nn.ModuleList, Callable[..., Tensor]]]:
+    """Our model, without torch.compile; low-precision attention in every block."""
     model = random_model(spec, layers, "cuda", DTYPE)
-    set_attention(model, Attention(attention))
+    set_attention(model, open_window(attention))
+    apply_recipe(model, Recipe(recipe))
     yield model.blocks, model
 
 
@@ -94,8 +98,11 @@ def diffusers_peer(
 
 
 @contextmanager
-def core_peer(spec: ModelSpec, layers: int, attention: str) -> Iterator[tuple[nn.ModuleList, Callable[..., Tensor]]]:
-    """Core ComfyUI's WanModel, with core's own operations and its choice of attention."""
+def core_peer(
+    spec: ModelSpec, layers: int, attention: str, fp8: bool = False
+) -> Iterator[tuple[nn.ModuleList, Callable[..., Tensor]]]:
+    """Core ComfyUI's WanModel, with core's own operations and its choice of attention; ``fp8``: as it runs a scaled FP8
+    checkpoint with its FP8 matrix products switched on."""
     import comfy.ldm.wan.model as core_wan
     import comfy.ops
 
@@ -112,14 +119,29 @@ def core_peer(spec: ModelSpec, layers: int, attention: str) -> Iterator[tuple[nn
         model = core_wan.WanModel(
             model_type="t2v", in_dim=spec.in_dim, out_dim=spec.out_dim, dim=spec.dim, ffn_dim=spec.ffn_dim,
             num_heads=spec.num_heads, num_layers=layers,
-            text_dim=spec.text_dim, operations=comfy.ops.disable_weight_init, dtype=DTYPE,
+            text_dim=spec.text_dim, dtype=DTYPE,
+            operations=comfy.ops.scaled_fp8_ops(fp8_matrix_mult=True) if fp8 else comfy.ops.disable_weight_init,
         )  # fmt: skip
     model = filled(model)
     model.patch_embedding.float()  # as core's loader leaves it
+    if fp8:
+        scale_linears(model)
     try:
         yield model.blocks, lambda x, timestep, context: model(x, timestep, context)
     finally:
         core_wan.optimized_attention = original
+
+
+def scale_linears(model: nn.Module) -> None:
+    """The linears of the blocks as a scaled FP8 checkpoint holds them: e4m3, one scale a tensor."""
+    for name, module in model.named_modules():
+        if not isinstance(module, nn.Linear):
+            continue
+        module.scale_weight = nn.Parameter(torch.ones((), device="cuda"), requires_grad=False)
+        module.comfy_cast_weights = True
+        if name.startswith("blocks."):
+            qdata, scale = quantize_weight(module.weight, Granularity.TENSOR)
+            module.weight, module.scale_weight = (nn.Parameter(t, requires_grad=False) for t in (qdata, scale))
 
 
 def layer_times(peer, layers: tuple[int, int], inputs: tuple[Tensor, ...]) -> tuple[float, float]:
@@ -142,12 +164,19 @@ def peers(spec: ModelSpec) -> dict[str, tuple[str, Callable]]:
     return {
         "ours, FA3": ("fa3", partial(ours, spec, attention="fa3")),
         "ours, cuDNN": ("cudnn", partial(ours, spec, attention="cudnn")),
+        "ours, FP8 rowwise, FA3": ("fa3", partial(ours, spec, attention="fa3", recipe="rowwise")),
+        "ours, FP8 DelayedScaling, FA3": ("fa3", partial(ours, spec, attention="fa3", recipe="DelayedScaling")),
+        "ours, FP8 CurrentScaling, FA3": ("fa3", partial(ours, spec, attention="fa3", recipe="Float8CurrentScaling")),
+        "ours, FP8 BlockScaling, FA3": ("fa3", partial(ours, spec, attention="fa3", recipe="Float8BlockScaling")),
+        "ours, FP8 rowwise, FP8 attention": ("fa3-fp8", partial(ours, spec, attention="fa3-fp8", recipe="rowwise")),
         "diffusers, eager, as shipped": ("native", partial(diffusers_peer, spec, attention="native", compiled=False)),
         "diffusers, compiled, as shipped": ("native", partial(diffusers_peer, spec, attention="native", compiled=True)),
         "diffusers, eager, FA3": ("fa3", partial(diffusers_peer, spec, attention="fa3", compiled=False)),
         "diffusers, compiled, FA3": ("fa3", partial(diffusers_peer, spec, attention="fa3", compiled=True)),
         "core ComfyUI, as shipped": ("native", partial(core_peer, spec, attention="native")),
         "core ComfyUI, FA3": ("fa3", partial(core_peer, spec, attention="fa3")),
+        "core ComfyUI, FP8, as shipped": ("native", partial(core_peer, spec, attention="native", fp8=True)),
+        "core ComfyUI, FP8, FA3": ("fa3", partial(core_peer, spec, attention="fa3", fp8=True)),
     }
 
 
@@ -191,10 +220,13 @@ def main(
             torch.cuda.empty_cache()
             torch._dynamo.reset()
         rows.append({
-            "peer": name, "model": model, "size": size, "frames": frames, "recipe": "none", "attention": attention,
+            "peer": name, "model": model, "size": size, "frames": frames, "attention": attention,
+            "recipe": peer.keywords.get("recipe", "scaled_fp8" if peer.keywords.get("fp8") else "none"),
             "layer_ms": round(layer_ms, 2), "fixed_ms": round(fixed_ms, 2),
         })  # fmt: skip
         console.print(rows[-1])
+        if json:
+            common.write_results(json, rows, "cuda")
     table = Table(title=f"{model} {size} x {frames} frames")
     for column in ("peer", "ms a block", "outside the blocks", "ours with FA3 is faster by"):
         table.add_column(column)
@@ -204,8 +236,6 @@ def main(
             ratio = "" if best is None else f"{row['layer_ms'] / best:.3f} x"
             table.add_row(row["peer"], f"{row['layer_ms']:.1f}", f"{row['fixed_ms']:.1f}", ratio)
     console.print(table)
-    if json:
-        common.write_results(json, rows, "cuda")
 
 
 if __name__ == "__main__":

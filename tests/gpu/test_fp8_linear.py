@@ -3,18 +3,20 @@
 from __future__ import annotations
 
 import contextlib
+import dataclasses
 
 import pytest
 import torch
-from test_model_parity import inputs, relative, tiny_model
+from test_model_parity import TINY, inputs, random_state, relative, tiny_model
 from torch import Tensor
 from torch.profiler import ProfilerActivity, profile
 
 from wan_fp8 import Recipe, apply_recipe, load_scales, remove_recipe, save_scales
-from wan_fp8.gemm import GEMM, GemmRequest, GemmRunner, register_backends
+from wan_fp8.gemm import GEMM, GemmRequest, GemmRunner, register_backends, token_multiple
 from wan_fp8.gemm.backends import transformer_engine
 from wan_fp8.hardware import device_caps
 from wan_fp8.kernels.quantize import Cast, Granularity, quantize, quantize_current, quantize_weight, spread_scale
+from wan_fp8.models.wan import build_model
 from wan_fp8.quant.linear import FP8Linear
 from wan_fp8.quant.recipe import GRANULARITIES
 
@@ -88,7 +90,9 @@ def test_an_outlier_of_1e4(backend: str, granularity: Granularity) -> None:
 @pytest.mark.parametrize("tokens", [9_450, 9_419, 5_566, 1])
 @pytest.mark.parametrize("granularity", list(Granularity))
 def test_torch_takes_any_number_of_tokens(tokens: int, granularity: Granularity) -> None:
+    """Or the next multiple of what it says it needs."""
     run = runner("torch", granularity)
+    tokens += -tokens % token_multiple(run, granularity)
     x, weight, bias = operands()
     x = x[:, :1].expand(1, tokens, K).contiguous()
     qweight, scale = quantize_weight(weight, granularity, power_of_2=granularity is Granularity.BLOCK)
@@ -187,9 +191,12 @@ def test_only_fp8_products_in_the_ten_linears(name: str, backend: str) -> None:
     """By the profiler: eight e4m3 products a block from the second forward on (text keys and values are kept), none
     in bf16, nothing padded or copied on the way."""
     runner(backend, GRANULARITIES[name])
-    model = tiny_model("t2v", torch.bfloat16).to(CUDA)
+    with torch.device("meta"):  # widths that are multiples of 512, as Wan's are: block scales need no padding
+        model = build_model(dataclasses.replace(TINY["t2v"], dim=512, ffn_dim=1024, num_heads=4))
+    state = {key: value.to(CUDA, torch.bfloat16) for key, value in random_state(model).items()}
+    model.load_state_dict(state, assign=True)
     apply_recipe(model, Recipe(name, backend=backend))
-    x, context = (t.to(CUDA, torch.bfloat16) for t in inputs("t2v"))
+    x, context = (t.to(CUDA, torch.bfloat16) for t in inputs("t2v", rows=16, columns=16, frames=2, tokens=512))
 
     def forward() -> Tensor:
         return model(x, torch.tensor([900], device=CUDA), context)
@@ -253,6 +260,34 @@ def test_delayed_scales_move_without_the_host(backend: str, tmp_path) -> None:
         load_scales(second, tmp_path / "scales.safetensors")
         results.append(second(x, timesteps[0], context))
     assert torch.equal(*results)
+
+
+@pytest.mark.parametrize("kind", ["t2v", "ti2v"])
+@pytest.mark.parametrize("name", [None, *GRANULARITIES])
+def test_the_host_never_waits(kind: str, name: str | None) -> None:
+    """Timesteps per frame, a known prompt, every recipe: after its first forward a model queues work and returns."""
+    model = tiny_model(kind, torch.bfloat16).to(CUDA)
+    if name is not None:
+        runner("torch", GRANULARITIES[name])
+        apply_recipe(model, Recipe(name, backend="torch"))
+    x, context = (t.to(CUDA, torch.bfloat16) for t in inputs(kind))
+    timesteps = [torch.full((1, x.shape[2]) if kind == "ti2v" else (1,), t, device=CUDA) for t in (900.0, 800.0)]
+    timesteps[1][..., :1] = 0 if kind == "ti2v" else 800
+    model(x, timesteps[0], context)
+    torch.cuda.set_sync_debug_mode("error")
+    try:
+        model(x, timesteps[1], context)
+    finally:
+        torch.cuda.set_sync_debug_mode("default")
+
+
+def test_convolutions_still_run_beside_transformer_engine() -> None:
+    """It brings a cuDNN of its own finding; torch keeps its own."""
+    transformer_engine.probe()
+    assert torch.backends.cudnn.version()
+    x = torch.randn(1, 4, 3, 8, 8, device=CUDA, dtype=torch.bfloat16)
+    weight = torch.randn(4, 4, 3, 3, 3, device=CUDA, dtype=torch.bfloat16)
+    assert torch.nn.functional.conv3d(x, weight, padding=1).isfinite().all()
 
 
 def test_quantising_on_the_gpu_leaves_one_byte_a_weight() -> None:

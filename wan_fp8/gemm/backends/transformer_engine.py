@@ -8,10 +8,16 @@ GPU tests have passed are taken, and a name that is gone is a reason to refuse.
 
 from __future__ import annotations
 
+import contextlib
+import ctypes
 import functools
 import importlib
+import importlib.util
+import os
+from collections.abc import Iterator
 from dataclasses import dataclass
 from importlib import metadata
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -66,14 +72,11 @@ def probe() -> tuple[_Library | None, str]:
     if not low <= tuple(int(part) for part in version.split("+")[0].split(".")[:2]) < high:
         wanted = f"{low[0]}.{low[1]} up to, not including, {high[0]}.{high[1]}"
         return None, f"Transformer Engine {version} has not been tested with this pack (it takes {wanted}): {_INSTALL}"
-    if torch.version.cuda:
-        # It loads a cuDNN of its own finding; where that is another version, torch could not load its own any more,
-        # and every convolution after this would fail.
-        torch.backends.cudnn.version()
     # In its own order: the extension module loads its libraries through the package.
     found: dict[str, Any] = {}
     try:
-        importlib.import_module("transformer_engine.pytorch")
+        with _torch_s_cudnn():
+            importlib.import_module("transformer_engine.pytorch")
         for module_name, names in _NAMES.items():
             module = importlib.import_module(module_name)
             for name in names:
@@ -86,6 +89,27 @@ def probe() -> tuple[_Library | None, str]:
     except (ImportError, OSError, RuntimeError) as error:  # FileNotFoundError: its compiled part is missing
         return None, f"Transformer Engine {version} does not load ({error}); reinstall it with: {_INSTALL}"
     return _Library(**found), version
+
+
+@contextlib.contextmanager
+def _torch_s_cudnn() -> Iterator[None]:
+    """Let Transformer Engine load the cuDNN that torch came with.
+
+    It looks in the system's folders first. With a cuDNN of another version there, whichever of the two libraries comes
+    second fails: torch's convolutions ("version incompatibility"), or Transformer Engine's import.
+    """
+    spec = importlib.util.find_spec("nvidia.cudnn") if importlib.util.find_spec("nvidia") else None
+    folders = [] if spec is None else list(spec.submodule_search_locations or [])
+    if not folders or not torch.version.cuda or {"CUDNN_HOME", "CUDNN_PATH"} & os.environ.keys():
+        yield
+        return
+    for path in sorted(Path(folders[0]).glob("lib/libcudnn*.so.*")):  # all of it: the parts ask for each other by name
+        ctypes.CDLL(str(path), mode=ctypes.RTLD_GLOBAL)
+    os.environ["CUDNN_HOME"] = folders[0]
+    try:
+        yield
+    finally:
+        del os.environ["CUDNN_HOME"]
 
 
 def _refuse(request: GemmRequest) -> str | None:
