@@ -3,9 +3,9 @@
     python benchmarks/dit.py --model i2v-A14B --size 1280x720 --frames 81 --layers 3,6 --attention fa3 \\
         --recipe rowwise,DelayedScaling --backend torch,transformer_engine --json out.json
 
-Time per block is the difference between two layer counts, run in turn. ``floor_ms`` is the sum, for one block, of the
-fastest of two times five runs of every GEMM and attention call by itself, plus the bytes that fused passes must move over the
-copy bandwidth of the same run; every term is printed. Each term is measured right after a forward: a GPU that has
+Time per block is the difference between two layer counts, run in turn. ``floor_ms`` is the sum, for one block, of every
+GEMM and attention call by itself, the fastest of two times five runs, plus the bytes that fused passes must move over
+the copy bandwidth of the same run; every term is printed. Each term is measured right after a forward: a GPU that has
 rested runs above the clock that its power limit leaves it in a video's forwards, and a floor from it is one that no
 sum of its kernels reaches.
 The error is that of the velocity against the same weights in fp32, on a clip of at most 4,096 tokens.
@@ -210,6 +210,14 @@ def _short(kernel: str) -> str:
     return kernel[:110]
 
 
+def settle(call, seconds: float = 2.0) -> None:
+    """Run until the GPU has come to the clock that its power limit leaves it."""
+    began = time.perf_counter()
+    while time.perf_counter() - began < seconds:
+        call()
+        torch.cuda.synchronize()
+
+
 def host_ms(call, device: str) -> float:
     """Milliseconds until a forward returns to its caller, which has the work queued and not done: what the host adds
     where the GPU is quicker, and the whole forward if something in it waits for the GPU."""
@@ -290,6 +298,7 @@ def measure(
     rounds = 5 if tokens > 40_000 else 15
     times: dict[int, list[float]] = {count: [] for count in layers}
     if cuda:
+        settle(forward)
         torch.cuda.reset_peak_memory_stats()
     for round_ in range(rounds):  # in turn, so that a warming GPU slows both counts alike
         for count in layers:
@@ -307,10 +316,9 @@ def measure(
         torch.empty(1, tokens, spec.num_heads, spec.head_dim, device=device, dtype=dtype),
         torch.empty(1, tokens, 1, spec.head_dim, device=device, dtype=dtype),
     )
+    terms = floor_terms(model, tokens, device, dtype, torch.empty((), dtype=model.stream_dtype).element_size(), forward)
     model.blocks = every_block
     error = velocity_error(model, grid, device, dtype, originals)
-    stream_bytes = torch.empty((), dtype=model.stream_dtype).element_size()
-    terms = floor_terms(model, tokens, device, dtype, stream_bytes, forward)
     forward_s = (fixed_ms + spec.num_layers * layer_ms) / 1000
     return {
         "model": model_name,

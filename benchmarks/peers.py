@@ -3,9 +3,8 @@
     python benchmarks/peers.py --comfyui DIR --json benchmarks/results/peers.json
 
 Every peer runs as shipped (torch's choice of attention) and again with FlashAttention 3, diffusers also compiled; TF32
-is allowed for all, and
-nobody but the rows that say so is compiled. FP8 rows: our recipes, and core's own FP8 matrix products. Time per block is the difference between two layer counts, the median of
-five forwards each.
+is allowed for all, and nobody but the rows that say so is compiled. FP8 rows: our recipes, and core's own FP8 matrix
+products. Time per block is the difference between two layer counts, the median of five forwards each.
 A peer that is not installed is named as left out.
 """
 

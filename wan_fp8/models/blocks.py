@@ -280,13 +280,17 @@ class GELULinear(nn.Sequential):
         """How the first linear wants its input."""
         return self[0].input_quantizer  # type: ignore[return-value]
 
-    def hidden(self, x: Tensor | QuantizedActivation) -> Tensor | QuantizedActivation:
+    def expand(self, x: Tensor | QuantizedActivation) -> Tensor:
+        """The hidden layer; activated already where that costs no pass of its own."""
+        return self[0](x, gelu=self[2].input_quantizer is None)
+
+    def activated(self, expanded: Tensor) -> Tensor | QuantizedActivation:
         """The activated hidden layer, as the second linear wants it."""
         wanted: InputQuantizer | None = self[2].input_quantizer  # type: ignore[assignment]
-        return self[0](x, gelu=True) if wanted is None else wanted(self[0](x), gelu=True)
+        return expanded if wanted is None else wanted(expanded, gelu=True)
 
     def forward(self, x: Tensor) -> Tensor:
-        return self[2](self.hidden(x))
+        return self[2](self.activated(self.expand(x)))
 
 
 SELF_SHIFT, SELF_SCALE, SELF_GATE, FFN_SHIFT, FFN_SCALE, FFN_GATE = range(6)
@@ -356,6 +360,8 @@ class WanBlock(nn.Module):
         """Modulated norm of the stream, then the FFN [B, S, D]."""
         table = NormTable(table_R6D[:, FFN_SCALE], table_R6D[:, FFN_SHIFT], modulated=True)
         x = stream.normed(table, state.compute_dtype, self.ffn.input_quantizer)
-        hidden = self.ffn.hidden(x)
+        expanded = self.ffn.expand(x)
         del x
+        hidden = self.ffn.activated(expanded)
+        del expanded
         return self.ffn[2](hidden)
