@@ -225,13 +225,15 @@ def test_only_fp8_products_in_the_ten_linears(name: str, backend: str) -> None:
             inside = span.time_range.start <= event.time_range.start <= span.time_range.end
             if inside and event.kernels:
                 names += [kernel.name for kernel in event.kernels]
-    products = [n for n in names if any(word in n.lower() for word in ("gemm", "nvjet", "cutlass", "matmul"))]
-    assert len(products) >= len(spans), sorted(set(names))
-    assert not any("bf16_bf16_bf16" in n or "bf16gemm" in n.lower() for n in products), sorted(set(products))
-    fp8 = ("e4m3", "qqt", "_qq", "f8", "fp8")
-    assert all(any(word in n.lower() for word in fp8) for n in products), sorted(set(products))
+    # by name among all kernels of the forward: a product that a library launches belongs to no operator of torch
+    kernels = [event.name for event in events if event.device_type == torch.autograd.DeviceType.CUDA]
+    products = [n for n in kernels if any(w in n.lower() for w in ("gemm", "nvjet", "cutlass")) and "flash" not in n]
+    fp8 = [n for n in products if any(word in n.lower() for word in ("e4m3", "qqt", "_qq", "f8", "fp8"))]
+    assert len(fp8) >= len(spans), sorted(set(products))
+    high = [n for n in products if n not in fp8 and "f32f32" not in n]
+    assert len(high) <= 1, ("the patch embedding alone is in bf16", sorted(set(high)))
     assert not any(word in n.lower() for n in names for word in ("pad", "copy_kernel", "catarray")), sorted(set(names))
-    print(name, backend, sorted(set(products)))
+    print(name, backend, sorted(set(fp8)))
 
 
 @pytest.mark.parametrize("backend", ["torch", "transformer_engine"])
