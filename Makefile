@@ -13,8 +13,10 @@ VENV = $(WAN_FP8_HOST_DIR)/venv/bin
 PINNED = env -u COMFYUI_DIR -u PYTHONDONTWRITEBYTECODE
 PYTEST = $(PINNED) OMP_NUM_THREADS=1 $(VENV)/python -P -m pytest -c tests/pytest.ini --rootdir tests
 TESTS ?= tests
+# Triton, for its interpreter only: kept out of the environment, where PyTorch would find it and take it for a GPU's.
+TRITON = $(WAN_FP8_HOST_DIR)/triton
 
-.PHONY: demo test check host clean ui
+.PHONY: demo test check host clean ui triton
 
 demo:
 	@$(PYTHON) scripts/demo.py
@@ -22,7 +24,12 @@ demo:
 host:
 	@$(PINNED) $(PYTHON) scripts/host.py >/dev/null
 
-test: host
+triton: host
+	@test -d $(TRITON) || { rm -rf $(TRITON).part && \
+		$(VENV)/python -m pip install -q --no-deps --target $(TRITON).part triton==3.6.0 && mv $(TRITON).part $(TRITON); } \
+		|| echo "no Triton for this platform: the tests of its kernels in the interpreter are named as skipped"
+
+test: host triton
 	@$(PYTEST) $(TESTS)
 
 ui: host
