@@ -18,6 +18,7 @@ from wan_fp8.kernels.quantize import (
     Cast,
     Granularity,
     QuantizedActivation,
+    dequantized_weight,
     quantize,
     quantize_current,
     quantize_weight,
@@ -77,9 +78,11 @@ def test_weight_error(granularity: Granularity) -> None:
     for power_of_2 in (False, True):
         qweight, scale = quantize_weight(weight, granularity, power_of_2=power_of_2)
         back = qweight.double() * spread_scale(scale, weight.shape).double()
+        assert torch.equal(dequantized_weight(qweight, scale, torch.float64), back)
+        assert torch.equal(dequantized_weight(qweight, scale, torch.bfloat16), back.bfloat16()), "rounded once"
         assert 0.024 < float((back - weight.double()).norm() / weight.double().norm()) < 0.029
-        if power_of_2:
-            assert torch.equal(scale.log2(), scale.log2().round())
+        if power_of_2 or granularity is Granularity.MX:
+            assert torch.equal(scale.float().log2(), scale.float().log2().round())
         else:
             assert float(qweight.float().abs().max()) == 448
 
@@ -137,7 +140,7 @@ def refusal(backend: str, granularity: Granularity, *args, dtype: torch.dtype = 
     return GEMM.backend(backend).refuse(GemmRequest(caps(*args, **kwargs), granularity, dtype))
 
 
-def test_capabilities() -> None:
+def test_refusals() -> None:
     row, tensor, block = Granularity.ROW, Granularity.TENSOR, Granularity.BLOCK
     for kind in (row, tensor, block):
         assert refusal("torch", kind, (9, 0)) is None

@@ -26,6 +26,7 @@ from torch import Tensor
 from ...errors import InputError
 from ...hardware import has_module
 from ...kernels.quantize import Cast, Granularity, QuantizedActivation
+from ..capabilities import why_not
 from ..core import GEMM, GemmRequest, GemmRunner, padded_block_scale
 
 VERSIONS = ((2, 20), (2, 21))
@@ -113,26 +114,11 @@ def _torch_s_cudnn() -> Iterator[None]:
 
 
 def _refuse(request: GemmRequest) -> str | None:
-    caps = request.caps
-    if request.granularity is Granularity.ROW:
-        return "Transformer Engine has no row scales; use backend torch"
-    if not caps.is_cuda or caps.capability is None:
-        return f"it needs an NVIDIA GPU; the tensors are on {caps.device.type}"
-    needed = (9, 0) if request.granularity is Granularity.BLOCK else (8, 9)
-    if caps.capability < needed:
-        return f"it needs compute capability {needed[0]}.{needed[1]}; {caps.name} has " + ".".join(
-            map(str, caps.capability)
-        )
-    if request.granularity is Granularity.BLOCK and _cuda(caps.cuda_version) < (12, 9):
-        return f"its block scales need CUDA 12.9; this is {caps.cuda_version}"
-    if request.dtype != torch.bfloat16:
-        return f"it is used in bf16, not {request.dtype}"
+    reason = why_not("transformer_engine", request)
+    if reason is not None:
+        return reason
     library, reason = probe()
     return reason if library is None else None
-
-
-def _cuda(version: str | None) -> tuple[int, ...]:
-    return tuple(int(part) for part in (version or "0.0").split(".")[:2])
 
 
 def _library() -> _Library:
