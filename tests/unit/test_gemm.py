@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import sys
 import types
+from importlib.metadata import PackageNotFoundError
 
 import pytest
 import torch
@@ -254,6 +255,17 @@ def test_transformer_engine_keeps_scales_and_maxima_of_ours(engine) -> None:
         GEMM.backend("transformer_engine").run.quantize(x.new_zeros(1, 17, 128), given, False)
 
 
+NO_EXTENSION = "Could not find shared object file for Transformer Engine torch lib."
+NO_CUDA = "libcudart.so.13: cannot open shared object file: No such file or directory"
+
+
+def _raise(error: Exception):
+    def run(*_):
+        raise error
+
+    return run
+
+
 @pytest.mark.parametrize(
     "break_it, reason",
     [
@@ -261,9 +273,36 @@ def test_transformer_engine_keeps_scales_and_maxima_of_ours(engine) -> None:
         (lambda m: m.delattr(sys.modules["transformer_engine_torch"], "gelu"), "has no transformer_engine_torch.gelu"),
         (lambda m: m.setattr(transformer_engine, "has_module", lambda _: False), "not installed"),
         (lambda m: m.setitem(sys.modules, "transformer_engine.pytorch", None), "does not load"),
+        (
+            lambda m: m.setattr(transformer_engine.metadata, "version", _raise(PackageNotFoundError())),
+            "no package metada",
+        ),
+        (lambda m: m.setattr(transformer_engine.metadata, "version", lambda _: "2.21.0"), "takes 2.20 up to, not incl"),
+        (
+            lambda m: m.setattr(transformer_engine.importlib, "import_module", _raise(FileNotFoundError(NO_EXTENSION))),
+            rf"2.20.2 does not load ({NO_EXTENSION})",
+        ),
+        (
+            lambda m: m.setattr(transformer_engine.importlib, "import_module", _raise(OSError(NO_CUDA))),
+            f"2.20.2 does not load ({NO_CUDA})",
+        ),
+        (
+            lambda m: m.setattr(transformer_engine.importlib, "import_module", _raise(RuntimeError("another torch"))),
+            "2.20.2 does not load (another torch)",
+        ),
     ],
 )
 def test_transformer_engine_refuses_with_the_reason(engine, monkeypatch, break_it, reason: str) -> None:
     break_it(monkeypatch)
     assert reason in refusal("transformer_engine", Granularity.TENSOR, (9, 0))
-    assert "pip install" in refusal("transformer_engine", Granularity.TENSOR, (9, 0))
+    command = "python install.py --with transformer-engine (pip install --no-build-isolation"
+    assert command in refusal("transformer_engine", Granularity.TENSOR, (9, 0)), "and what would help"
+    with pytest.raises(BackendUnavailableError, match=r"'transformer_engine' cannot run here: Transformer Engine"):
+        GEMM.resolve("transformer_engine", GemmRequest(caps((9, 0)), Granularity.TENSOR, torch.bfloat16))
+
+
+@pytest.mark.parametrize("cuda, package", [("12.8", "core_cu12]"), ("13.0", "core_cu13]"), (None, "core_cu13]")])
+def test_the_command_fits_the_cuda_of_torch(engine, monkeypatch, cuda: str | None, package: str) -> None:
+    monkeypatch.setattr(transformer_engine, "has_module", lambda _: False)
+    monkeypatch.setattr(torch.version, "cuda", cuda)
+    assert package in transformer_engine.probe()[1]
