@@ -1,7 +1,7 @@
 """The optional libraries that carry speed, and which package of each fits which Python, torch, CUDA and GPU: as data.
 
 Read by ``install.py`` and by backends that say what to install; a test holds the tables of ``docs/libraries.md``
-against it. Standard library only. From the packages' own metadata and symbol tables; ``seen`` says where one has run.
+against it. Standard library only. From the packages' own metadata and symbol tables.
 """
 
 from __future__ import annotations
@@ -33,6 +33,7 @@ class Package:
     compiles: bool = False
     """Its extension is compiled here, against this torch."""
     seen: str = ""
+    """Where it has run, as the results in ``benchmarks/results`` say; empty: its metadata is all we know."""
 
     def command(self) -> str:
         """The command line for somebody who types it."""
@@ -103,7 +104,7 @@ LIBRARIES: dict[str, Library] = {
         runs=Capabilities((8, 9)),
         advised=Capabilities((8, 9)),
         brings="its casts and products for the FP8 recipes; the least time with DelayedScaling",
-        packages=(_transformer_engine(13, "H100, torch 2.11, CUDA 13.0"), _transformer_engine(12, "")),
+        packages=(_transformer_engine(13, "H200, torch 2.11, CUDA 13.0"), _transformer_engine(12, "")),
     ),
     "fa3": Library(
         title="FlashAttention 3",
@@ -118,7 +119,7 @@ LIBRARIES: dict[str, Library] = {
                 options=("--no-deps",),
                 torch=((2, 11), None),
                 cuda=(13,),
-                seen="H100, H200, torch 2.11, CUDA 13.0",
+                seen="H200, torch 2.11, CUDA 13.0",
             ),
             Package(
                 requirements=("tokenspeed-fa3==3.0.0.post20260810",),
@@ -141,7 +142,6 @@ LIBRARIES: dict[str, Library] = {
                 python=(3, 10),
                 torch=((2, 9), None),
                 cuda=(13,),
-                seen="H100, torch 2.11, CUDA 13.0",
             ),
             Package(
                 requirements=tuple(name.format("") for name in _FA4), python=(3, 10), torch=((2, 9), None), cuda=(12,)
@@ -162,7 +162,6 @@ LIBRARIES: dict[str, Library] = {
                 torch=((2, 3), None),
                 cuda=(12, 13),
                 platforms=LINUX_ARM,
-                seen="H100, torch 2.11, CUDA 13.0",
             ),
         ),
     ),
@@ -184,7 +183,7 @@ LIBRARIES: dict[str, Library] = {
             )
             for version, first, last, seen in (
                 ("3.5", (2, 9), (2, 9), ""),
-                ("3.6", (2, 10), (2, 11), "H100, H200, torch 2.11, CUDA 13.0"),
+                ("3.6", (2, 10), (2, 11), "H200, torch 2.11, CUDA 13.0"),
                 ("3.7", (2, 12), (2, 12), ""),
             )
         ),
