@@ -18,8 +18,9 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from wan_fp8.libraries import LIBRARIES, Machine, Package, pick
+from wan_fp8.libraries import LIBRARIES, Library, Machine, Package, pick
 
+PACK = Path(__file__).resolve().parent.parent
 DONE, FAILED, REFUSED, NOT_RESTORED = 0, 1, 2, 3
 """Exit codes: installed, or there already; failed, and everything as before; nothing tried; failed and not put back."""
 
@@ -48,6 +49,14 @@ def say_at_once(text: str) -> None:
     print(text, flush=True)
 
 
+_PROBE = """
+import sys; sys.path.append({pack!r})
+from {loader} import probe
+found, words = probe()
+sys.exit(None if found else words)
+"""
+
+
 @dataclass(frozen=True)
 class Environment:
     """The Python that libraries go into, and its pip."""
@@ -64,11 +73,14 @@ class Environment:
         found: dict[str, str] = json.loads(self._run([*self.python, "-c", _VERSIONS]).stdout)
         return {re.sub(r"[-_.]+", "-", name).lower(): version for name, version in found.items()}
 
-    def import_failure(self, modules: Sequence[str]) -> str | None:
-        """The last words of the processes that import torch and then a module; None if one of them ends well."""
+    def import_failure(self, library: Library) -> str | None:
+        """The last words of the processes that import torch and then the library; None if one of them ends well."""
+        tries = {module: f"import torch, {module}" for module in library.modules}
+        if library.loader:
+            tries[library.loader] = _PROBE.format(pack=str(PACK), loader=library.loader)
         words = []
-        for module in modules:
-            done = self._run([*self.python, "-c", f"import torch, {module}"], check=False)
+        for module, code in tries.items():
+            done = self._run([*self.python, "-c", code], check=False)
             if done.returncode == 0:
                 return None
             lines = [line for line in done.stderr.splitlines() if line.strip()]
@@ -171,7 +183,10 @@ def _build_environment(package: Package, environment: Environment) -> dict[str, 
 def _install_one(name: str, package: Package, environment: Environment, dry_run: bool) -> int:
     library, say = LIBRARIES[name], environment.say
     before = environment.versions()
-    if any(known in before for known in library.distributions) and environment.import_failure(library.modules) is None:
+    # from an index in this version, or from somewhere else under a name that no package here has
+    ours = {re.split(r"[\[=]", other.requirements[0])[0].replace("_", "-") for other in library.packages}
+    foreign = any(known in before for known in set(library.distributions) - ours)
+    if (package.is_installed(before) or foreign) and environment.import_failure(library) is None:
         say(f"{library.title} is here already and imports")
         return DONE
     with tempfile.TemporaryDirectory() as folder:
@@ -187,7 +202,7 @@ def _install_one(name: str, package: Package, environment: Environment, dry_run:
             return DONE
         try:
             failure = None if environment.run_pip(arguments, added) else "pip failed, see above"
-            failure = failure or environment.import_failure(library.modules)
+            failure = failure or environment.import_failure(library)
         except (KeyboardInterrupt, OSError) as error:
             failure = f"{type(error).__name__} {error}".strip()
     after = environment.versions()

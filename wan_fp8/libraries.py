@@ -40,6 +40,14 @@ class Package:
         quoted = (f'"{word}"' if set(word) & set("[<>=*") else word for word in self.requirements)
         return " ".join(("pip install", *self.options, *quoted))
 
+    def is_installed(self, versions: dict[str, str]) -> bool:
+        """Whether ``versions`` (by normalised name) have the distribution that is asked for first, in its version."""
+        name, _, wanted = self.requirements[0].partition("==")
+        found = versions.get(name.partition("[")[0].replace("_", "-"))
+        if found is None:
+            return False
+        return found.startswith(wanted[:-1]) if wanted.endswith("*") else found.split("+")[0] == wanted
+
     def needs(self) -> str:
         """``torch 2.9 to 2.12, CUDA 13``."""
         first, last = self.torch
@@ -59,8 +67,10 @@ class Capabilities:
         return any(self.first <= one and (self.last is None or one <= self.last) for one in given)
 
     def __str__(self) -> str:
-        first, last = ("{}.{}".format(*end) if end else None for end in (self.first, self.last))
-        return f"{first} or later" if last is None else first if first == last else f"{first} to {last}"  # type: ignore[return-value]
+        first = "{}.{}".format(*self.first)
+        if self.last is None:
+            return f"{first} or later"
+        return first if self.last == self.first else f"{first} to " + "{}.{}".format(*self.last)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -70,6 +80,8 @@ class Library:
     title: str
     modules: tuple[str, ...]
     """One of these has to import."""
+    loader: str = ""
+    """Module of ours whose ``probe()`` loads it in a way of its own, where a plain import may fail."""
     distributions: tuple[str, ...]
     """Names under which it may be installed."""
     runs: Capabilities
@@ -100,6 +112,7 @@ LIBRARIES: dict[str, Library] = {
     "transformer-engine": Library(
         title="Transformer Engine",
         modules=("transformer_engine.pytorch",),
+        loader="wan_fp8.gemm.backends.transformer_engine",
         distributions=("transformer-engine",),
         runs=Capabilities((8, 9)),
         advised=Capabilities((8, 9)),

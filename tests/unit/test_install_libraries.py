@@ -20,7 +20,7 @@ import install_libraries
 import pytest
 from install_libraries import DONE, FAILED, NOT_RESTORED, REFUSED, Environment, build_needs, install
 
-from wan_fp8.libraries import Machine
+from wan_fp8.libraries import LIBRARIES, Machine
 
 HOPPER = Machine(python=(3, 12), platform="linux-x86_64", torch="2.11.0+cu130", cuda="13.0", capabilities=((9, 0),))
 PIP = """
@@ -113,6 +113,26 @@ def test_success(tmp_path: Path) -> None:
     shown = next(index for index, line in enumerate(fake.said) if "--constraint" in line)
     assert shown < len(fake.said) - 1 and "fa3-fwd==0.0.3" in fake.said[shown], "shown before it is run"
     assert fake.run("fa3") == DONE and len(fake.calls) == 1 and "here already" in fake.said[-1]
+
+
+def test_another_version_is_replaced_and_comes_back_on_failure(tmp_path: Path) -> None:
+    fake = Fake(tmp_path, installs=[["fa3-fwd", "0.0.3", [["fa3_fwd_interface.py", "import nothing_of_that_name"]]]])
+    info = fake.site / "fa3_fwd-0.0.2.dist-info"
+    info.mkdir()
+    (info / "METADATA").write_text("Metadata-Version: 2.1\nName: fa3_fwd\nVersion: 0.0.2\n")
+    (fake.site / "fa3_fwd_interface.py").write_text("")
+    before = fake.environment.versions()
+    assert before["fa3-fwd"] == "0.0.2" and fake.run("fa3") == FAILED
+    assert fake.environment.versions() == before and fake.calls[-1][0][-2:] == ["--no-deps", "fa3-fwd==0.0.2"]
+
+
+def test_a_build_of_ones_own_is_left_alone(tmp_path: Path) -> None:
+    fake = Fake(tmp_path, installs=WORKS)
+    info = fake.site / "flash_attn_3-3.0.0b1.dist-info"
+    info.mkdir()
+    (info / "METADATA").write_text("Metadata-Version: 2.1\nName: flash_attn_3\nVersion: 3.0.0b1\n")
+    (fake.site / "flash_attn_interface.py").write_text("")
+    assert fake.run("fa3") == DONE and fake.calls == [] and "here already" in fake.said[-1]
 
 
 def test_a_failing_import_is_rolled_back(tmp_path: Path) -> None:
@@ -243,6 +263,13 @@ def test_a_compilation_finds_the_headers_that_pip_installed(tmp_path: Path, monk
     assert "--no-build-isolation" in arguments and variable == "0" and pins[0] == "torch==2.11.0+cu130"
     assert f"CPATH={tmp_path / 'include'}{os.pathsep}/mine" in fake.words
     assert f"LIBRARY_PATH={tmp_path / 'lib'}" in fake.words
+
+
+def test_a_library_is_tried_as_the_pack_loads_it() -> None:
+    """Transformer Engine may need torch's own cuDNN to be loaded first; here it is not installed at all."""
+    words = Environment().import_failure(LIBRARIES["transformer-engine"])
+    assert words is not None and "No module named 'transformer_engine'" in words
+    assert "; Transformer Engine is not installed; install it with" in words
 
 
 # ---- pip itself ----------------------------------------------------------------------------------------------------
