@@ -143,7 +143,8 @@ class InputQuantizer:
             return quantize(x, static, gelu=gelu, fused=fused) if own is None else own(x, static, gelu)
         if own is not None:
             made = own(x, Cast(granularity, power_of_2=True), gelu)
-            self._record(448.0 * made.scale)
+            if self.site is not None:
+                self._record(448.0 * made.scale)
             return made
         if granularity is Granularity.TENSOR:
             return quantize_current(x, gelu=gelu, amax=self._cell(), fused=fused, padding=padding)
