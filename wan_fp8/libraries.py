@@ -116,7 +116,7 @@ LIBRARIES: dict[str, Library] = {
         distributions=("transformer-engine",),
         runs=Capabilities((8, 9)),
         advised=Capabilities((8, 9)),
-        brings="its casts and products for the FP8 recipes; the least time with DelayedScaling",
+        brings="its own casts and products for the FP8 recipes, bit-equal to its layers",
         packages=(_transformer_engine(13, "H200, torch 2.11, CUDA 13.0"), _transformer_engine(12, "")),
     ),
     "fa3": Library(

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import re
 from pathlib import Path
 
@@ -46,6 +47,20 @@ def test_recipes_and_backends_are_all_there() -> None:
     assert [shown[name] for name in order] == ["first", "second"]
     assert all(shown[name] == "never" for name in set(shown) - set(order))
     assert all(name in PAGE for name in NOT_OFFERED)
+
+
+def test_measured_figures_are_those_of_the_scripts() -> None:
+    results = Path(__file__).resolve().parents[2] / "benchmarks" / "results"
+    measured = json.loads((results / "dit_i2v-a14b_1280x720_h100.json").read_text())["rows"]
+    wanted = [
+        [row["recipe"], row["backend"], f"{row['layer_ms']:.1f}", f"{row['error']:.4f}"]
+        for row in measured
+        if row["attention"] == "fa3"
+    ]
+    assert rows("| recipe | backend | ms | error |") == wanted
+    products = json.loads((results / "linear_h100.json").read_text())["rows"]
+    errors = [row["error"] for row in products if "error" in row]
+    assert min(errors) > 0.0365 and max(errors) < 0.0385 and "0.037 of the result" in PAGE
 
 
 def test_what_keep_costs() -> None:
