@@ -94,9 +94,13 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("--with", dest="names", metavar="NAME,...", help=f"install: {', '.join(LIBRARIES)}")
     parser.add_argument("--dry-run", action="store_true", help="with --with: show the commands, run none")
     asked = parser.parse_args(arguments)
+    if asked.dry_run and asked.names is None:
+        parser.error("--dry-run shows what --with would do: name libraries")
     rows, machine = machine_rows()
     if asked.names is not None:
         names = [name.strip() for name in asked.names.split(",") if name.strip()]
+        if not names:
+            parser.error(f"--with takes one or more of {', '.join(LIBRARIES)}")
         return install(names, machine, this_environment(), dry_run=asked.dry_run)
     libraries = library_rows(machine)
     print("Wan FP8 on this machine (nothing is installed or changed by this)")

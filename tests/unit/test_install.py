@@ -91,6 +91,10 @@ def test_names_are_those_after_with(install: ModuleType, monkeypatch: pytest.Mon
     monkeypatch.setattr(install, "install", lambda names, *_, dry_run: calls.append((names, dry_run)) or 0)
     assert install.main(["--with", "transformer-engine, fa3,", "--dry-run"]) == 0
     assert calls == [(["transformer-engine", "fa3"], True)]
+    for wrong in (["--with", ","], ["--dry-run"], ["fa3"]):
+        with pytest.raises(SystemExit) as ended:
+            install.main(wrong)
+        assert ended.value.code == install_libraries.REFUSED
 
 
 @pytest.mark.parametrize("path", SOURCES, ids=lambda path: path.name)
