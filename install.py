@@ -1,18 +1,33 @@
 #!/usr/bin/env python3
-"""Shows what this machine has for Wan FP8 and what would make it faster. It installs nothing and changes nothing.
+"""Shows what this machine has for Wan FP8 and what would make it faster. By itself it installs and changes nothing.
 
-ComfyUI Manager runs it after installing the pack; run it by hand, with ComfyUI's own Python, whenever you like.
-Standard library only; PyTorch is asked when it is there.
+    python install.py                                  the table
+    python install.py --with transformer-engine,fa3    install these; torch stays, and a failure is undone
+    python install.py --with fa3 --dry-run             only show the commands
+
+ComfyUI Manager runs it after installing the pack, without arguments; run it by hand, with ComfyUI's own Python,
+whenever you like. Standard library only; PyTorch is asked when it is there.
 """
 
 from __future__ import annotations
 
+import argparse
 import importlib.util
 import platform
 import sys
+from collections.abc import Sequence
 from importlib import metadata
+from pathlib import Path
 
-HOPPER = (9, 0)
+PACK = Path(__file__).resolve().parent
+sys.path.append(str(PACK / "scripts"))
+if __name__ == "__main__" and str(PACK) not in sys.path:
+    sys.path.insert(0, str(PACK))  # portable builds of Python do not add the script's folder
+
+from install_libraries import install, this_environment  # noqa: E402
+
+from wan_fp8.libraries import LIBRARIES, Machine, Package, pick, this_machine  # noqa: E402
+
 ADA = (8, 9)
 
 Row = tuple[str, str, str]
@@ -27,46 +42,44 @@ def version(package: str) -> str | None:
         return None
 
 
-def machine_rows() -> tuple[list[Row], tuple[int, int] | None]:
-    """Python, PyTorch and the GPUs; and the lowest compute capability of those GPUs, None without an NVIDIA GPU."""
+def machine_rows() -> tuple[list[Row], Machine]:
+    """Python, PyTorch and the GPUs; and what of them decides which packages fit."""
     advice = "" if sys.version_info >= (3, 11) else "the pack needs Python 3.11 or later"
     rows: list[Row] = [("Python", platform.python_version(), advice)]
     if importlib.util.find_spec("torch") is None:
-        return [*rows, ("PyTorch", "not found", "run this with the Python that runs ComfyUI")], None
+        return [*rows, ("PyTorch", "not found", "run this with the Python that runs ComfyUI")], this_machine(
+            None, None, ()
+        )
     import torch
 
     cuda = torch.version.cuda
     rows.append(("PyTorch", f"{torch.__version__}, CUDA {cuda}" if cuda else f"{torch.__version__}, no CUDA", ""))
     if not cuda or not torch.cuda.is_available():
-        return [*rows, ("GPU", "none that PyTorch can use", "without one, only tiny models finish")], None
-    lowest = None
+        rows.append(("GPU", "none that PyTorch can use", "without one, only tiny models finish"))
+        return rows, this_machine(torch.__version__, cuda, ())
+    capabilities = []
     for index in range(torch.cuda.device_count()):
         gpu = torch.cuda.get_device_properties(index)
-        capability = (gpu.major, gpu.minor)
-        note = "" if capability >= ADA else "no FP8 arithmetic: it computes in bf16"
+        capabilities.append((gpu.major, gpu.minor))
+        note = "" if capabilities[-1] >= ADA else "no FP8 arithmetic: it computes in bf16"
         rows.append(
             (f"GPU {index}", f"{gpu.name}, {gpu.total_memory / 2**30:.0f} GiB, sm_{gpu.major}{gpu.minor}", note)
         )
-        lowest = capability if lowest is None else min(lowest, capability)
-    return rows, lowest
+    return rows, this_machine(torch.__version__, cuda, tuple(capabilities))
 
 
-def library_rows(capability: tuple[int, int] | None) -> list[Row]:
-    """The optional libraries that carry speed, with the command for those that would help on this GPU."""
-    fa3 = version("fa3-fwd") or version("flash-attn-3")
-    engine = version("transformer-engine")
-    triton = version("triton")
-    fa3_advice = "pip install --no-deps fa3-fwd" if capability == HOPPER and not fa3 else ""
-    engine_advice = ""
-    if capability is not None and capability >= ADA and not engine:
-        engine_advice = "pip install --no-build-isolation transformer-engine[pytorch]"
-    triton_advice = "comes with PyTorch for CUDA on Linux" if capability is not None and not triton else ""
-    return [
-        ("FlashAttention 3", fa3 or "not installed", fa3_advice),
-        ("Transformer Engine", engine or "not installed", engine_advice),
-        ("Triton", triton or "not installed", triton_advice),
-        ("ftfy", version("ftfy") or "not installed", "" if version("ftfy") else "pip install -r requirements.txt"),
-    ]
+def library_rows(machine: Machine) -> list[Row]:
+    """The optional libraries, with the command for those that would help on these GPUs, or why no package fits."""
+    rows: list[Row] = []
+    for name, library in LIBRARIES.items():
+        found = next((text for text in map(version, library.distributions) if text is not None), None)
+        advice = ""
+        if found is None and library.advised.has_one_of(machine.capabilities):
+            package = pick(name, machine)
+            advice = package.command() if isinstance(package, Package) else package
+        rows.append((f"{library.title} ({name})", found or "not installed", advice))
+    ftfy = version("ftfy")
+    return [*rows, ("ftfy", ftfy or "not installed", "" if ftfy else "pip install -r requirements.txt")]
 
 
 def table(rows: list[Row]) -> str:
@@ -76,11 +89,26 @@ def table(rows: list[Row]) -> str:
     return "\n".join(f"{a:<{widths[0]}}  {b:<{widths[1]}}  {c}".rstrip() for a, b, c in rows)
 
 
-def main() -> None:
-    rows, capability = machine_rows()
+def main(arguments: Sequence[str] | None = None) -> int:
+    parser = argparse.ArgumentParser(description="What this machine has for Wan FP8, and what would make it faster.")
+    parser.add_argument("--with", dest="names", metavar="NAME,...", help=f"install: {', '.join(LIBRARIES)}")
+    parser.add_argument("--dry-run", action="store_true", help="with --with: show the commands, run none")
+    asked = parser.parse_args(arguments)
+    if asked.dry_run and asked.names is None:
+        parser.error("--dry-run shows what --with would do: name libraries")
+    rows, machine = machine_rows()
+    if asked.names is not None:
+        names = [name.strip() for name in asked.names.split(",") if name.strip()]
+        if not names:
+            parser.error(f"--with takes one or more of {', '.join(LIBRARIES)}")
+        return install(names, machine, this_environment(), dry_run=asked.dry_run)
+    libraries = library_rows(machine)
     print("Wan FP8 on this machine (nothing is installed or changed by this)")
-    print(table([*rows, *library_rows(capability)]))
+    print(table([*rows, *libraries]))
+    if any(row[2].startswith("pip install") and "(" in row[0] for row in libraries):
+        print("'python install.py --with NAME,...' runs these commands, holds torch as it is, and undoes what fails.")
+    return 0
 
 
 if __name__ == "__main__":
-    main()
+    sys.exit(main())

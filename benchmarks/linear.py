@@ -61,7 +61,7 @@ def errors(
     plain = y[0, rows].double() - bias.double()
     exact = x[0, rows].double() @ weight.double().t()
     scales = made.scale
-    if made.granularity is Granularity.ROW:
+    if made.granularity in (Granularity.ROW, Granularity.MX):
         scales = scales[rows]
     elif made.granularity is Granularity.BLOCK:
         scales = scales[:, rows]
@@ -98,7 +98,7 @@ def measure(tokens: int, device: str) -> list[dict]:
         for name, granularity in GRANULARITIES.items():
             qweight, scale = quantize_weight(weight, granularity, power_of_2=granularity is Granularity.BLOCK)
             for backend in GEMM.names[1:]:
-                if backend == "reference":
+                if backend in ("reference", "weight-only"):  # neither multiplies in FP8
                     continue
                 chosen = GEMM.backend(backend)
                 reason = chosen.refuse(GemmRequest(device_caps(device), granularity, torch.bfloat16))

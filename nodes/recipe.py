@@ -14,8 +14,8 @@ from .notices import node_id, notice
 from .schema import SETTINGS, node_schema
 from .settings import changed, low_input, model_input, outputs
 
-RECIPES = ("rowwise", "DelayedScaling", "Float8CurrentScaling", "Float8BlockScaling", "none")
-BACKENDS = ("auto", "torch", "transformer_engine", "reference")
+RECIPES = ("rowwise", "DelayedScaling", "Float8CurrentScaling", "Float8BlockScaling", "none", "MXFP8BlockScaling")
+BACKENDS = ("auto", "torch", "transformer_engine", "reference", "weight-only")
 """Saved in workflows: the order of both lists stays, new entries go last. A test holds them against the engine."""
 
 DEFAULT = Recipe()
@@ -45,15 +45,18 @@ class WanFP8Recipe(io.ComfyNode):
                     "to calibrate, outliers stay in their own token. DelayedScaling: one for the tensor, from the "
                     "steps before; the least work, and a sudden outlier is clamped once. Float8CurrentScaling: one, "
                     "from the tensor itself. Float8BlockScaling: one for 128 values (Hopper). none: the original "
-                    "weights again.",
+                    "weights again. MXFP8BlockScaling: a power of two for 32 values (B200, B300), not yet run on a "
+                    "GPU. docs/fp8.md compares them.",
                 ),
                 io.Combo.Input(
                     "backend",
                     options=list(BACKENDS),
                     default=DEFAULT.backend,
                     tooltip="Who multiplies. Default auto: the first of torch and transformer_engine that can; the "
-                    "node shows which, and why not another. reference computes with dequantised values on any "
-                    "machine, CPU included: the memory of FP8 at less than the speed of float32.",
+                    "node shows which, and why not another. weight-only, for GPUs without FP8 (before the RTX 40) and "
+                    "the CPU: the memory of FP8, no speed (each weight is turned into bf16 for each product), half "
+                    "the error. reference computes with dequantised values on any machine: at less than the speed of "
+                    "float32, for comparisons.",
                 ),
                 io.Int.Input(
                     "amax_history_len",
@@ -126,4 +129,8 @@ class WanFP8Recipe(io.ComfyNode):
 def _told(recipe: Recipe, model: Any, resolution: Resolution[GemmRequest]) -> list[str]:
     """What was done, in words."""
     what = f"{recipe.name}: {bridge.fp8_layers(model)} linears in FP8, multiplied by {resolution.backend.name}"
+    if recipe.is_weight_only:
+        what += (
+            ": weights in FP8, products of dequantised weights in the model's own precision (less memory, not faster)"
+        )
     return [what, *(f"passed over {name}: {reason}" for name, reason in resolution.refused.items())]

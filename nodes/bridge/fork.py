@@ -339,7 +339,7 @@ def _with_fp8_marks(saved: dict[str, Tensor]) -> dict[str, Tensor]:
         layer = key.removesuffix(".weight_scale")
         form = names.get(saved[f"{layer}.weight"].dtype)
         kind = weight_granularity(saved[key], saved[f"{layer}.weight"].shape)
-        if kind is Granularity.BLOCK:
+        if kind in (Granularity.BLOCK, Granularity.MX):
             raise InputError(
                 "this MODEL has FP8 weights with block scales, which cannot be saved to a file yet: save it with the "
                 "recipe DelayedScaling or Float8CurrentScaling (readable by ComfyUI too), rowwise, or none"

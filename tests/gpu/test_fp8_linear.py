@@ -75,7 +75,23 @@ def test_errors(backend: str, granularity: Granularity) -> None:
     assert float((y - dequantised).norm() / dequantised.norm()) <= 0.003
 
 
-@pytest.mark.parametrize("granularity", [Granularity.ROW, Granularity.BLOCK])
+@pytest.mark.parametrize("granularity", list(Granularity))
+def test_weight_only(granularity: Granularity) -> None:
+    """Only the weight is rounded; and no fp32 copy of a weight is made on the way."""
+    run = runner("weight-only", granularity)
+    x, weight, _ = operands()
+    qweight, scale = quantize_weight(weight, granularity, power_of_2=granularity is Granularity.BLOCK)
+    run(x, qweight, scale, None)
+    torch.cuda.reset_peak_memory_stats()
+    before = torch.cuda.memory_allocated()
+    y = run(x, qweight, scale, None)
+    extra = torch.cuda.max_memory_allocated() - before
+    assert extra < 2 * (N * K + M * N) * 1.1, "one bf16 weight, and the result"
+    exact = x.double() @ weight.double().t()
+    assert abs(float((y.double() - exact).norm() / exact.norm()) - 0.0265) < 0.001
+
+
+@pytest.mark.parametrize("granularity", [Granularity.ROW, Granularity.BLOCK, Granularity.MX])
 @pytest.mark.parametrize("backend", ["torch", "transformer_engine"])
 def test_an_outlier_of_1e4(backend: str, granularity: Granularity) -> None:
     run = runner(backend, granularity)

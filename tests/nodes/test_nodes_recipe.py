@@ -12,7 +12,7 @@ from bridge_kit import bridge, core_model, distance, engine, ksample
 
 pytestmark = pytest.mark.usefixtures("comfy_core")
 
-NAMES = ["DelayedScaling", "Float8CurrentScaling", "Float8BlockScaling", "rowwise"]
+NAMES = ["DelayedScaling", "Float8CurrentScaling", "Float8BlockScaling", "rowwise", "MXFP8BlockScaling"]
 
 
 @pytest.fixture(autouse=True)
@@ -167,7 +167,7 @@ def test_memory_returns() -> None:
 def test_saved_files() -> None:
     for name in NAMES:
         fp8 = with_recipe(core_model(), name)
-        if name == "Float8BlockScaling":
+        if name in ("Float8BlockScaling", "MXFP8BlockScaling"):
             with pytest.raises(engine("errors").InputError, match=r"block scales.*rowwise"):
                 fp8.model.state_dict_for_saving()
             continue
@@ -194,6 +194,9 @@ def test_the_node_changes_one_model_or_both() -> None:
     assert loaded.recipe_of(alone.args[0]).margin == 1
     twice = nodes_kit.call("WanFP8Recipe", model=high, model_low=high, backend="reference")
     assert twice.args[0] is twice.args[1]
+    light = nodes_kit.call("WanFP8Recipe", model=high, backend="weight-only")
+    assert "20 linears in FP8, multiplied by weight-only: weights in FP8, products of dequantised" in light.ui.value
+    assert 0.001 < distance(ksample(light.args[0]), ksample(high)) < 0.05
     back = nodes_kit.call("WanFP8Recipe", model=out.args[0], recipe="none")
     assert loaded.recipe_of(back.args[0]) is None
 
@@ -206,7 +209,11 @@ def test_the_node_says_why_not() -> None:
         ({"backend": "torch"}, "BackendUnavailableError", r"backend 'torch' cannot run here"),
         ({"backend": "transformer_engine"}, "BackendUnavailableError", r"no row scales; use backend torch"),
         ({"backend": "reference", "keep": "block.0"}, "InputError", r"keep names 'block.0'"),
-        ({"backend": "reference", "recipe": "MXFP8BlockScaling"}, "BackendUnavailableError", r"no backend"),
+        (
+            {"recipe": "MXFP8BlockScaling"},
+            "BackendUnavailableError",
+            r"torch: it needs an NVIDIA GPU.*weight-only: never",
+        ),
     ):
         with pytest.raises(getattr(errors, kind), match=words):
             nodes_kit.call("WanFP8Recipe", model=model, **inputs)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import sys
 import types
+from importlib.metadata import PackageNotFoundError
 
 import pytest
 import torch
@@ -18,6 +19,7 @@ from wan_fp8.kernels.quantize import (
     Cast,
     Granularity,
     QuantizedActivation,
+    dequantized_weight,
     quantize,
     quantize_current,
     quantize_weight,
@@ -77,9 +79,11 @@ def test_weight_error(granularity: Granularity) -> None:
     for power_of_2 in (False, True):
         qweight, scale = quantize_weight(weight, granularity, power_of_2=power_of_2)
         back = qweight.double() * spread_scale(scale, weight.shape).double()
+        assert torch.equal(dequantized_weight(qweight, scale, torch.float64), back)
+        assert torch.equal(dequantized_weight(qweight, scale, torch.bfloat16), back.bfloat16()), "rounded once"
         assert 0.024 < float((back - weight.double()).norm() / weight.double().norm()) < 0.029
-        if power_of_2:
-            assert torch.equal(scale.log2(), scale.log2().round())
+        if power_of_2 or granularity is Granularity.MX:
+            assert torch.equal(scale.float().log2(), scale.float().log2().round())
         else:
             assert float(qweight.float().abs().max()) == 448
 
@@ -137,7 +141,7 @@ def refusal(backend: str, granularity: Granularity, *args, dtype: torch.dtype = 
     return GEMM.backend(backend).refuse(GemmRequest(caps(*args, **kwargs), granularity, dtype))
 
 
-def test_capabilities() -> None:
+def test_refusals() -> None:
     row, tensor, block = Granularity.ROW, Granularity.TENSOR, Granularity.BLOCK
     for kind in (row, tensor, block):
         assert refusal("torch", kind, (9, 0)) is None
@@ -251,6 +255,17 @@ def test_transformer_engine_keeps_scales_and_maxima_of_ours(engine) -> None:
         GEMM.backend("transformer_engine").run.quantize(x.new_zeros(1, 17, 128), given, False)
 
 
+NO_EXTENSION = "Could not find shared object file for Transformer Engine torch lib."
+NO_CUDA = "libcudart.so.13: cannot open shared object file: No such file or directory"
+
+
+def _raise(error: Exception):
+    def run(*_):
+        raise error
+
+    return run
+
+
 @pytest.mark.parametrize(
     "break_it, reason",
     [
@@ -258,9 +273,36 @@ def test_transformer_engine_keeps_scales_and_maxima_of_ours(engine) -> None:
         (lambda m: m.delattr(sys.modules["transformer_engine_torch"], "gelu"), "has no transformer_engine_torch.gelu"),
         (lambda m: m.setattr(transformer_engine, "has_module", lambda _: False), "not installed"),
         (lambda m: m.setitem(sys.modules, "transformer_engine.pytorch", None), "does not load"),
+        (
+            lambda m: m.setattr(transformer_engine.metadata, "version", _raise(PackageNotFoundError())),
+            "no package metada",
+        ),
+        (lambda m: m.setattr(transformer_engine.metadata, "version", lambda _: "2.21.0"), "takes 2.20 up to, not incl"),
+        (
+            lambda m: m.setattr(transformer_engine.importlib, "import_module", _raise(FileNotFoundError(NO_EXTENSION))),
+            rf"2.20.2 does not load ({NO_EXTENSION})",
+        ),
+        (
+            lambda m: m.setattr(transformer_engine.importlib, "import_module", _raise(OSError(NO_CUDA))),
+            f"2.20.2 does not load ({NO_CUDA})",
+        ),
+        (
+            lambda m: m.setattr(transformer_engine.importlib, "import_module", _raise(RuntimeError("another torch"))),
+            "2.20.2 does not load (another torch)",
+        ),
     ],
 )
 def test_transformer_engine_refuses_with_the_reason(engine, monkeypatch, break_it, reason: str) -> None:
     break_it(monkeypatch)
     assert reason in refusal("transformer_engine", Granularity.TENSOR, (9, 0))
-    assert "pip install" in refusal("transformer_engine", Granularity.TENSOR, (9, 0))
+    command = "python install.py --with transformer-engine (pip install --no-build-isolation"
+    assert command in refusal("transformer_engine", Granularity.TENSOR, (9, 0)), "and what would help"
+    with pytest.raises(BackendUnavailableError, match=r"'transformer_engine' cannot run here: Transformer Engine"):
+        GEMM.resolve("transformer_engine", GemmRequest(caps((9, 0)), Granularity.TENSOR, torch.bfloat16))
+
+
+@pytest.mark.parametrize("cuda, package", [("12.8", "core_cu12]"), ("13.0", "core_cu13]"), (None, "core_cu13]")])
+def test_the_command_fits_the_cuda_of_torch(engine, monkeypatch, cuda: str | None, package: str) -> None:
+    monkeypatch.setattr(transformer_engine, "has_module", lambda _: False)
+    monkeypatch.setattr(torch.version, "cuda", cuda)
+    assert package in transformer_engine.probe()[1]

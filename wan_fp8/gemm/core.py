@@ -31,16 +31,21 @@ class GemmRequest:
 class GemmRunner:
     """One way to multiply, and what it asks of those around it."""
 
-    multiply: Callable[[QuantizedActivation, Tensor, Tensor, Tensor | None], Tensor]
+    multiply: Callable[..., Tensor]
     """``(x, weight [N, K] e4m3, weight_scale, bias [N]) -> [..., N]`` in ``x.dtype``. The weight's scale has the
-    granularity of ``x``: (), [N, 1] or [N / 128, K / 128]; the bias is added before the only rounding."""
+    granularity of ``x``: (), [N, 1], [N / 128, K / 128] or [N, K / 32]; the bias is added before the only rounding."""
     quantize: Callable[[Tensor, Cast, bool], QuantizedActivation] | None = None
     """``(x, cast, gelu)``: a cast of its own. A ``tensor`` cast without a multiplier takes the tensor's own maximum.
     None: ours."""
     multiples: tuple[tuple[Granularity, int], ...] = ()
     """Token counts that it needs to be divisible by something."""
+    takes_values: bool = False
+    """``x`` comes as a plain tensor in high precision: only the weight is in FP8."""
 
-    def __call__(self, x: QuantizedActivation, weight: Tensor, weight_scale: Tensor, bias: Tensor | None) -> Tensor:
+    def __call__(
+        self, x: QuantizedActivation | Tensor, weight: Tensor, weight_scale: Tensor, bias: Tensor | None
+    ) -> Tensor:
+        assert isinstance(x, Tensor) is self.takes_values
         return self.multiply(x, weight, weight_scale, bias)
 
 

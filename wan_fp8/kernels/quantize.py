@@ -6,9 +6,10 @@ the whole tensor needs either a scale from before (then its maximum is collected
     row      one scale a token                          [tokens, 1]
     tensor   one scale                                  [1]
     block    one scale for 128 channels of a token      [D / 128, tokens], the layout that cuBLAS multiplies from
+    mx       one power of two for 32 channels           [tokens, D / 32] in E8M0 (MXFP8)
 
-Eager references here, Triton beside it. Values are clamped before every cast: up to torch 2.12 a cast makes NaN of
-what exceeds 448.
+Eager references here, Triton beside it (not for ``mx``). Values are clamped before every cast: up to torch 2.12 a cast
+makes NaN of what exceeds 448.
 """
 
 from __future__ import annotations
@@ -28,6 +29,10 @@ TINY = 1e-12
 """Smallest maximum that a scale is made of: a row of zeros stays zeros."""
 BLOCK = 128
 """Channels of an activation, or rows and columns of a weight, that share a scale under block scaling."""
+MX_BLOCK = 32
+"""Input channels that share a scale in MXFP8."""
+E8M0: torch.dtype | None = getattr(torch, "float8_e8m0fnu", None)
+"""Eight bits of exponent, nothing else: the scales of MXFP8. None before torch 2.7."""
 
 
 class Granularity(StrEnum):
@@ -36,6 +41,7 @@ class Granularity(StrEnum):
     TENSOR = "tensor"
     ROW = "row"
     BLOCK = "block"
+    MX = "mx"
 
 
 @dataclass(frozen=True, slots=True)
@@ -45,7 +51,7 @@ class QuantizedActivation:
     qdata: Tensor
     """[..., D] e4m3."""
     scale: Tensor
-    """fp32; see the module's table."""
+    """fp32 (``mx``: E8M0); see the module's table."""
     granularity: Granularity
     dtype: torch.dtype
     """Type that the values had; a GEMM answers in it."""
@@ -66,6 +72,8 @@ class QuantizedActivation:
         scale = self.scale.to(dtype)
         if self.granularity is Granularity.BLOCK:
             scale = scale[:, : flat.shape[0]].t().repeat_interleave(BLOCK, dim=1)
+        elif self.granularity is Granularity.MX:
+            scale = scale.repeat_interleave(MX_BLOCK, dim=1)
         return (flat * scale).view(self.qdata.shape)
 
 
@@ -107,7 +115,7 @@ def quantize(x: Tensor, cast: Cast, *, gelu: bool = False, fused: bool | None = 
         fused: the Triton kernel or the eager reference; None takes Triton wherever it runs.
     """
     assert cast.granularity is not None
-    if not _use_triton(x, fused):
+    if cast.granularity is Granularity.MX or not _use_triton(x, fused):
         return emit(_activated(x, gelu), cast, x.dtype)  # type: ignore[return-value]
     from ._quantize_triton import launch_quantize
 
@@ -166,6 +174,10 @@ def emit(values: Tensor, cast: Cast | None, dtype: torch.dtype) -> Tensor | Quan
     elif cast.granularity is Granularity.ROW:
         multiplier, scale = _factors(flat.abs().amax(1, keepdim=True), False)
         scaled = flat * multiplier
+    elif cast.granularity is Granularity.MX:
+        blocks = flat.unflatten(1, (-1, MX_BLOCK))
+        multiplier, scale = _factors(blocks.abs().amax(2, keepdim=True), True)
+        scaled, scale = (blocks * multiplier).flatten(1), _to_e8m0(scale[..., 0])
     else:
         blocks = flat.unflatten(1, (-1, BLOCK))
         multiplier, scale = _factors(blocks.abs().amax(2, keepdim=True), cast.power_of_2)
@@ -193,6 +205,11 @@ def _to_e4m3(scaled: Tensor) -> Tensor:
     return scaled.clamp(-E4M3_MAX, E4M3_MAX).to(E4M3)
 
 
+def _to_e8m0(powers_of_2: Tensor) -> Tensor:
+    assert E8M0 is not None, "Recipe refuses MXFP8 where torch has no E8M0"
+    return powers_of_2.to(E8M0)
+
+
 def _activated(x: Tensor, gelu: bool) -> Tensor:
     value = x.to(accumulate_dtype(x))
     return F.gelu(value, approximate="tanh") if gelu else value
@@ -208,9 +225,13 @@ def _use_triton(x: Tensor, fused: bool | None) -> bool:
 def quantize_weight(
     weight: Tensor, granularity: Granularity, *, power_of_2: bool = False, dtype: torch.dtype = E4M3
 ) -> tuple[Tensor, Tensor]:
-    """A weight [D_out, D_in] in FP8 and its fp32 scale: (), [D_out, 1] or [D_out / 128, D_in / 128]."""
+    """A weight [D_out, D_in] in FP8 and its scale: fp32 (), [D_out, 1] or [D_out / 128, D_in / 128], or for ``mx`` E8M0
+    [D_out, D_in / 32]."""
     value = weight.float()
-    if granularity is Granularity.BLOCK:
+    if granularity is Granularity.MX:
+        value, power_of_2 = value.unflatten(1, (-1, MX_BLOCK)), True
+        amax = value.abs().amax(dim=2, keepdim=True)
+    elif granularity is Granularity.BLOCK:
         value = value.unflatten(1, (-1, BLOCK)).unflatten(0, (-1, BLOCK))
         amax = value.abs().amax(dim=(1, 3), keepdim=True)
     else:
@@ -218,11 +239,16 @@ def quantize_weight(
     limit = torch.finfo(dtype).max
     multiplier, scale = _factors(amax, power_of_2, limit)
     qdata = (value * multiplier).clamp_(-limit, limit).to(dtype).view(weight.shape)
+    if granularity is Granularity.MX:
+        return qdata, _to_e8m0(scale[..., 0])
     return qdata, scale[:, 0, :, 0].contiguous() if granularity is Granularity.BLOCK else scale
 
 
 def weight_granularity(scale: Tensor, weight_shape: torch.Size) -> Granularity:
-    """What shares a scale of this shape."""
+    """What shares a scale of this shape (and type: E8M0 is MXFP8's alone)."""
+    if scale.dtype == E8M0:
+        assert scale.shape == (weight_shape[0], weight_shape[1] // MX_BLOCK), (scale.shape, weight_shape)
+        return Granularity.MX
     if scale.numel() == 1 and scale.ndim < 2:
         return Granularity.TENSOR
     if scale.shape == (weight_shape[0], 1):
@@ -232,7 +258,37 @@ def weight_granularity(scale: Tensor, weight_shape: torch.Size) -> Granularity:
 
 
 def spread_scale(scale: Tensor, weight_shape: torch.Size) -> Tensor:
-    """A weight's scale in a shape that multiplies the weight."""
-    if weight_granularity(scale, weight_shape) is Granularity.BLOCK:
+    """A weight's scale, in fp32 and in a shape that multiplies the weight."""
+    kind = weight_granularity(scale, weight_shape)
+    if kind is Granularity.BLOCK:
         return scale.repeat_interleave(BLOCK, 0).repeat_interleave(BLOCK, 1)
+    if kind is Granularity.MX:
+        return scale.float().repeat_interleave(MX_BLOCK, 1)
     return scale
+
+
+def dequantized_weight(weight: Tensor, scale: Tensor, dtype: torch.dtype) -> Tensor:
+    """A weight's real values in ``dtype``: multiplied in fp32 at least and rounded once, without a spread-out scale."""
+    value = weight.to(dtype)  # exact: every floating type has room for e4m3
+    kind = weight_granularity(scale, weight.shape)
+    factor = scale if scale.dtype == torch.float64 else scale.float()
+    if kind is Granularity.BLOCK:
+        value.unflatten(1, (-1, BLOCK)).unflatten(0, (-1, BLOCK)).mul_(factor[:, None, :, None])
+    elif kind is Granularity.MX:
+        value.unflatten(1, (-1, MX_BLOCK)).mul_(factor[..., None])
+    else:
+        value.mul_(factor.reshape(-1, 1))  # two dimensions: a scalar would be rounded to ``dtype`` first
+    return value
+
+
+def cublas_tiles(scale: Tensor) -> Tensor:
+    """Scales [rows, groups] of MXFP8 in the order that cuBLAS reads them.
+
+    Tiles of 128 rows and 4 groups, one after the other; in a tile the scales of rows r, r + 32, r + 64 and r + 96 lie
+    side by side (``SWIZZLE_32_4_4``). Missing rows and groups are filled with scales that multiply nothing.
+    """
+    rows, groups = scale.shape
+    tall, wide = -(-rows // 128), -(-groups // 4)
+    bits = F.pad(scale.view(torch.uint8), (0, wide * 4 - groups, 0, tall * 128 - rows))
+    tiles = bits.view(tall, 4, 32, wide, 4).permute(0, 3, 2, 1, 4)
+    return tiles.reshape(-1).view(scale.dtype)

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from ..errors import InputError
-from ..kernels.quantize import BLOCK, E4M3, Granularity, quantize_weight, weight_granularity
+from ..kernels.quantize import BLOCK, E4M3, E8M0, MX_BLOCK, Granularity, quantize_weight, weight_granularity
 from ..models.layers import HIGH_PRECISION, Linear
 from ..models.wan import WanModel
 from .linear import FP8Linear, InputQuantizer, Quantization
@@ -38,8 +38,8 @@ def apply_recipe(
     """Turn the linears of every block into FP8; one tensor at a time, nothing half-done.
 
     Weights that a file holds in e4m3 keep their bytes where the recipe can multiply them (one scale for the tensor
-    serves every recipe, row scales serve ``rowwise``). Applying the same recipe again changes nothing; another recipe
-    is made from the original weights.
+    serves every recipe, MXFP8 only as a power of two; row scales serve ``rowwise``). Applying the same recipe again
+    changes nothing; another recipe is made from the original weights.
 
     Args:
         device: where to cast; None: where each weight lies. A GPU casts in seconds what a CPU takes minutes for.
@@ -122,12 +122,12 @@ def _block_linears(model: nn.Module) -> Iterator[tuple[str, Linear]]:
 
 
 def _check_widths(wanted: dict[str, Linear], recipe: Recipe) -> None:
-    step = BLOCK if recipe.granularity is Granularity.BLOCK else 16
+    step = {Granularity.BLOCK: BLOCK, Granularity.MX: MX_BLOCK}.get(recipe.granularity, 16)
     for name, module in wanted.items():
         if module.in_features % step or module.out_features % step:
             raise InputError(
                 f"recipe {recipe.name} needs widths divisible by {step}; {name} is {module.out_features} x "
-                f"{module.in_features}: choose {'rowwise' if step == BLOCK else 'none'}"
+                f"{module.in_features}: choose {'none' if step == 16 else 'rowwise'}"
             )
 
 
@@ -202,6 +202,11 @@ def _same_bytes(stored: Tensor, scale: Tensor | None, granularity: Granularity) 
     if kind is not Granularity.TENSOR:
         return None
     rows, columns = stored.shape
+    if granularity is Granularity.MX:
+        mantissa, exponent = (float(part) for part in torch.frexp(scale))
+        fits = mantissa == 0.5 and -126 <= exponent <= 128  # a power of two that E8M0 holds
+        assert E8M0 is not None
+        return scale.reshape(1, 1).to(E8M0).expand(rows, columns // MX_BLOCK).contiguous() if fits else None
     shape = (rows, 1) if granularity is Granularity.ROW else (rows // BLOCK, columns // BLOCK)
     return scale.reshape(1, 1).expand(shape).contiguous()
 
@@ -229,7 +234,8 @@ def _wire(model: WanModel, recipe: Recipe) -> None:
     quantization = Quantization(recipe, sites)
     index = {name: number for number, name in enumerate(sites)}
     for name, modules in readers.items():
-        quantizer = InputQuantizer(quantization, index.get(name) if recipe.is_delayed else None)
+        site = index.get(name) if recipe.is_delayed else None
+        quantizer = None if recipe.is_weight_only else InputQuantizer(quantization, site)
         for module in modules:
             module.quantization, module.input_quantizer = quantization, quantizer
     model.quantization = quantization

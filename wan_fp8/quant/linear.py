@@ -113,7 +113,7 @@ class InputQuantizer:
         static = self._static()
         if static is not None:
             return static
-        if self.quantization.runner(device, dtype).quantize is not None:
+        if granularity is Granularity.MX or self.quantization.runner(device, dtype).quantize is not None:
             return Cast(None)
         if granularity is Granularity.TENSOR:
             amax = torch.zeros(1, dtype=torch.float32, device=device)
@@ -143,7 +143,8 @@ class InputQuantizer:
             return quantize(x, static, gelu=gelu, fused=fused) if own is None else own(x, static, gelu)
         if own is not None:
             made = own(x, Cast(granularity, power_of_2=True), gelu)
-            self._record(448.0 * made.scale)
+            if self.site is not None:
+                self._record(448.0 * made.scale)
             return made
         if granularity is Granularity.TENSOR:
             return quantize_current(x, gelu=gelu, amax=self._cell(), fused=fused, padding=padding)
@@ -174,7 +175,8 @@ class FP8Linear(Linear):
     """``y = x W^T + b`` with both operands in e4m3; made of a ``Linear`` in place by ``apply_recipe``."""
 
     quantization: Quantization
-    input_quantizer: InputQuantizer  # type: ignore[assignment]
+    input_quantizer: InputQuantizer | None  # type: ignore[assignment]
+    """None: the input stays in high precision (backend ``weight-only``)."""
     original: tuple[Tensor, Tensor | None] | None
     """Weight and scale that this layer was made of; None where they are gone."""
 
@@ -188,8 +190,10 @@ class FP8Linear(Linear):
             extra = -x.shape[1] % token_multiple(runner, self.quantization.recipe.granularity)
             if extra:
                 return self.forward(F.pad(x, (0, 0, 0, extra)), gelu)[:, :-extra]
+        if isinstance(x, Tensor) and self.input_quantizer is not None:
             x = self.input_quantizer(x)
-        weight, scale, bias, handle = self.weight_source.fetch_stored(self, x.qdata, x.dtype)
+        stored = x if isinstance(x, Tensor) else x.qdata
+        weight, scale, bias, handle = self.weight_source.fetch_stored(self, stored, x.dtype)
         y = self.quantization.runner(x.device, x.dtype)(x, weight, scale, bias)
         self.release(weight, bias, handle)
         return F.gelu(y, approximate="tanh") if gelu else y

@@ -6,20 +6,21 @@ from dataclasses import dataclass
 
 from ..errors import BackendUnavailableError, InputError
 from ..gemm import GEMM, register_backends
-from ..kernels.quantize import Granularity
+from ..kernels.quantize import E8M0, Granularity
 
 GRANULARITIES = {
     "DelayedScaling": Granularity.TENSOR,
     "Float8CurrentScaling": Granularity.TENSOR,
     "Float8BlockScaling": Granularity.BLOCK,
     "rowwise": Granularity.ROW,
+    "MXFP8BlockScaling": Granularity.MX,
 }
 RECIPES = ("none", *GRANULARITIES)
 """Names that ``Recipe`` takes."""
-BLACKWELL_RECIPES = {
-    "MXFP8BlockScaling": "scales of 32 values in E8M0, GPUs of compute capability 10.0 and 10.3",
-    "NVFP4BlockScaling": "4-bit values, GPUs of compute capability 10.0 and later",
+NOT_OFFERED = {
+    "NVFP4BlockScaling": "it packs two 4-bit values into a byte, and weights here are one e4m3 byte a value",
 }
+"""Recipes of other software that are refused with a reason of their own."""
 AMAX_ALGORITHMS = ("max", "most_recent")
 LINEARS = (
     *(f"{attention}.{name}" for attention in ("self_attn", "cross_attn") for name in "qkvo"),
@@ -39,16 +40,18 @@ class Recipe:
     | ``Float8CurrentScaling`` | one scale, from the tensor itself | one scale |
     | ``Float8BlockScaling`` | one scale for 128 channels of a token | one scale for 128 x 128 |
     | ``rowwise`` | one scale a token | one scale an output channel |
+    | ``MXFP8BlockScaling`` | one power of two for 32 channels of a token | one for 32 inputs of an output channel |
     | ``none`` | high precision | high precision |
 
     Raises:
         InputError: a name, count or backend that does not exist.
-        BackendUnavailableError: a recipe of Blackwell GPUs, which no backend here multiplies.
+        BackendUnavailableError: a recipe that is not offered (NVFP4), or that this torch has no type for (MXFP8).
     """
 
     name: str = "rowwise"
     backend: str = "auto"
-    """``auto``, ``torch``, ``transformer_engine`` or ``reference``: who multiplies."""
+    """Who multiplies: ``auto``, ``torch``, ``transformer_engine``, ``reference``, or ``weight-only``, which leaves
+    activations in high precision."""
     amax_history_len: int = 16
     """DelayedScaling: steps whose maxima are remembered."""
     amax_compute_algo: str = "max"
@@ -61,10 +64,15 @@ class Recipe:
 
     def __post_init__(self) -> None:
         register_backends()
-        if self.name in BLACKWELL_RECIPES:
+        if self.name in NOT_OFFERED:
             raise BackendUnavailableError(
-                f"recipe {self.name} ({BLACKWELL_RECIPES[self.name]}) has no backend in this version: choose one of "
+                f"recipe {self.name} is not offered ({NOT_OFFERED[self.name]}): choose one of "
                 f"{', '.join(GRANULARITIES)}"
+            )
+        if GRANULARITIES.get(self.name) is Granularity.MX and E8M0 is None:
+            raise BackendUnavailableError(
+                f"recipe {self.name} needs torch 2.7, which is the first with the type of its scales: update torch, or "
+                "choose rowwise"
             )
         if self.name not in RECIPES:
             raise InputError(f"unknown FP8 recipe {self.name!r}; choose one of {', '.join(RECIPES)}")
@@ -94,7 +102,12 @@ class Recipe:
     @property
     def is_delayed(self) -> bool:
         """True if scales of activations follow a history."""
-        return self.name == "DelayedScaling"
+        return self.name == "DelayedScaling" and not self.is_weight_only
+
+    @property
+    def is_weight_only(self) -> bool:
+        """True if activations stay in high precision."""
+        return self.backend == "weight-only"
 
     def converts(self, name: str) -> bool:
         """Whether the linear called ``name`` (``blocks.3.ffn.0``) becomes FP8."""

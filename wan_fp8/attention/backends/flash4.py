@@ -11,13 +11,14 @@ import torch
 from torch import Tensor
 
 from ...hardware import has_module
+from ...libraries import hint
 from ..core import ATTENTION, AttentionRequest
 
 
 @functools.cache
 def _load() -> tuple[Callable | None, str]:
     if not has_module("flash_attn") or not has_module("flash_attn.cute"):
-        return None, "flash_attn.cute is not installed; install it with: pip install flash-attn-4"
+        return None, f"flash_attn.cute is not installed; install it with: {hint('fa4', torch.version.cuda)}"
     try:
         return importlib.import_module("flash_attn.cute").flash_attn_func, "flash_attn.cute"
     except (ImportError, OSError, AttributeError) as error:

@@ -7,12 +7,12 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from ...kernels.quantize import QuantizedActivation, spread_scale
+from ..capabilities import why_not
 from ..core import GEMM, GemmRequest, GemmRunner
 
 
 def _refuse(request: GemmRequest) -> str | None:
-    del request
-    return None
+    return why_not("reference", request)
 
 
 def multiply(x: QuantizedActivation, weight: Tensor, weight_scale: Tensor, bias: Tensor | None) -> Tensor:

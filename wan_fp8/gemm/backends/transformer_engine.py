@@ -26,11 +26,12 @@ from torch import Tensor
 from ...errors import InputError
 from ...hardware import has_module
 from ...kernels.quantize import Cast, Granularity, QuantizedActivation
+from ...libraries import hint
+from ..capabilities import why_not
 from ..core import GEMM, GemmRequest, GemmRunner, padded_block_scale
 
 VERSIONS = ((2, 20), (2, 21))
 """From the first, below the second."""
-_INSTALL = 'pip install --no-build-isolation "transformer_engine[pytorch,core_cu13]==2.20.2"'
 _NAMES = {
     "transformer_engine_torch": ("DType", "gelu"),
     "transformer_engine.pytorch": ("Float8BlockQuantizer", "Float8CurrentScalingQuantizer", "Float8Quantizer"),
@@ -62,16 +63,17 @@ class _Library:
 @functools.cache
 def probe() -> tuple[_Library | None, str]:
     """The library, or the exact reason why it cannot be used. Imports it at the first call."""
+    how = f"python install.py --with transformer-engine ({hint('transformer-engine', torch.version.cuda)})"
     if not has_module("transformer_engine"):
-        return None, f"Transformer Engine is not installed; install it with: {_INSTALL}"
+        return None, f"Transformer Engine is not installed; install it with: {how}"
     try:
         version = metadata.version("transformer_engine")
     except metadata.PackageNotFoundError:
-        return None, "Transformer Engine has no package metadata, so that its version is unknown; install it with pip"
+        return None, f"Transformer Engine has no package metadata, so that its version is unknown; reinstall it: {how}"
     low, high = VERSIONS
     if not low <= tuple(int(part) for part in version.split("+")[0].split(".")[:2]) < high:
         wanted = f"{low[0]}.{low[1]} up to, not including, {high[0]}.{high[1]}"
-        return None, f"Transformer Engine {version} has not been tested with this pack (it takes {wanted}): {_INSTALL}"
+        return None, f"Transformer Engine {version} has not been tested with this pack (it takes {wanted}): {how}"
     # In its own order: the extension module loads its libraries through the package.
     found: dict[str, Any] = {}
     try:
@@ -83,11 +85,11 @@ def probe() -> tuple[_Library | None, str]:
                 if not hasattr(module, name):
                     return (
                         None,
-                        f"Transformer Engine {version} has no {module_name}.{name}; install it with: {_INSTALL}",
+                        f"Transformer Engine {version} has no {module_name}.{name}; reinstall it with: {how}",
                     )
                 found[name] = getattr(module, name)
     except (ImportError, OSError, RuntimeError) as error:  # FileNotFoundError: its compiled part is missing
-        return None, f"Transformer Engine {version} does not load ({error}); reinstall it with: {_INSTALL}"
+        return None, f"Transformer Engine {version} does not load ({error}); reinstall it with: {how}"
     return _Library(**found), version
 
 
@@ -113,26 +115,11 @@ def _torch_s_cudnn() -> Iterator[None]:
 
 
 def _refuse(request: GemmRequest) -> str | None:
-    caps = request.caps
-    if request.granularity is Granularity.ROW:
-        return "Transformer Engine has no row scales; use backend torch"
-    if not caps.is_cuda or caps.capability is None:
-        return f"it needs an NVIDIA GPU; the tensors are on {caps.device.type}"
-    needed = (9, 0) if request.granularity is Granularity.BLOCK else (8, 9)
-    if caps.capability < needed:
-        return f"it needs compute capability {needed[0]}.{needed[1]}; {caps.name} has " + ".".join(
-            map(str, caps.capability)
-        )
-    if request.granularity is Granularity.BLOCK and _cuda(caps.cuda_version) < (12, 9):
-        return f"its block scales need CUDA 12.9; this is {caps.cuda_version}"
-    if request.dtype != torch.bfloat16:
-        return f"it is used in bf16, not {request.dtype}"
+    reason = why_not("transformer_engine", request)
+    if reason is not None:
+        return reason
     library, reason = probe()
     return reason if library is None else None
-
-
-def _cuda(version: str | None) -> tuple[int, ...]:
-    return tuple(int(part) for part in (version or "0.0").split(".")[:2])
 
 
 def _library() -> _Library:
