@@ -129,7 +129,8 @@ def floor_terms(
         return min(times)
 
     def gemm(layer, value: Tensor, **options: bool) -> float:
-        if isinstance(layer, FP8Linear):  # on an input that is cast already; a GELU belongs to the next cast
+        if isinstance(layer, FP8Linear) and layer.input_quantizer is not None:
+            # on an input that is cast already; a GELU belongs to the next cast
             made: QuantizedActivation = layer.input_quantizer(value)
             return fastest(lambda: layer(made))
         return fastest(lambda: layer(value, **options))
