@@ -65,6 +65,26 @@ def loaded(model, budget):
         model.unpatch_model(torch.device("cpu"))
 
 
+def test_the_host_never_waits_in_a_forward():
+    """From the second forward of a run on, in an ordinary graph; timesteps per frame and a window of steps too."""
+    hosted_model = __import__(f"{kit.PACKAGE}.nodes.bridge.hosted_model", fromlist=["x"])
+    model = own()
+    model.patch_model(CUDA)
+    model.model.current_patcher = model
+    net = model.model.diffusion_model
+    x = torch.randn(1, net.in_dim, 3, 16, 16, device=CUDA, dtype=torch.bfloat16)
+    rows = torch.randn(1, 64, kit.TEXT_DIM, device=CUDA, dtype=torch.bfloat16)
+    options = {"uuids": ["one"], hosted_model.STEP: hosted_model.Step(3, 10), "sigmas": torch.ones(1, device=CUDA)}
+    timesteps = [torch.full((1, 3), t, device=CUDA) for t in (500.0, 400.0)]
+    try:
+        net(x, timesteps[0], rows, transformer_options=dict(options))
+        torch.cuda.set_sync_debug_mode("error")
+        net(x, timesteps[1], rows.clone(), transformer_options=dict(options))
+    finally:
+        torch.cuda.set_sync_debug_mode("default")
+        model.unpatch_model(torch.device("cpu"))
+
+
 def own(kind="t2v", dtype=torch.bfloat16, **kw):
     return kit.own_model(kind, dtype=dtype, **kw)
 

@@ -291,6 +291,25 @@ def test_text_is_projected_once_per_run(pair, monkeypatch):
     assert len(calls) == 2
 
 
+def test_prompts_are_compared_only_where_a_node_can_change_them(pair, monkeypatch):
+    """A comparison waits for the GPU, at the start of every forward."""
+    hosted_model = __import__(f"{kit.PACKAGE}.nodes.bridge.hosted_model", fromlist=["x"])
+    compared, original = [], torch.equal
+    monkeypatch.setattr(hosted_model.torch, "equal", lambda *a: compared.append(1) or original(*a))
+    kit.ksample(pair[1], steps=3)
+    assert not compared
+    for wrapped in ("apply_model", "diffusion_model", "predict_noise", "calc_cond_batch"):
+        model = pair[1].clone()
+        model.add_wrapper_with_key(wrapped, "foreign", lambda executor, *args, **kwargs: executor(*args, **kwargs))
+        kit.ksample(model, steps=3)
+        assert compared, wrapped
+        compared.clear()
+    model = pair[1].clone()
+    model.set_model_unet_function_wrapper(lambda apply, given: apply(given["input"], given["timestep"], **given["c"]))
+    kit.ksample(model, steps=3)
+    assert compared
+
+
 @pytest.mark.parametrize("event", ["load", "detach"])
 def test_nothing_of_a_prompt_outlives_its_weights(event):
     model = kit.own_model()
