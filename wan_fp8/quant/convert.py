@@ -38,8 +38,9 @@ def apply_recipe(
     """Turn the linears of every block into FP8; one tensor at a time, nothing half-done.
 
     Weights that a file holds in e4m3 keep their bytes where the recipe can multiply them (one scale for the tensor
-    serves every recipe, MXFP8 only as a power of two; row scales serve ``rowwise``). Applying the same recipe again
-    changes nothing; another recipe is made from the original weights.
+    serves every recipe, MXFP8 only as a power of two; row scales serve ``rowwise``, block scales
+    ``Float8BlockScaling``); elsewhere they are made real values and rounded again (``rounded_again`` counts them).
+    Applying the same recipe again changes nothing; another recipe is made from the original weights.
 
     Args:
         device: where to cast; None: where each weight lies. A GPU casts in seconds what a CPU takes minutes for.
@@ -90,6 +91,11 @@ def recipe_of(model: nn.Module) -> Recipe | None:
     return quantization.recipe if isinstance(quantization, Quantization) else None
 
 
+def rounded_again(model: nn.Module) -> int:
+    """How many linears held FP8 under other scales before, so that their values were rounded a second time."""
+    return sum(isinstance(module, FP8Linear) and module.rounded_again for module in model.modules())
+
+
 def share_recipe(model: WanModel, other: WanModel) -> None:
     """Give ``other``, which holds the same stored tensors under plain linears, the recipe of ``model``.
 
@@ -105,7 +111,7 @@ def share_recipe(model: WanModel, other: WanModel) -> None:
             linear.source = module.source
             linear.__class__ = FP8Linear
             assert isinstance(linear, FP8Linear)
-            linear.original = module.original
+            linear.original, linear.rounded_again = module.original, module.rounded_again
     _wire(other, recipe)
     assert isinstance(model.quantization, Quantization) and isinstance(other.quantization, Quantization)
     if model.quantization.scales is not None and other.quantization.scales is not None:
@@ -188,6 +194,7 @@ def _convert(
     module._merged = None
     module.__class__ = FP8Linear
     assert isinstance(module, FP8Linear)
+    module.rounded_again = kept is None and stored.dtype not in HIGH_PRECISION
     module.original = (stored, None if scale is None else scale.detach()) if reachable else None
 
 
@@ -218,7 +225,7 @@ def _restore(module: FP8Linear) -> None:
     module.weight = nn.Parameter(weight.to(home), requires_grad=False)
     module.weight_scale = None if scale is None else nn.Parameter(scale.to(home), requires_grad=False)
     module.source = module._merged = None
-    for name in ("original", "input_quantizer", "quantization"):
+    for name in ("original", "rounded_again", "input_quantizer", "quantization"):
         module.__dict__.pop(name, None)
     module.__class__ = Linear  # type: ignore[assignment]
 
