@@ -222,7 +222,8 @@ class FullDisk:
 def test_a_disk_that_becomes_full(tmp_path, monkeypatch) -> None:
     kept = tmp_path / NAME
     kept.write_bytes(b"an older file")
-    monkeypatch.setattr(save, "open", lambda *args: FullDisk(open(*args), 100_000), raising=False)
+    opened = lambda *args: FullDisk(open(*args), 100_000)  # noqa: E731, SIM115
+    monkeypatch.setattr(save, "open", opened, raising=False)
     with pytest.raises(InputError, match=r"could not be written \(No space left.*nothing of it was left behind"):
         wan_fp8.save_checkpoint(fp8_model(reference("rowwise")), kept, overwrite=True)
     assert kept.read_bytes() == b"an older file" and list(tmp_path.iterdir()) == [kept]
