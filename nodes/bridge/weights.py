@@ -20,6 +20,7 @@ import torch
 from torch import Tensor, nn
 
 from ...wan_fp8.models.layers import HIGH_PRECISION, Leaf, Linear
+from . import homes
 
 
 class ComfyWeights:
@@ -126,6 +127,7 @@ def attach_weight_source(net: nn.Module) -> None:
     for module in net.modules():
         if isinstance(module, Leaf):
             module.weight_source = source
+            module.mover = homes.move
             for name, value in defaults.items():
                 setattr(module, name, list(value) if isinstance(value, list) else value)
 
