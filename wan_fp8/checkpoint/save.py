@@ -31,6 +31,8 @@ RECIPE_KEY = "wan_fp8_recipe"
 """Metadata: JSON of the recipe at work when the file was saved; for people, the tensors decide."""
 ALIGN = 64
 """Bytes; what PyTorch aligns its own memory to."""
+PAGE = 4096
+"""Bytes; memory is pinned in these, and two weights that share one cannot both be."""
 STORED_NAMES = {dtype: name for name, dtype in DTYPES.items()}
 
 Progress = Callable[[int, int], None]
@@ -105,8 +107,9 @@ def check_target(path: Path, overwrite: bool) -> None:
 def stored_tensors(state: Mapping[str, Tensor]) -> tuple[dict[str, Tensor], dict[str, str]]:
     """What goes into the file, in its order, and the format of each FP8 layer.
 
-    Whole multiples of ``ALIGN`` bytes come first, in the model's order, then the few others, wide types first: every
-    weight can be mapped, and lies in memory as an allocated one would (some CPU kernels round by that).
+    Whole pages come first, in the model's order, then whole multiples of ``ALIGN`` bytes, then the few others, wide
+    types first: every weight can be mapped and pinned, and lies in memory as an allocated one would (some CPU kernels
+    round by that).
     """
     found: dict[str, Tensor] = {}
     layers: dict[str, str] = {}
@@ -123,9 +126,10 @@ def stored_tensors(state: Mapping[str, Tensor]) -> tuple[dict[str, Tensor], dict
         found[f"{layer}.weight_scale"] = scale
         found[layer + COMFY_SUFFIX] = comfy_mark(layers[layer])
 
-    def place(name: str) -> tuple[bool, int]:
-        odd = _nbytes(found[name]) % ALIGN != 0
-        return odd, -found[name].element_size() if odd else 0
+    def place(name: str) -> tuple[int, int]:
+        size = _nbytes(found[name])
+        group = 0 if size % PAGE == 0 else 1 if size % ALIGN == 0 else 2
+        return group, -found[name].element_size() if group == 2 else 0
 
     return {name: found[name] for name in sorted(found, key=place)}, layers
 
@@ -161,7 +165,7 @@ def _header(tensors: Mapping[str, Tensor], metadata: dict[str, str]) -> bytes:
         span = [first, first + _nbytes(value)]
         table[name] = {"dtype": stored, "shape": list(value.shape), "data_offsets": span}
     text = json.dumps(table).encode()
-    text += b" " * (-(8 + len(text)) % ALIGN)
+    text += b" " * (-(8 + len(text)) % PAGE)
     return len(text).to_bytes(8, "little") + text
 
 

@@ -21,6 +21,7 @@ from .recipe import LINEARS, Recipe
 
 log = logging.getLogger("wan_fp8")
 
+PAGE = 4096
 _SHARED = {"self_attn.k": "self_attn.q", "self_attn.v": "self_attn.q", "cross_attn.v": "cross_attn.k"}
 """Linears that read the same input as another one."""
 _TEXT = "cross_attn.k"
@@ -189,13 +190,23 @@ def _convert(
         qdata, fresh = quantize_weight(values, recipe.granularity, power_of_2=recipe.granularity is Granularity.BLOCK)
     reachable = keep or kept is not None
     module.source = stored if keep and stored.dtype in HIGH_PRECISION else None
-    module.weight = nn.Parameter(qdata.to(home), requires_grad=False)
+    resting = in_pages(qdata) if home.type == "cpu" and kept is None else qdata.to(home)
+    module.weight = nn.Parameter(resting, requires_grad=False)
     module.weight_scale = nn.Parameter(fresh.to(home), requires_grad=False)
     module._merged = None
     module.__class__ = FP8Linear
     assert isinstance(module, FP8Linear)
     module.rounded_again = kept is None and stored.dtype not in HIGH_PRECISION
     module.original = (stored, None if scale is None else scale.detach()) if reachable else None
+
+
+def in_pages(value: Tensor) -> Tensor:
+    """``value`` in host memory that begins at a page: memory is pinned in pages, and two weights that share one cannot
+    both be."""
+    count = value.numel() * value.element_size()
+    whole = torch.empty(count + PAGE, dtype=torch.uint8)
+    first = -whole.data_ptr() % PAGE
+    return whole[first : first + count].view(value.dtype).view(value.shape).copy_(value)
 
 
 def _same_bytes(stored: Tensor, scale: Tensor | None, granularity: Granularity) -> Tensor | None:
