@@ -363,3 +363,18 @@ def test_scales_that_were_saved_again_are_others(models):
     path.write_bytes(b"12")
     assert node.fingerprint_inputs(scales="t2v", recipe="DelayedScaling") != before
     assert node.fingerprint_inputs(scales="none") == node.fingerprint_inputs() == []
+
+
+def test_a_bf16_file_takes_no_host_memory_beside_fp8(models):
+    """Load, then Recipe: what FP8 was made of stays the file's mapped pages."""
+    path = models / "diffusion_models" / "wan2.2_t2v_high_noise.safetensors"
+    save_file({k: v.contiguous() for k, v in kit.core_weights(dtype=torch.bfloat16).items()}, path)
+    header = nodes_kit.module("wan_fp8.checkpoint.header").read_header(path)
+    fp8 = with_recipe(loaded(path.name, "auto"), "rowwise")
+    linear = nodes_kit.module("wan_fp8.quant.linear").FP8Linear
+    sources = {name: m.source for name, m in fp8.model.diffusion_model.named_modules() if isinstance(m, linear)}
+    first = next(iter(sources))
+    base = sources[first].data_ptr() - header.offsets[f"{first}.weight"]
+    assert len(sources) == 20
+    for name, source in sources.items():
+        assert source.data_ptr() == base + header.offsets[f"{name}.weight"], f"{name} is a copy"
