@@ -288,8 +288,9 @@ def _report_attention(net: HostedModel) -> None:
 
 
 def _on_detach(patcher: Any, unpatch_all: bool = True) -> None:
-    del unpatch_all
-    patcher.model.diffusion_model.forget_run()
+    # Without unpatch_all no weight moves: a clone goes, perhaps collected in the middle of another one's run.
+    if unpatch_all:
+        patcher.model.diffusion_model.forget_run()
 
 
 _SHELLS: dict[type, type] = {}

@@ -183,7 +183,9 @@ def test_what_cannot_be_written_is_refused(models, monkeypatch):
 
 def test_a_file_of_other_scales_is_used_and_named(models):
     call("WanFP8SaveCheckpoint", model=with_recipe(kit.core_model(), "rowwise"), filename="wan2.2_t2v_high")
-    model = loaded("wan2.2_t2v_high.safetensors")
+    read = call("WanFP8LoadCheckpoint", checkpoint="wan2.2_t2v_high.safetensors", low_noise="none")
+    assert "stored as wan_fp8" in read.ui.value and 'with the recipe {"name": "rowwise"' in read.ui.value
+    model = read.args[0]
     out = call("WanFP8Recipe", model=model, recipe="DelayedScaling", backend="reference")
     assert "20 linears came in FP8 under scales that DelayedScaling cannot multiply" in out.ui.value
     same = call("WanFP8Recipe", model=model, recipe="rowwise", backend="reference")

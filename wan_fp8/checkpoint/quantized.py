@@ -36,6 +36,8 @@ ROW_FORMAT, BLOCK_FORMAT = "wan_fp8_row", "wan_fp8_block_128"
 """Names of layers that core cannot multiply: it stops at them, where it would take the scales for something else."""
 FORMAT_KEY, VERSION_KEY, VERSION = "wan_fp8_format", "wan_fp8_version", "1"
 """File metadata of checkpoints that this package saved."""
+RECIPE_KEY = "wan_fp8_recipe"
+"""Metadata: JSON of the recipe at work when the file was saved; for people, the tensors decide."""
 _KNOWN_FORMATS = ("float8_e4m3fn", "float8_e5m2", ROW_FORMAT, BLOCK_FORMAT)
 _FOREIGN_SUFFIXES = {
     ".weight_scale_2": "nvfp4",

@@ -24,11 +24,9 @@ from ..kernels.quantize import weight_granularity
 from ..models.wan import WanModel
 from .header import DTYPES
 from .naming import EXPERTS
-from .quantized import COMFY_SUFFIX, FORMAT_KEY, METADATA_KEY, VERSION, VERSION_KEY, format_name
+from .quantized import COMFY_SUFFIX, FORMAT_KEY, METADATA_KEY, RECIPE_KEY, VERSION, VERSION_KEY, format_name
 from .tensors import FP8_DTYPES
 
-RECIPE_KEY = "wan_fp8_recipe"
-"""Metadata: JSON of the recipe at work when the file was saved; for people, the tensors decide."""
 ALIGN = 64
 """Bytes; what PyTorch aligns its own memory to."""
 PAGE = 4096
