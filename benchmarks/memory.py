@@ -64,6 +64,8 @@ class Run:
     switch_ms: float
     """Between the last forward of the first expert and the first of the second."""
     peak_gib: float | None
+    left: dict[str, float]
+    """What of the second expert stayed in host memory."""
 
     @property
     def steady_step_s(self) -> float:
@@ -86,6 +88,7 @@ def sample(models: list[Any], size: str, frames: int, steps_each: int, cfg: floa
     generator = torch.Generator().manual_seed(1)
     marks: list[float] = []
     forwards: list[tuple[int, float, float]] = []
+    left: dict[str, float] = {}
 
     def now() -> float:
         if device != "cpu":
@@ -98,6 +101,7 @@ def sample(models: list[Any], size: str, frames: int, steps_each: int, cfg: floa
             clean = model(x, sigmas[index] * x.new_ones([x.shape[0]]), **(extra_args or {}))
             x = x + (x - clean) / sigmas[index] * (sigmas[index + 1] - sigmas[index])
             marks.append(now())
+        left.update(hosted.offloaded(models[1]))
         return x
 
     hooks = []
@@ -129,6 +133,7 @@ def sample(models: list[Any], size: str, frames: int, steps_each: int, cfg: floa
         pauses_ms=[1000 * (b[1] - a[2]) for a, b in pairs if a[0] == b[0]],
         switch_ms=next(1000 * (b[1] - a[2]) for a, b in pairs if a[0] != b[0]),
         peak_gib=None if device == "cpu" else round(torch.cuda.max_memory_allocated() / GIB, 2),
+        left=left,
     )
 
 
@@ -175,8 +180,13 @@ def hosted_rows(parts: list[str], device: str, tiny: bool, attention: str, recip
             traffic.loaded = traffic.copied_back = 0
             with hosted.card(gib, device, models):
                 run = sample(models, size, frames, steps, 3.5, device)
-                left = hosted.offloaded(models[1])
-            rows.append(card_row(name, gib, bar, run, resident, traffic, left, size, common_row))
+                moved = {
+                    "moved_to_gpu_gib": round(traffic.loaded / GIB, 3),
+                    "copied_back_gib": round(traffic.copied_back / GIB, 3),
+                }
+                # a run that finds the GPU as the first one left it: what a user's second prompt does
+                second = sample(models, size, frames, steps, 3.5, device)
+            rows.append(card_row(name, gib, bar, run, second, resident, moved, size, common_row))
     unload(device)
     return rows
 
@@ -221,14 +231,14 @@ def card_row(
     gib: float,
     bar: float,
     run: Run,
+    second: Run,
     resident: Run,
-    traffic: hosted.Traffic,
-    left: dict[str, float],
+    moved: dict[str, float],
     size: str,
     more: dict[str, Any],
 ) -> dict[str, Any]:
-    """An emulated card against the whole one."""
-    ratio = (run.loads_s + STEPS * run.steady_step_s) / (STEPS * resident.steady_step_s)
+    """An emulated card against the whole one; the worse of two runs counts."""
+    ratios = [(r.loads_s + STEPS * r.steady_step_s) / (STEPS * resident.steady_step_s) for r in (run, second)]
     return {
         "part": "cards",
         **more,
@@ -241,13 +251,19 @@ def card_row(
         "steady_step_s": round(run.steady_step_s, 3),
         "resident_step_s": round(resident.steady_step_s, 3),
         "loads_s": round(run.loads_s, 3),
-        "moved_to_gpu_gib": round(traffic.loaded / GIB, 3),
-        "copied_back_gib": round(traffic.copied_back / GIB, 3),
-        **left,
+        **moved,
+        **run.left,
+        "second_run": {
+            "load_s": round(second.load_s, 3),
+            "steps_s": [round(s, 3) for s in second.steps_s],
+            "loads_s": round(second.loads_s, 3),
+            **second.left,
+        },
         "measured_ratio": round((run.load_s + sum(run.steps_s)) / sum(resident.steps_s), 4),
-        "ratio_40_steps": round(ratio, 4),
+        "ratio_40_steps": round(ratios[0], 4),
+        "ratio_40_steps_second_run": round(ratios[1], 4),
         "bar": bar,
-        "within": ratio <= bar and (run.peak_gib is None or run.peak_gib <= gib),
+        "within": max(ratios) <= bar and (run.peak_gib is None or run.peak_gib <= gib),
     }
 
 

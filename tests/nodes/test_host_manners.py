@@ -167,3 +167,36 @@ def test_one_model_with_and_without_a_recipe(small: bool) -> None:
     del results
     assert tensor_bytes() <= before + 4096
     assert kit.same_bytes(state, kit.state_bytes(model))
+
+
+def test_streamed_weights_are_pinned_in_every_run(monkeypatch) -> None:
+    """Core unpins them when a run's clone of the MODEL goes; a fake stands for the pinning, which needs a GPU."""
+    import comfy.model_management as management
+
+    pinned: set[int] = set()
+
+    def pin(tensor: torch.Tensor) -> bool:
+        fresh = tensor.data_ptr() not in pinned
+        pinned.add(tensor.data_ptr())
+        return fresh
+
+    monkeypatch.setattr(management, "pin_memory", pin)
+    monkeypatch.setattr(management, "unpin_memory", lambda tensor: pinned.discard(tensor.data_ptr()))
+    model = fp8(core_model())
+    net = model.model.diffusion_model
+    streamed: list[set[int]] = []
+
+    def look(*_: object) -> None:
+        leaves = [m for m in net.modules() if isinstance(m, engine("models.layers").Leaf) and m.comfy_cast_weights]
+        streamed.append({p.data_ptr() for m in leaves for p in m.parameters(recurse=False)} - pinned)
+
+    net.register_forward_pre_hook(look)
+    for _ in range(3):
+        clone = partly(model)
+        ksample(clone, steps=1)
+        del clone
+        gc.collect()
+    assert len(streamed) == 3 and not any(streamed)
+    kit.unload_everything()
+    gc.collect()
+    assert not pinned
