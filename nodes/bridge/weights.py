@@ -178,7 +178,7 @@ def _pin_streamed(patcher: Any) -> None:
     if pin is None:
         return
     for path, module in patcher.model.named_modules():
-        if isinstance(module, Leaf) and module.comfy_cast_weights:
+        if isinstance(module, Leaf) and getattr(module, "comfy_cast_weights", False):
             for name, _ in module.named_parameters(recurse=False):
                 pin(f"{path}.{name}")
 

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from ..errors import CheckpointError, InputError
-from ..kernels.quantize import BLOCK, spread_scale
+from ..kernels.quantize import dequantized_weight
 from ..models.layers import HIGH_PRECISION, Linear
 from ..models.specs import Task
 from ..models.wan import WanModel, build_model
@@ -206,28 +206,15 @@ def _entries(
     is_fp8 = source.info(stored).dtype in FP8_DTYPES
     if not (is_fp8 and may_keep):
         lifted = torch.bfloat16 if is_fp8 or scale is not None else None
-        if scale is not None and _in_blocks(source, stored, scale):
-            return {official: _from_blocks(source.read(stored, None, device), scale, dtype or torch.bfloat16)}
+        if scale is not None and scale.ndim == 2 and scale.shape != (source.info(stored).shape[0], 1):
+            value = source.read(stored, None, device)
+            return {official: dequantized_weight(value, scale.to(value.device), dtype or torch.bfloat16)}
         return {official: source.read(stored, dtype or lifted, device, scale)}
     kept = torch.ones(()) if scale is None else scale
     return {
         official: source.read(stored, None, device),
         f"{official.removesuffix('.weight')}.weight_scale": kept.to(device),
     }
-
-
-def _in_blocks(source: TensorSource, stored: str, scale: Tensor) -> bool:
-    return scale.ndim == 2 and scale.shape[0] != source.info(stored).shape[0]
-
-
-def _from_blocks(stored: Tensor, scale: Tensor, dtype: torch.dtype) -> Tensor:
-    """``stored * scale`` in fp32 with one scale for 128 x 128, rounded once to ``dtype``, some rows at a time."""
-    out, scale = torch.empty(stored.shape, dtype=dtype, device=stored.device), scale.to(stored.device)
-    step = 8
-    for first in range(0, scale.shape[0], step):
-        rows = slice(first * BLOCK, (first + step) * BLOCK)
-        out[rows] = stored[rows].float() * spread_scale(scale[first : first + step], stored[rows].shape)
-    return out
 
 
 def _check_fit(source: TensorSource, names: Mapping[str, str], model: nn.Module) -> None:

@@ -7,7 +7,7 @@
 | ``comfy_quant`` | uint8 tensor ``X.comfy_quant`` holding JSON | ``X.weight_scale`` scalar |
 | ``quantization_metadata`` | file metadata ``_quantization_metadata`` | ``X.weight_scale`` scalar |
 | ``lightx2v_fp8``, ``lightx2v_int8`` | none | ``X.weight_scale`` [rows, 1] |
-| ``wan_fp8`` | as core's two, with our formats | ``X.weight_scale`` [rows, 1] or [rows / 128, columns / 128] |
+| ``wan_fp8`` | as core's two, with our formats | ``X.weight_scale`` for rows, 128 x 128 or 32 inputs |
 
 Source: ComfyUI ``comfy/ops.py``, ``comfy/model_detection.py``; LightX2V ``lightx2v/common/ops/mm``.
 """
@@ -24,7 +24,7 @@ import torch
 from torch import Tensor
 
 from ..errors import CheckpointError
-from ..kernels.quantize import BLOCK, Granularity
+from ..kernels.quantize import BLOCK, E8M0, MX_BLOCK, Granularity
 from .tensors import FP8_DTYPES, TensorInfo, TensorSource
 
 MARKER = "scaled_fp8"
@@ -32,13 +32,13 @@ _SCALES = (".scale_weight", ".weight_scale")
 _INPUT_SCALES = (".scale_input", ".input_scale")
 COMFY_SUFFIX = ".comfy_quant"
 METADATA_KEY = "_quantization_metadata"
-ROW_FORMAT, BLOCK_FORMAT = "wan_fp8_row", "wan_fp8_block_128"
+ROW_FORMAT, BLOCK_FORMAT, MX_FORMAT = "wan_fp8_row", "wan_fp8_block_128", "wan_fp8_mx_32"
 """Names of layers that core cannot multiply: it stops at them, where it would take the scales for something else."""
 FORMAT_KEY, VERSION_KEY, VERSION = "wan_fp8_format", "wan_fp8_version", "1"
 """File metadata of checkpoints that this package saved."""
 RECIPE_KEY = "wan_fp8_recipe"
 """Metadata: JSON of the recipe at work when the file was saved; for people, the tensors decide."""
-_KNOWN_FORMATS = ("float8_e4m3fn", "float8_e5m2", ROW_FORMAT, BLOCK_FORMAT)
+_KNOWN_FORMATS = ("float8_e4m3fn", "float8_e5m2", ROW_FORMAT, BLOCK_FORMAT, MX_FORMAT)
 _FOREIGN_SUFFIXES = {
     ".weight_scale_2": "nvfp4",
     ".weight.absmax": "bitsandbytes 4-bit",
@@ -112,7 +112,7 @@ def format_name(dtype: torch.dtype, granularity: Granularity) -> str:
     """What a layer is called in a file: core's name for one scale, ours for finer ones."""
     if granularity is Granularity.TENSOR:
         return str(dtype).removeprefix("torch.")
-    return ROW_FORMAT if granularity is Granularity.ROW else BLOCK_FORMAT
+    return {Granularity.ROW: ROW_FORMAT, Granularity.BLOCK: BLOCK_FORMAT, Granularity.MX: MX_FORMAT}[granularity]
 
 
 def _storage(source: TensorSource, names: list[str], prefix: str, scales: dict[str, str]) -> tuple[Storage, str | None]:
@@ -124,7 +124,7 @@ def _storage(source: TensorSource, names: list[str], prefix: str, scales: dict[s
     unknown = sorted(set(formats.values()).difference(_KNOWN_FORMATS))
     if unknown or foreign:
         return Storage.UNSUPPORTED, ", ".join(unknown) or foreign
-    ours = {layer: form for layer, form in formats.items() if form in (ROW_FORMAT, BLOCK_FORMAT)}
+    ours = {layer: form for layer, form in formats.items() if form in (ROW_FORMAT, BLOCK_FORMAT, MX_FORMAT)}
     for layer, form in ours.items():
         _check_label(source, layer, form, scales)
     bulk = _bulk(source, names, prefix)
@@ -148,9 +148,11 @@ def _check_label(source: TensorSource, layer: str, form: str, scales: dict[str, 
     weight = f"{layer}.weight"
     shape = source.info(weight).shape
     scale = source.info(scales[weight]) if weight in scales else None
-    wanted = (shape[0], 1) if form == ROW_FORMAT else tuple(length // BLOCK for length in shape)
-    fits = len(shape) == 2 and (form == ROW_FORMAT or all(length % BLOCK == 0 for length in shape))
-    held = scale is not None and scale.shape == wanted and scale.dtype is torch.float32
+    down, across = {ROW_FORMAT: (1, None), BLOCK_FORMAT: (BLOCK, BLOCK), MX_FORMAT: (1, MX_BLOCK)}[form]
+    fits = len(shape) == 2 and shape[0] % down == 0 and shape[1] % (across or 1) == 0
+    wanted = (shape[0] // down, shape[1] // across if across else 1) if fits else None
+    kind = E8M0 if form == MX_FORMAT else torch.float32
+    held = scale is not None and scale.shape == wanted and scale.dtype is kind
     if not (fits and held and source.info(weight).dtype in FP8_DTYPES):
         found = "no scale" if scale is None else f"a scale {scale.stored} {list(scale.shape)}"
         raise CheckpointError(
@@ -226,8 +228,8 @@ def _odd_scale(source: TensorSource, scales: dict[str, str]) -> str | None:
 
 
 def read_scale(source: TensorSource, weight: str, quantization: Quantization) -> Tensor | None:
-    """The fp32 scale of a stored weight: a scalar, [rows, 1], or [rows / 128, columns / 128] (``wan_fp8`` files); None
-    where it has none (scale 1).
+    """The fp32 scale of a stored weight: a scalar or [rows, 1], in ``wan_fp8`` files also [rows / 128, columns / 128]
+    or E8M0 [rows, columns / 32]; None where it has none (scale 1).
 
     Raises:
         CheckpointError: it is not finite.
@@ -235,9 +237,12 @@ def read_scale(source: TensorSource, weight: str, quantization: Quantization) ->
     name = quantization.scales.get(weight)
     if name is None:
         return None
-    scale = source.read(name, torch.float32)
-    if not scale.isfinite().all():
+    is_mx = E8M0 is not None and source.info(name).dtype is E8M0
+    scale = source.read(name, None if is_mx else torch.float32)
+    if not (scale.view(torch.uint8) < 255 if is_mx else scale.isfinite()).all():
         raise CheckpointError(f"{source.label} is damaged: {name} is not finite; download or save it again")
+    if is_mx:
+        return scale.clone()
     if scale.numel() == 1:
         return scale.reshape(()).clone()
     is_block = scale.ndim == 2 and scale.shape[0] != source.info(weight).shape[0]

@@ -20,7 +20,7 @@ import torch
 from torch import Tensor
 
 from ..errors import InputError
-from ..kernels.quantize import weight_granularity
+from ..kernels.quantize import E8M0, weight_granularity
 from ..models.wan import WanModel
 from .header import DTYPES
 from .naming import EXPERTS
@@ -119,7 +119,8 @@ def stored_tensors(state: Mapping[str, Tensor]) -> tuple[dict[str, Tensor], dict
         if layer == name or value.dtype not in FP8_DTYPES or value.ndim != 2:
             continue
         scale = state.get(f"{layer}.weight_scale")
-        scale = torch.ones(()) if scale is None else scale.float()
+        if scale is None or scale.dtype != E8M0:
+            scale = torch.ones(()) if scale is None else scale.float()
         layers[layer] = format_name(value.dtype, weight_granularity(scale, value.shape))
         found[f"{layer}.weight_scale"] = scale
         found[layer + COMFY_SUFFIX] = comfy_mark(layers[layer])

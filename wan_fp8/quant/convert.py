@@ -39,8 +39,8 @@ def apply_recipe(
     """Turn the linears of every block into FP8; one tensor at a time, nothing half-done.
 
     Weights that a file holds in e4m3 keep their bytes where the recipe can multiply them (one scale for the tensor
-    serves every recipe, MXFP8 only as a power of two; row scales serve ``rowwise``, block scales
-    ``Float8BlockScaling``); elsewhere they are made real values and rounded again (``rounded_again`` counts them).
+    serves every recipe, MXFP8 only as a power of two; row scales serve ``rowwise``, finer ones
+    the recipe that makes such); elsewhere they are made real values and rounded again (``rounded_again`` counts them).
     Applying the same recipe again changes nothing; another recipe is made from the original weights.
 
     Args:
@@ -213,7 +213,8 @@ def _same_bytes(stored: Tensor, scale: Tensor | None, granularity: Granularity) 
     """The scale under which e4m3 bytes serve ``granularity`` as they are; None where they do not."""
     if stored.dtype != E4M3:
         return None
-    scale = torch.ones((), device=stored.device) if scale is None else scale.detach().float()
+    if scale is None or scale.dtype != E8M0:
+        scale = torch.ones((), device=stored.device) if scale is None else scale.detach().float()
     kind = weight_granularity(scale, stored.shape)
     if kind is granularity:
         return scale.reshape(()) if kind is Granularity.TENSOR else scale
