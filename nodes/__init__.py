@@ -11,6 +11,8 @@ from .loaders import WanFP8LoadCheckpoint
 from .lora import WanFP8LoadLora
 from .recipe import WanFP8Recipe
 from .samplers import WanFP8SampleI2V, WanFP8SampleT2V, WanFP8SampleTI2V
+from .save import WanFP8SaveCheckpoint
+from .scales import WanFP8SaveScales
 from .schedules import WanFP8Sigmas, WanFP8Solver
 from .settings import WanFP8Attention, WanFP8Compile
 from .sources import register_model_folder
@@ -28,6 +30,8 @@ NODES: list[type[io.ComfyNode]] = [
     WanFP8SampleTI2V,
     WanFP8Sigmas,
     WanFP8Solver,
+    WanFP8SaveCheckpoint,
+    WanFP8SaveScales,
 ]
 
 

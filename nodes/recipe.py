@@ -6,13 +6,16 @@ from typing import Any
 
 from comfy_api.latest import io
 
+from ..wan_fp8.checkpoint.naming import EXPERTS
 from ..wan_fp8.gemm import GemmRequest
 from ..wan_fp8.quant.recipe import AMAX_ALGORITHMS, Recipe
 from ..wan_fp8.registry import Resolution
 from . import bridge
 from .notices import node_id, notice
+from .scales import scale_names, scale_path, scale_stamp
 from .schema import SETTINGS, node_schema
 from .settings import changed, low_input, model_input, outputs
+from .sources import NONE
 
 RECIPES = ("rowwise", "DelayedScaling", "Float8CurrentScaling", "Float8BlockScaling", "none", "MXFP8BlockScaling")
 BACKENDS = ("auto", "torch", "transformer_engine", "reference", "weight-only")
@@ -89,10 +92,24 @@ class WanFP8Recipe(io.ComfyNode):
                     "milliseconds.",
                 ),
                 low_input(),
+                io.Combo.Input(
+                    "scales",
+                    options=[NONE, *scale_names()],
+                    default=NONE,
+                    optional=True,
+                    tooltip="DelayedScaling only: activation scales of an earlier run, from models/wan_fp8_scales (see "
+                    "Save Wan2.2 FP8 Scales). Runs begin with them and keep them: no calibration, the same bits every "
+                    "time. Default none: each run finds its own, with a first forward that reads its inputs twice.",
+                ),
             ],
             outputs=outputs("with this recipe"),
             hidden=[io.Hidden.unique_id],
         )
+
+    @classmethod
+    def fingerprint_inputs(cls, scales: str | None = NONE, **_: Any) -> Any:
+        """Scales that were saved again are others."""
+        return None if scales is None else scale_stamp(scales)
 
     @classmethod
     def execute(
@@ -105,6 +122,7 @@ class WanFP8Recipe(io.ComfyNode):
         margin: int,
         keep: str,
         model_low: Any = None,
+        scales: str = NONE,
     ) -> io.NodeOutput:
         setting = Recipe(
             recipe,
@@ -115,11 +133,16 @@ class WanFP8Recipe(io.ComfyNode):
             keep=tuple(prefix for prefix in (part.strip() for part in keep.split(",")) if prefix),
         )
         lines: list[str] = []
+        pair = model_low is not None and model_low is not model
 
         def change(given: Any) -> Any:
-            result, resolution = bridge.with_recipe(given, setting)
+            expert = EXPERTS[given is not model] if pair else bridge.expert_of(given)
+            file = None if scales == NONE else scale_path(scales, expert)
+            result, resolution = bridge.with_recipe(given, setting, file)
             if resolution is not None:
                 lines.extend(_told(setting, result, resolution))
+            if file is not None:
+                lines.append(f"activation scales of {file.name}, frozen")
             return result
 
         results = changed(cls, model, model_low, change)
@@ -133,4 +156,11 @@ def _told(recipe: Recipe, model: Any, resolution: Resolution[GemmRequest]) -> li
         what += (
             ": weights in FP8, products of dequantised weights in the model's own precision (less memory, not faster)"
         )
-    return [what, *(f"passed over {name}: {reason}" for name, reason in resolution.refused.items())]
+    twice = bridge.rounded_again(model)
+    lines = [what, *(f"passed over {name}: {reason}" for name, reason in resolution.refused.items())]
+    if twice:
+        lines.append(
+            f"{twice} linears came in FP8 under scales that {recipe.name} cannot multiply, and were rounded a second "
+            "time: load the original weights, or choose the recipe that the file was saved with"
+        )
+    return lines

@@ -20,6 +20,8 @@ from ..wan_fp8.models.tokenizer import find_tokenizer
 FOLDER_KIND = "wan"
 """Our kind of model folder: ``models/wan/<checkpoint folder>``, and every ``wan:`` of an extra model paths file."""
 FILE_KIND = "diffusion_models"
+SCALE_KIND = "wan_fp8_scales"
+"""Activation scales that runs ended with; also a name for an extra model paths file."""
 
 AUTO = "auto"
 NONE = "none"
@@ -30,8 +32,9 @@ _WEIGHTS = (".safetensors", ".pth", ".json", ".model")
 
 
 def register_model_folder() -> None:
-    """Make ``models/wan`` known to ComfyUI. Safe to repeat."""
-    folder_paths.add_model_folder_path(FOLDER_KIND, os.path.join(folder_paths.models_dir, FOLDER_KIND))
+    """Make ``models/wan`` and ``models/wan_fp8_scales`` known to ComfyUI. Safe to repeat."""
+    for kind in (FOLDER_KIND, SCALE_KIND):
+        folder_paths.add_model_folder_path(kind, os.path.join(folder_paths.models_dir, kind))
 
 
 def checkpoint_names() -> list[str]:

@@ -12,6 +12,7 @@ __version__ = "0.1.0"
 
 _EXPORTS = {
     "load_transformer": "checkpoint.load",
+    "save_checkpoint": "checkpoint.save",
     "load_text_encoder": "models.text_encoder",
     "set_attention": "attention",
     "Attention": "attention",

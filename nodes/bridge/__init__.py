@@ -9,7 +9,7 @@ from .build import build_model_patcher
 from .fork import expert_of, fork, hosted, is_hosted, spec_of
 from .hosted_model import HostSettings
 from .lora import WithLora, load_lora
-from .recipe import fp8_layers, recipe_of, with_recipe
+from .recipe import fp8_layers, recipe_of, rounded_again, with_recipe
 from .residency import make_resident, manage
 from .sampling import (
     core_sigmas,
@@ -20,6 +20,7 @@ from .sampling import (
     set_shift,
     with_timesteps,
 )
+from .save import save_model, save_scales
 from .settings import attention_request, device_of, settings_of, with_settings
 from .stages import Stage, run_stages
 from .vae import lazy_vae, load_vae
@@ -47,8 +48,11 @@ __all__ = [
     "manage",
     "raw_latents",
     "recipe_of",
+    "rounded_again",
     "run_stages",
     "sampler_names",
+    "save_model",
+    "save_scales",
     "scheduler_names",
     "set_shift",
     "settings_of",

@@ -24,8 +24,11 @@ from torch import Tensor, nn
 
 from ...wan_fp8 import kernels
 from ...wan_fp8.attention import attention_report
-from ...wan_fp8.errors import InputError, UnsupportedPatchError
-from ...wan_fp8.kernels.quantize import Granularity, weight_granularity
+from ...wan_fp8.checkpoint.quantized import COMFY_SUFFIX, format_name
+from ...wan_fp8.checkpoint.save import comfy_mark
+from ...wan_fp8.checkpoint.tensors import FP8_DTYPES
+from ...wan_fp8.errors import UnsupportedPatchError
+from ...wan_fp8.kernels.quantize import weight_granularity
 from ...wan_fp8.models.layers import HIGH_PRECISION
 from ...wan_fp8.models.specs import ModelSpec
 from ...wan_fp8.models.wan import WanModel, build_model
@@ -285,8 +288,9 @@ def _report_attention(net: HostedModel) -> None:
 
 
 def _on_detach(patcher: Any, unpatch_all: bool = True) -> None:
-    del unpatch_all
-    patcher.model.diffusion_model.forget_run()
+    # Without unpatch_all no weight moves: a clone goes, perhaps collected in the middle of another one's run.
+    if unpatch_all:
+        patcher.model.diffusion_model.forget_run()
 
 
 _SHELLS: dict[type, type] = {}
@@ -329,22 +333,12 @@ def _make_shell_class(base: Any) -> type:
 
 
 def _with_fp8_marks(saved: dict[str, Tensor]) -> dict[str, Tensor]:
-    """Name the layers that are stored as FP8, the way that core's newer loader and ours read (``X.comfy_quant``).
-
-    Raises:
-        InputError: block scales, which no loader reads from a file.
-    """
-    names = {torch.float8_e4m3fn: "float8_e4m3fn", torch.float8_e5m2: "float8_e5m2"}
+    """Name the layers that are stored as FP8, the way that core's newer loader and ours read (``X.comfy_quant``), for
+    core's own saving nodes. Row and block scales get names of ours, at which core stops."""
     for key in [k for k in saved if k.endswith(".weight_scale")]:
         layer = key.removesuffix(".weight_scale")
-        form = names.get(saved[f"{layer}.weight"].dtype)
-        kind = weight_granularity(saved[key], saved[f"{layer}.weight"].shape)
-        if kind in (Granularity.BLOCK, Granularity.MX):
-            raise InputError(
-                "this MODEL has FP8 weights with block scales, which cannot be saved to a file yet: save it with the "
-                "recipe DelayedScaling or Float8CurrentScaling (readable by ComfyUI too), rowwise, or none"
-            )
-        if form is not None:
-            text = f'{{"format": "{form}"}}'.encode()
-            saved[f"{layer}.comfy_quant"] = torch.frombuffer(bytearray(text), dtype=torch.uint8)
+        weight = saved[f"{layer}.weight"]
+        if weight.dtype in FP8_DTYPES:
+            form = format_name(weight.dtype, weight_granularity(saved[key], weight.shape))
+            saved[layer + COMFY_SUFFIX] = comfy_mark(form)
     return saved

@@ -44,9 +44,11 @@ CONTRACT = {
         "model model_low",
     ),
     "WanFP8Recipe": (
-        "model recipe backend amax_history_len amax_compute_algo margin keep model_low",
+        "model recipe backend amax_history_len amax_compute_algo margin keep model_low scales",
         "model model_low",
     ),
+    "WanFP8SaveCheckpoint": ("model filename overwrite model_low", "path path_low"),
+    "WanFP8SaveScales": ("latent model filename overwrite model_low", "latent"),
     "WanFP8Compile": ("model mode dynamic tf32 residual_stream model_low", "model model_low"),
 }
 """Saved in users' workflows, inputs by position: only ever append."""

@@ -21,7 +21,7 @@ from . import signatures
 from .header import sniff
 from .key_maps import DIT
 from .naming import expert_from_name, version_from_name
-from .quantized import Quantization, Storage, read_quantization
+from .quantized import RECIPE_KEY, Quantization, Storage, read_quantization
 from .reader import open_source
 from .signatures import Kind
 from .tensors import TensorSource
@@ -265,6 +265,8 @@ def _details(
         notes.append("tensors do not tell the high-noise from the low-noise expert, and the name says neither")
     if spec.task is Task.T2V and version_from_name(path) != "2.2":
         notes.append("tensors do not tell Wan2.2 T2V-A14B from Wan2.1 T2V-14B, and the name does not say 2.2")
+    if RECIPE_KEY in source.metadata:
+        notes.append(f"saved by this pack with the recipe {source.metadata[RECIPE_KEY][:200]}")
     outside = sum(not name.startswith(prefix) for name in source)
     if outside:
         notes.append(f"{outside} tensors outside {prefix}* belong to other models and are left out")

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from contextlib import nullcontext
 from dataclasses import replace
 from pathlib import Path
@@ -13,7 +13,8 @@ import torch
 from torch import Tensor, nn
 
 from ..errors import CheckpointError, InputError
-from ..models.layers import Linear
+from ..kernels.quantize import dequantized_weight
+from ..models.layers import HIGH_PRECISION, Linear
 from ..models.specs import Task
 from ..models.wan import WanModel, build_model
 from .detect import ACCEPTED, Detected, detect, official_names
@@ -87,7 +88,9 @@ def load_transformer(
             return build_from(opened, detected, dtype=dtype, device=device, model_class=model_class, keep_fp8=keep_fp8)
         from ..quant import apply_recipe
 
-        model = build_from(opened, detected, dtype=dtype, model_class=model_class, keep_fp8=True)
+        model = build_from(
+            opened, detected, dtype=dtype, model_class=model_class, keep_fp8=True, as_stored=recipe.converts
+        )
     return apply_recipe(model, recipe, device=device, move=True).to(device)
 
 
@@ -154,8 +157,14 @@ def build_from(
     device: torch.device | str = "cpu",
     model_class: type[WanModel] | None = None,
     keep_fp8: bool = False,
+    as_stored: Callable[[str], bool] | None = None,
 ) -> WanModel:
-    """The model of an opened and recognised source (see ``open_transformer``). Nothing is read before all names fit."""
+    """The model of an opened and recognised source (see ``open_transformer``). Nothing is read before all names fit.
+
+    Args:
+        as_stored: says of a layer's name that its weight, in whatever high precision, keeps the file's type: a recipe
+            will cast it, and until then it takes no memory where files are mapped.
+    """
     spec = detected.require_transformer(source.label)
     quantization = detected.quantization
     assert quantization is not None, "a transformer that detect() recognised has one"
@@ -169,7 +178,10 @@ def build_from(
     state: dict[str, Tensor] = {}
     for official, stored in names.items():
         may_keep = official in linears and (keep_fp8 or dtype is None)
-        state.update(_entries(source, official, stored, quantization, dtype, device, may_keep))
+        wanted = dtype
+        if as_stored is not None and source.info(stored).dtype in HIGH_PRECISION:
+            wanted = None if as_stored(official.removesuffix(".weight")) else dtype
+        state.update(_entries(source, official, stored, quantization, wanted, device, may_keep))
     for name, value in state.items():
         if name.endswith(".weight_scale"):
             owner = model.get_submodule(name.removesuffix(".weight_scale"))
@@ -194,6 +206,9 @@ def _entries(
     is_fp8 = source.info(stored).dtype in FP8_DTYPES
     if not (is_fp8 and may_keep):
         lifted = torch.bfloat16 if is_fp8 or scale is not None else None
+        if scale is not None and scale.ndim == 2 and scale.shape != (source.info(stored).shape[0], 1):
+            value = source.read(stored, None, device)
+            return {official: dequantized_weight(value, scale.to(value.device), dtype or torch.bfloat16)}
         return {official: source.read(stored, dtype or lifted, device, scale)}
     kept = torch.ones(()) if scale is None else scale
     return {

@@ -8,6 +8,7 @@ back with
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any, Protocol
 
 import torch
@@ -81,6 +82,19 @@ class Leaf(nn.Module):
     bias: nn.Parameter | None
     weight_scale: nn.Parameter | None
     weight_source: WeightSource = OWN_WEIGHTS
+    mover: Callable[[Leaf, Callable[[Tensor], Tensor]], None] | None = None
+    """Set by a host that moves parameters in its own way (``.to`` and its like)."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.homes: dict[str, Any] = {}
+        """The mover's notes, by parameter; void when one is written to in place."""
+
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Leaf:
+        if self.mover is None:
+            return super()._apply(fn, recurse)
+        self.mover(self, fn)
+        return self
 
     def fetch(self, like: Tensor) -> tuple[Tensor, Tensor | None, Any]:
         """Weight, bias and a handle, ready to be used with ``like`` (its device, its dtype)."""
@@ -179,6 +193,8 @@ class Linear(Leaf):
         del seed
         if return_weight:
             return weight
+        if inplace_update:
+            self.homes.clear()
         if self.weight.dtype in HIGH_PRECISION:
             if inplace_update:
                 self.weight.data.copy_(weight)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from .calibrate import freeze_scales, load_scales, save_scales
+from .calibrate import forget_scales, freeze_scales, load_scales, save_scales
 from .convert import apply_recipe, recipe_of, remove_recipe
 from .recipe import RECIPES, Recipe
 
@@ -10,6 +10,7 @@ __all__ = [
     "RECIPES",
     "Recipe",
     "apply_recipe",
+    "forget_scales",
     "freeze_scales",
     "load_scales",
     "recipe_of",

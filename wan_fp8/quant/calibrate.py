@@ -10,13 +10,15 @@ of 1, and so the same run gives the same bits again. Scales that were loaded fro
 from __future__ import annotations
 
 import json
+import os
+import uuid
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 import safetensors
 import torch
-from safetensors.torch import load_file, save_file
+from safetensors.torch import load_file, save
 from torch import Tensor, nn
 
 from ..errors import CheckpointError, InputError
@@ -174,12 +176,18 @@ class DelayedScales:
         self.frozen = freeze
         self._begin_again()
 
+    def forget_start(self) -> None:
+        """Begin runs without scales again."""
+        self._start, self.frozen = None, False
+        self._begin_again()
+
 
 def save_scales(model: nn.Module, path: str | Path) -> None:
-    """Write the activation scales of a DelayedScaling model to a safetensors file.
+    """Write the activation scales of a DelayedScaling model to a safetensors file, whole or not at all; one of that
+    name is replaced.
 
     Raises:
-        InputError: the model has no such scales, or none yet.
+        InputError: the model has no such scales, or none yet, or the file cannot be written.
     """
     scales = _scales_of(model)
     metadata = {
@@ -188,7 +196,17 @@ def save_scales(model: nn.Module, path: str | Path) -> None:
         "settings": json.dumps(_settings(scales)),
         "sites": "\n".join(scales.sites),
     }
-    save_file(scales.state(), str(path), metadata=metadata)
+    content, path = save(scales.state(), metadata=metadata), Path(path)
+    partial = path.with_name(f".{uuid.uuid4().hex}.part")
+    try:
+        partial.write_bytes(content)
+        os.replace(partial, path)
+    except OSError as error:
+        raise InputError(
+            f"{path.name} could not be written to {path.parent} ({error.strerror or error}): choose another place"
+        ) from error
+    finally:
+        partial.unlink(missing_ok=True)
 
 
 def load_scales(model: nn.Module, path: str | Path, *, freeze: bool = True) -> nn.Module:
@@ -222,6 +240,16 @@ def load_scales(model: nn.Module, path: str | Path, *, freeze: bool = True) -> n
     if not (state["multiplier"].isfinite().all() and (state["multiplier"] > 0).all()):
         raise CheckpointError(f"{path.name} holds scales that are no positive numbers: save them again")
     scales.load_state(state, freeze=freeze)
+    return model
+
+
+def forget_scales(model: nn.Module) -> nn.Module:
+    """Begin every run uncalibrated again, whatever was loaded; returns the model.
+
+    Raises:
+        InputError: the model has no DelayedScaling.
+    """
+    _scales_of(model).forget_start()
     return model
 
 

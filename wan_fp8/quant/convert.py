@@ -21,6 +21,7 @@ from .recipe import LINEARS, Recipe
 
 log = logging.getLogger("wan_fp8")
 
+PAGE = 4096
 _SHARED = {"self_attn.k": "self_attn.q", "self_attn.v": "self_attn.q", "cross_attn.v": "cross_attn.k"}
 """Linears that read the same input as another one."""
 _TEXT = "cross_attn.k"
@@ -38,8 +39,9 @@ def apply_recipe(
     """Turn the linears of every block into FP8; one tensor at a time, nothing half-done.
 
     Weights that a file holds in e4m3 keep their bytes where the recipe can multiply them (one scale for the tensor
-    serves every recipe, MXFP8 only as a power of two; row scales serve ``rowwise``). Applying the same recipe again
-    changes nothing; another recipe is made from the original weights.
+    serves every recipe, MXFP8 only as a power of two; row scales serve ``rowwise``, finer ones
+    the recipe that makes such); elsewhere they are made real values and rounded again (``rounded_again`` counts them).
+    Applying the same recipe again changes nothing; another recipe is made from the original weights.
 
     Args:
         device: where to cast; None: where each weight lies. A GPU casts in seconds what a CPU takes minutes for.
@@ -90,6 +92,11 @@ def recipe_of(model: nn.Module) -> Recipe | None:
     return quantization.recipe if isinstance(quantization, Quantization) else None
 
 
+def rounded_again(model: nn.Module) -> int:
+    """How many linears held FP8 under other scales before, so that their values were rounded a second time."""
+    return sum(isinstance(module, FP8Linear) and module.rounded_again for module in model.modules())
+
+
 def share_recipe(model: WanModel, other: WanModel) -> None:
     """Give ``other``, which holds the same stored tensors under plain linears, the recipe of ``model``.
 
@@ -105,7 +112,7 @@ def share_recipe(model: WanModel, other: WanModel) -> None:
             linear.source = module.source
             linear.__class__ = FP8Linear
             assert isinstance(linear, FP8Linear)
-            linear.original = module.original
+            linear.original, linear.rounded_again = module.original, module.rounded_again
     _wire(other, recipe)
     assert isinstance(model.quantization, Quantization) and isinstance(other.quantization, Quantization)
     if model.quantization.scales is not None and other.quantization.scales is not None:
@@ -183,19 +190,31 @@ def _convert(
         qdata, fresh = quantize_weight(values, recipe.granularity, power_of_2=recipe.granularity is Granularity.BLOCK)
     reachable = keep or kept is not None
     module.source = stored if keep and stored.dtype in HIGH_PRECISION else None
-    module.weight = nn.Parameter(qdata.to(home), requires_grad=False)
+    resting = in_pages(qdata) if home.type == "cpu" and kept is None else qdata.to(home)
+    module.weight = nn.Parameter(resting, requires_grad=False)
     module.weight_scale = nn.Parameter(fresh.to(home), requires_grad=False)
     module._merged = None
     module.__class__ = FP8Linear
     assert isinstance(module, FP8Linear)
+    module.rounded_again = kept is None and stored.dtype not in HIGH_PRECISION
     module.original = (stored, None if scale is None else scale.detach()) if reachable else None
+
+
+def in_pages(value: Tensor) -> Tensor:
+    """``value`` in host memory that begins at a page: memory is pinned in pages, and two weights that share one cannot
+    both be."""
+    count = value.numel() * value.element_size()
+    whole = torch.empty(count + PAGE, dtype=torch.uint8)
+    first = -whole.data_ptr() % PAGE
+    return whole[first : first + count].view(value.dtype).view(value.shape).copy_(value)
 
 
 def _same_bytes(stored: Tensor, scale: Tensor | None, granularity: Granularity) -> Tensor | None:
     """The scale under which e4m3 bytes serve ``granularity`` as they are; None where they do not."""
     if stored.dtype != E4M3:
         return None
-    scale = torch.ones((), device=stored.device) if scale is None else scale.detach().float()
+    if scale is None or scale.dtype != E8M0:
+        scale = torch.ones((), device=stored.device) if scale is None else scale.detach().float()
     kind = weight_granularity(scale, stored.shape)
     if kind is granularity:
         return scale.reshape(()) if kind is Granularity.TENSOR else scale
@@ -218,7 +237,7 @@ def _restore(module: FP8Linear) -> None:
     module.weight = nn.Parameter(weight.to(home), requires_grad=False)
     module.weight_scale = None if scale is None else nn.Parameter(scale.to(home), requires_grad=False)
     module.source = module._merged = None
-    for name in ("original", "input_quantizer", "quantization"):
+    for name in ("original", "rounded_again", "input_quantizer", "quantization"):
         module.__dict__.pop(name, None)
     module.__class__ = Linear  # type: ignore[assignment]
 

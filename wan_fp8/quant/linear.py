@@ -179,6 +179,8 @@ class FP8Linear(Linear):
     """None: the input stays in high precision (backend ``weight-only``)."""
     original: tuple[Tensor, Tensor | None] | None
     """Weight and scale that this layer was made of; None where they are gone."""
+    rounded_again: bool = False
+    """It was made of FP8 under other scales: its values are rounded twice."""
 
     def forward(self, x: Tensor | QuantizedActivation, gelu: bool = False) -> Tensor:
         """[B, S, D_in] -> [B, S, D_out] in the type of ``x``; an input that is cast already is taken as it is.
