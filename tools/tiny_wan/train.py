@@ -4,9 +4,9 @@
     python tools/tiny_wan/train.py all --minutes 7 --out build/tiny_wan
     python tools/tiny_wan/train.py assemble build/tiny_wan models/wan/Wan2.2-T2V-A14B-tiny --task t2v
 
-``all`` runs the stages in order; each can be run alone (``text``, ``vae``, ``joint``, ``experts``, ``evaluate``) on
-what the earlier ones left in ``--out``. A stage that was stopped (SIGTERM) goes on with ``--resume``. ``--start-from`` takes
-the weights of an earlier training as a start.
+``all`` runs the stages in order; each can be run alone (``text``, ``vae``, ``joint``, ``experts``, ``evaluate``)
+on what the earlier ones left in ``--out``. A stage that was stopped (SIGTERM) goes on with ``--resume``.
+``--start-from`` takes the weights of an earlier training as a start.
 """
 
 from __future__ import annotations

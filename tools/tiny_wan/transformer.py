@@ -66,6 +66,8 @@ class Stage:
     image: float
     """Share of clips whose first frame is given."""
     rate: float = 1e-3
+    warmup: int = 200
+    """Steps over which the rate rises."""
     batch: int = 256
     shift: float = 4.0
     """Training's own: noise levels are drawn as an even grid warped by it."""
@@ -162,7 +164,14 @@ def train_transformer(
     model = trainable(spec, start or initial_weights(spec, seed), device)
     if stage.compile:
         compile_blocks(model, dynamic=False)
-    trainer = Trainer(model, stage=stage.name, budget=stage.budget, rate=stage.rate, log_every=stage.log_every)
+    trainer = Trainer(
+        model,
+        stage=stage.name,
+        budget=stage.budget,
+        rate=stage.rate,
+        warmup=stage.warmup,
+        log_every=stage.log_every,
+    )
     if state is not None and state.is_file():
         trainer.restore(state)
     generator = torch.Generator(device).manual_seed(seed)
