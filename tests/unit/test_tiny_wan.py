@@ -255,7 +255,7 @@ def test_latents_get_the_published_statistics(vae: WanVAE) -> None:
 # ---- the command line ------------------------------------------------------------------------------------------------
 
 COMMAND = (
-    sys.executable, str(PACK / "tools" / "tiny_wan" / "train.py"), "all", "--device", "cpu", "--clips", "6",
+    sys.executable, str(PACK / "tools" / "tiny_wan" / "train.py"), "all", "--device", "cpu", "--clips", "3",
     "--batch", "3", "--vae-batch", "2", "--dim", "128", "--ffn-dim", "128", "--layers", "1", "--width", "32",
     "--height", "32", "--frames", "5", "--captions", "2", "--sample-steps", "2", "--log-every", "1",
 )  # fmt: skip

@@ -16,7 +16,7 @@ import platform
 import sys
 import time
 from collections.abc import Iterable
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -76,7 +76,6 @@ class Run:
     log_every: int
     resume: bool
     start_from: Path | None
-    compile: bool = False
     card: dict[str, Any] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
@@ -171,7 +170,7 @@ def run_joint(run: Run, budget: Budget, pool: LatentPool) -> None:
     began = time.perf_counter()
     stage = Stage(
         name="joint", task=Task.I2V, budget=budget, low=0.0, high=1.0, image=0.35,
-        batch=run.batch, log_every=run.log_every, compile=run.compile,
+        batch=run.batch, log_every=run.log_every,
     )  # fmt: skip
     start = run.start(package.expert_file("i2v", "low_noise"))
     weights, log = train_transformer(stage, run.model, pool, seed=run.seed, start=start, state=run.state("joint"))
@@ -191,7 +190,7 @@ def run_expert(run: Run, task: str, expert: str, budget: Budget, pool: LatentPoo
     low, high = INTERVALS[name]
     stage = Stage(
         name=name, task=Task(task), budget=budget, low=low, high=high, image=1.0, rate=EXPERT_RATE,
-        batch=run.batch, log_every=run.log_every, compile=run.compile,
+        batch=run.batch, log_every=run.log_every,
     )  # fmt: skip
     file = package.expert_file(task, expert)
     start = run.start(file)
@@ -218,15 +217,20 @@ def run_evaluate(run: Run, count: int, options: SampleOptions, fused_kernels: st
         experts = {name: load_transformer(path, name, dtype, run.device) for name, path in files.items()}
         for model in experts.values():
             model.fused_kernels = fused_kernels
-        for label, held_out in (("trained", False), ("held_out", True)):
+        for label, held_out, used in (
+            ("trained", False, options),
+            ("held_out", True, options),
+            ("trained_without_guidance", False, replace(options, guidance=(1.0, 1.0))),
+        ):
             chosen = choose_scenes(count, held_out=held_out, seed=options.seed)
             if task == "t2v":
-                evaluation, frames = evaluate_t2v(experts, vae, encoder, run.size, options, chosen), {}
+                evaluation, frames = evaluate_t2v(experts, vae, encoder, run.size, used, chosen), {}
             else:
-                evaluation, frames = evaluate_i2v(experts, vae, encoder, run.size, options, chosen)
+                evaluation, frames = evaluate_i2v(experts, vae, encoder, run.size, used, chosen)
             scores = {**evaluation.scores(), **frames}
             results[f"{task}_{label}"] = scores
-            shown.append(evaluation)
+            if used is options:
+                shown.append(evaluation)
             print(f"{task} {label}: {scores}", flush=True)
     results["seconds"] = round(time.perf_counter() - began, 1)
     run.card["evaluation"] = results
@@ -255,7 +259,6 @@ Layers = Annotated[int, typer.Option()]
 LogEvery = Annotated[int, typer.Option(min=1, help="Steps between two lines.")]
 Resume = Annotated[bool, typer.Option("--resume", help="Go on where a stopped stage was.")]
 StartFrom = Annotated[Path | None, typer.Option(help="Folder of an earlier training whose weights to begin with.")]
-Compile = Annotated[bool, typer.Option("--compile", help="Train through torch.compile.")]
 Captions = Annotated[int, typer.Option(min=1, help="Captions per score.")]
 SampleSteps = Annotated[int, typer.Option(min=1, help="Steps of the sampler.")]
 Fused = Annotated[str, typer.Option(help="Kernels that sampling uses: eager, auto or triton.")]
@@ -282,7 +285,7 @@ def train(
     width: Width = 96,
     height: Height = 64,
     frames: Frames = 17,
-    clips: Clips_ = 49152,
+    clips: Clips_ = 40960,
     batch: Batch = 256,
     vae_batch: VaeBatch = 24,
     dim: Dim = 256,
@@ -291,7 +294,6 @@ def train(
     log_every: LogEvery = 100,
     resume: Resume = False,
     start_from: StartFrom = None,
-    compile: Compile = False,
     captions: Captions = 100,
     sample_steps: SampleSteps = 40,
     sample_seed: Seed = 0,
@@ -314,7 +316,6 @@ def train(
         log_every=log_every,
         resume=resume,
         start_from=start_from,
-        compile=compile,
     )
 
     def budget(name: str, among: Iterable[str]) -> Budget:

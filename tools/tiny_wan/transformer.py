@@ -14,8 +14,8 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+from torch.nn.attention import SDPBackend, sdpa_kernel
 
-from wan_fp8.compile import compile_blocks
 from wan_fp8.models.blocks import ForwardOptions
 from wan_fp8.models.specs import ModelSpec, Task
 from wan_fp8.models.wan import WanModel, build_model
@@ -27,6 +27,8 @@ from .loop import Budget, Log, Trainer, batches
 
 DROPPED = 0.1
 """Share of captions replaced by an unconditional text."""
+BIASED_KERNELS = [SDPBackend.EFFICIENT_ATTENTION, SDPBackend.MATH]
+PLAIN_KERNELS = [SDPBackend.FLASH_ATTENTION, *BIASED_KERNELS]
 PATCH = "patch_embedding.weight"
 CONDITION_CHANNELS = 20
 
@@ -72,7 +74,6 @@ class Stage:
     shift: float = 4.0
     """Training's own: noise levels are drawn as an even grid warped by it."""
     log_every: int = 100
-    compile: bool = False
 
 
 def initial_weights(spec: ModelSpec, seed: int) -> dict[str, Tensor]:
@@ -113,14 +114,15 @@ def trainable(spec: ModelSpec, weights: Mapping[str, Tensor], device: torch.devi
 
 
 def padded_attention(bias_B11L: Tensor) -> Callable[..., Tensor]:
-    """An attention override: cross-attention (the keys are as many as the bias is long) gets the caption table's bias,
-    self-attention torch's own kernel."""
+    """An attention override for training: cross-attention, whose keys are fewer than the queries, gets the caption
+    table's bias. Kernels are named, since not every one of torch's has a derivative under a bias."""
 
     def attend(own: Any, q: Tensor, k: Tensor, v: Tensor, heads: int, **kwargs: Any) -> Tensor:
         del own, kwargs
         split = [t.unflatten(-1, (heads, -1)).transpose(1, 2) for t in (q, k, v)]
-        mask = None if k.shape[1] == q.shape[1] else bias_B11L
-        return F.scaled_dot_product_attention(*split, attn_mask=mask).transpose(1, 2).flatten(2)
+        mask, kernels = (None, PLAIN_KERNELS) if k.shape[1] == q.shape[1] else (bias_B11L, BIASED_KERNELS)
+        with sdpa_kernel(kernels):
+            return F.scaled_dot_product_attention(*split, attn_mask=mask).transpose(1, 2).flatten(2)
 
     return attend
 
@@ -162,8 +164,6 @@ def train_transformer(
     device = pool.latents_NCFHW.device
     spec = size.spec(stage.task)
     model = trainable(spec, start or initial_weights(spec, seed), device)
-    if stage.compile:
-        compile_blocks(model, dynamic=False)
     trainer = Trainer(
         model,
         stage=stage.name,
