@@ -34,7 +34,7 @@ from tiny_wan.loop import Budget, Log, stop_on_signal, stopping
 from tiny_wan.text import make_encoder, open_encoder
 from tiny_wan.transformer import Stage, TransformerSize, train_transformer, without_image
 from tiny_wan.world import WorldSize
-from wan_fp8 import load_transformer
+from wan_fp8 import Attention, load_transformer, set_attention
 from wan_fp8.models.specs import Task
 from wan_fp8.models.text_encoder import TextEncoder
 from wan_fp8.models.vae import WanVAE, load_vae
@@ -217,6 +217,7 @@ def run_evaluate(run: Run, count: int, options: SampleOptions, fused_kernels: st
         experts = {name: load_transformer(path, name, dtype, run.device) for name, path in files.items()}
         for model in experts.values():
             model.fused_kernels = fused_kernels
+            set_attention(model, Attention("sdpa"))
         for label, held_out, used in (
             ("trained", False, options),
             ("held_out", True, options),

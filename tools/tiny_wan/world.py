@@ -16,7 +16,7 @@ from torch import Tensor
 
 from .captions import BACKGROUNDS, COLOURS, MOTIONS, Scene
 
-SPOT_DISTANCE, SPOT_RADIUS = 0.5, 0.28
+SPOT_DISTANCE, SPOT_RADIUS = 0.5, 0.32
 """Of the dark spot, in sizes of the shape."""
 SPOT_BRIGHTNESS = 0.08
 DRAWN_AT_ONCE = 256
