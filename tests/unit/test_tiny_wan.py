@@ -309,6 +309,22 @@ def test_the_folder_loads_everywhere(trained: Path, tmp_path: Path, comfy_core: 
         torch.testing.assert_close(decoded, ours.decode(latents).clamp(-1, 1)[0], rtol=1e-3, atol=1e-3)
 
 
+def test_going_on_keeps_what_is_not_trained(trained: Path, tmp_path: Path) -> None:
+    from types import SimpleNamespace
+
+    from tiny_wan.stages import INTERVALS, plan
+
+    fresh, onward = (SimpleNamespace(out=tmp_path, start_from=start) for start in (None, trained))
+    assert plan("all", fresh, ["t2v", "i2v"]) == ["vae", "joint", *INTERVALS]  # type: ignore[arg-type]
+    assert not list(tmp_path.iterdir())
+    assert plan("all", onward, ["t2v"]) == ["t2v_high_noise", "t2v_low_noise"]  # type: ignore[arg-type]
+    kept = {package.VAE_FILE, *(package.expert_file("i2v", expert) for expert in package.EXPERTS)}
+    assert {path.name for path in tmp_path.iterdir()} == kept
+    assert all((tmp_path / name).read_bytes() == (trained / name).read_bytes() for name in kept)
+    with pytest.raises(ValueError, match="tasks are t2v, i2v; got s2v"):
+        plan("experts", fresh, ["s2v"])  # type: ignore[arg-type]
+
+
 def test_sampling_switches_experts_and_is_repeatable(encoder: Any) -> None:
     experts = {name: random_model(NARROW.spec(Task.T2V), seed) for seed, name in enumerate(package.EXPERTS)}
     calls: list[str] = []

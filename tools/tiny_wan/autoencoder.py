@@ -29,7 +29,8 @@ class VAEOptions:
 
     budget: Budget
     batch: int = 24
-    rate: float = 1.5e-3
+    rate: float = 1e-3
+    warmup: int = 200
     log_every: int = 50
 
 
@@ -64,7 +65,13 @@ def train_vae(
     vae.load_state_dict({name: value.float() for name, value in (start or weights).items()})
     vae.to(device)
     trainer = Trainer(
-        vae, stage="vae", budget=options.budget, rate=options.rate, weight_decay=0.0, log_every=options.log_every
+        vae,
+        stage="vae",
+        budget=options.budget,
+        rate=options.rate,
+        warmup=options.warmup,
+        weight_decay=0.0,
+        log_every=options.log_every,
     )
     if state is not None and state.is_file():
         trainer.restore(state)
