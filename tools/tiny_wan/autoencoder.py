@@ -12,7 +12,7 @@ import torch.nn.functional as F
 from tiny_checkpoint.weights import random_weights
 from torch import Tensor
 
-from wan_fp8.models.vae import LATENTS_MEAN, LATENTS_STD, VAESpec, WanVAE, normalize_latents
+from wan_fp8.models.vae import LATENT_CHANNELS, LATENTS_MEAN, LATENTS_STD, VAESpec, WanVAE, normalize_latents
 
 from .loop import Budget, Log, Trainer, batches
 from .world import Clips, WorldSize, draw
@@ -21,6 +21,8 @@ DIM = 8
 """Channels at full resolution."""
 KL_WEIGHT = 5e-5
 L1_WEIGHT = 0.1
+FIRST_LOG_VARIANCE = -4.0
+"""Of untrained latents: little noise, so that there is something to decode from the start."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -62,6 +64,7 @@ def train_vae(
     vae = WanVAE(VAESpec(dim=DIM))
     shapes = {name: tuple(value.shape) for name, value in vae.state_dict().items()}
     weights = random_weights(shapes, seed=seed, part="vae", dtype=torch.float32)
+    weights["conv1.bias"][LATENT_CHANNELS:] += FIRST_LOG_VARIANCE
     vae.load_state_dict({name: value.float() for name, value in (start or weights).items()})
     vae.to(device)
     trainer = Trainer(
