@@ -16,6 +16,7 @@ PACK = Path(__file__).resolve().parent.parent
 HOST_DIR = Path(os.environ.get("WAN_FP8_HOST_DIR") or PACK / ".host")
 COMFYUI = Path(os.environ.get("COMFYUI_DIR") or HOST_DIR / "comfyui")
 sys.path.append(str(PACK / "scripts"))  # the scripts import each other by name
+sys.path.append(str(PACK / "tools"))
 
 
 def _expose_engine() -> None:

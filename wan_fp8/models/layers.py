@@ -19,6 +19,7 @@ from ..kernels.quantize import Cast, Granularity, QuantizedActivation, quantize_
 
 HIGH_PRECISION = (torch.bfloat16, torch.float16, torch.float32, torch.float64)
 """Storage types that can be computed in without a scale."""
+HALF = (torch.bfloat16, torch.float16)
 
 
 class WeightSource(Protocol):
@@ -133,11 +134,11 @@ class Linear(Leaf):
 
     def forward(self, x: Tensor, gelu: bool = False) -> Tensor:
         """[..., D_in] -> [..., D_out]; with ``gelu`` (tanh form) the activation runs in the GEMM's epilogue on a GPU,
-        on fp32 sums."""
+        on fp32 sums (unless a gradient is wanted)."""
         weight, bias, handle = self.fetch(x)
         if not gelu:
             y = F.linear(x, weight, bias)
-        elif x.is_cuda and bias is not None and x.dtype in (torch.bfloat16, torch.float16):
+        elif x.is_cuda and bias is not None and x.dtype in HALF and not _needs_gradient(x, weight):
             y = torch._addmm_activation(bias, x.flatten(0, -2), weight.t(), use_gelu=True).unflatten(0, x.shape[:-1])
         else:
             y = F.gelu(F.linear(x, weight, bias), approximate="tanh")
@@ -218,6 +219,11 @@ class Linear(Leaf):
 
     def extra_repr(self) -> str:
         return f"in_features={self.in_features}, out_features={self.out_features}, bias={self.bias is not None}"
+
+
+def _needs_gradient(x: Tensor, weight: Tensor) -> bool:
+    """True while training: the GEMM with GELU in its epilogue has no derivative in torch."""
+    return torch.is_grad_enabled() and (x.requires_grad or weight.requires_grad)
 
 
 def _rounded(values: Tensor, dtype: torch.dtype) -> Tensor:

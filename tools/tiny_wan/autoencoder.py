@@ -1,0 +1,152 @@
+"""The VAE stage: a narrow Wan2.1 VAE learns the drawn world, and its latents get the published statistics."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+import torch.nn.functional as F
+from tiny_checkpoint.weights import random_weights
+from torch import Tensor
+
+from wan_fp8.models.vae import LATENT_CHANNELS, LATENTS_MEAN, LATENTS_STD, VAESpec, WanVAE, normalize_latents
+
+from .loop import Budget, Log, Trainer, batches
+from .world import Clips, WorldSize, draw
+
+DIM = 8
+"""Channels at full resolution."""
+KL_WEIGHT = 5e-5
+L1_WEIGHT = 0.1
+FIRST_LOG_VARIANCE = -4.0
+"""Of untrained latents: little noise, so that there is something to decode from the start."""
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class VAEOptions:
+    """How the VAE is trained."""
+
+    budget: Budget
+    batch: int = 24
+    rate: float = 1e-3
+    warmup: int = 200
+    log_every: int = 50
+
+
+def compute_type(device: torch.device) -> torch.dtype:
+    """bf16 on a GPU, float32 elsewhere."""
+    return torch.bfloat16 if device.type == "cuda" else torch.float32
+
+
+def train_vae(
+    clips: Clips,
+    size: WorldSize,
+    options: VAEOptions,
+    *,
+    seed: int,
+    start: Mapping[str, Tensor] | None = None,
+    state: Path | None = None,
+) -> tuple[dict[str, Tensor], Log]:
+    """Train on drawn clips.
+
+    Args:
+        clips: What to draw; every clip comes up once before any comes again.
+        start: Weights to begin with instead of random ones.
+        state: Where an interrupted training lies; it goes on there, and is left there.
+    Returns:
+        Weights under official names in float32, the latents of ``clips`` having the published mean and deviation.
+    """
+    device = clips.x_NT.device
+    torch.manual_seed(seed)
+    vae = WanVAE(VAESpec(dim=DIM))
+    shapes = {name: tuple(value.shape) for name, value in vae.state_dict().items()}
+    weights = random_weights(shapes, seed=seed, part="vae", dtype=torch.float32)
+    weights["conv1.bias"][LATENT_CHANNELS:] += FIRST_LOG_VARIANCE
+    vae.load_state_dict({name: value.float() for name, value in (start or weights).items()})
+    vae.to(device)
+    trainer = Trainer(
+        vae,
+        stage="vae",
+        budget=options.budget,
+        rate=options.rate,
+        warmup=options.warmup,
+        weight_decay=0.0,
+        log_every=options.log_every,
+    )
+    if state is not None and state.is_file():
+        trainer.restore(state)
+    order = iter(batches(len(clips), options.batch, seed, device))
+    dtype = compute_type(device)
+    for step, used in trainer.steps():
+        video = draw(clips[next(order)], size)
+        mean, log_variance = vae.moments(video.to(dtype))
+        mean, log_variance = mean.float(), log_variance.float().clamp(-12, 8)
+        latents = mean + torch.exp(0.5 * log_variance) * torch.randn_like(mean)
+        error = vae.decode(latents.to(dtype)).float() - video
+        kl = 0.5 * (mean.square() + log_variance.exp() - 1 - log_variance).mean()
+        loss = error.square().mean() + L1_WEIGHT * error.abs().mean() + KL_WEIGHT * kl
+        trainer.learn(loss, step, used)
+    if state is not None:
+        trainer.save(state)
+    vae.load_state_dict(trainer.averaged())
+    vae.requires_grad_(False).eval()
+    _fold_statistics(vae, clips[: min(len(clips), 1024)], size)
+    return {name: value.detach().clone() for name, value in vae.state_dict().items()}, trainer.log
+
+
+def encode(vae: WanVAE, video: Tensor, at_once: int = 128) -> Tensor:
+    """Latents as the transformer takes them, normalised: [N, 16, F, H/8, W/8] in the VAE's computing type."""
+    dtype = compute_type(video.device)
+    pieces = [normalize_latents(vae.encode(part.to(dtype)).float()).to(dtype) for part in video.split(at_once)]
+    return torch.cat(pieces)
+
+
+@torch.no_grad()
+def _fold_statistics(vae: WanVAE, clips: Clips, size: WorldSize) -> None:
+    """Scale and shift each latent channel to the published mean and deviation, and undo it where decoding begins.
+
+    Both ends are 1x1x1 convolutions, so that nothing but rounding changes.
+    """
+    mean = torch.cat([vae.encode(draw(clips[i : i + 64], size)) for i in range(0, len(clips), 64)])
+    now_std, now_mean = torch.std_mean(mean.transpose(0, 1).flatten(1).double(), dim=1)
+    wanted_mean, wanted_std = (now_mean.new_tensor(values) for values in (LATENTS_MEAN, LATENTS_STD))
+    scale = wanted_std / now_std.clamp_min(1e-6)
+    shift = wanted_mean - scale * now_mean
+    channels = len(scale)
+    weight, bias = vae.conv1.weight, vae.conv1.bias
+    weight[:channels] *= scale.view(-1, 1, 1, 1, 1)
+    bias[:channels] = bias[:channels] * scale + shift
+    bias[channels:] += 2 * scale.log()  # the variance is one of the scaled latents
+    inverse = vae.conv2.weight / scale.view(1, -1, 1, 1, 1)
+    vae.conv2.bias -= (inverse.flatten(1) * shift).sum(1)
+    vae.conv2.weight.copy_(inverse)
+
+
+@torch.no_grad()
+def measure_vae(vae: WanVAE, clips: Clips, size: WorldSize, at_once: int = 64) -> dict[str, float]:
+    """Mean PSNR of reconstructions in dB (and the worst clip's), and how far the latents' statistics are off."""
+    values, latents = [], []
+    dtype = compute_type(clips.x_NT.device)
+    for i in range(0, len(clips), at_once):
+        video = draw(clips[i : i + at_once], size)
+        mean = vae.encode(video.to(dtype))
+        values.append(psnr(vae.decode(mean).float().clamp(-1, 1), video))
+        latents.append(normalize_latents(mean.float()))
+    every = torch.cat(values)
+    std, mean = torch.std_mean(torch.cat(latents).transpose(0, 1).flatten(1), dim=1)
+    return {
+        "psnr_db": round(float(every.mean()), 2),
+        "worst_clip_psnr_db": round(float(every.min()), 2),
+        "latent_mean_largest": round(float(mean.abs().max()), 3),
+        "latent_std_smallest": round(float(std.min()), 3),
+        "latent_std_largest": round(float(std.max()), 3),
+    }
+
+
+def psnr(a: Tensor, b: Tensor) -> Tensor:
+    """In dB, per clip, of videos in -1..1."""
+    error = F.mse_loss(a, b, reduction="none").flatten(1).mean(1).clamp_min(1e-10)
+    return 10 * (math.log10(4) - error.log10())

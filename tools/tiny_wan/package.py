@@ -1,0 +1,97 @@
+"""The files that training leaves: weights in bf16, a card in JSON, a sheet of samples; and official folders of them."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors.torch import load_file, save_file
+from tiny_checkpoint import text as tiny_text
+from tiny_checkpoint import transformer as tiny_transformer
+from torch import Tensor
+
+from .text import SPIECE
+from .transformer import TransformerSize
+
+EXPERTS = ("high_noise", "low_noise")
+TASKS = ("t2v", "i2v")
+VAE_FILE = "Wan2.1_VAE.safetensors"
+TEXT_FILE = "models_t5_umt5-xxl-enc-bf16.safetensors"
+CARD_FILE, SHEET_FILE = "card.json", "samples.png"
+IN_CHANNELS = {"t2v": 16, "i2v": 36}
+
+
+def expert_file(task: str, expert: str) -> str:
+    """Name of one transformer's file."""
+    return f"wan2.2_{task}_{expert}_tiny.safetensors"
+
+
+def write_weights(path: Path, weights: Mapping[str, Tensor]) -> None:
+    """Floating tensors as bf16, others as they are; complete or not at all."""
+    tensors = {
+        name: (value.to(torch.bfloat16) if value.is_floating_point() else value).cpu().contiguous()
+        for name, value in weights.items()
+    }
+    partial = path.with_suffix(".partial")
+    save_file(tensors, partial, metadata={"format": "pt"})
+    partial.chmod(0o644)  # safetensors makes files that only their owner reads
+    partial.rename(path)
+
+
+def read_weights(path: Path) -> dict[str, Tensor]:
+    """What ``write_weights`` wrote."""
+    return load_file(path)
+
+
+def file_facts(folder: Path) -> dict[str, dict[str, Any]]:
+    """Size and SHA-256 of every weight file."""
+    return {
+        path.name: {"bytes": path.stat().st_size, "sha256": hashlib.sha256(path.read_bytes()).hexdigest()}
+        for path in sorted(folder.glob("*.safetensors"))
+    }
+
+
+def write_card(folder: Path, card: Mapping[str, Any]) -> None:
+    """The facts of a training, with its files' hashes."""
+    content = {**card, "files": file_facts(folder)}
+    (folder / CARD_FILE).write_text(json.dumps(content, indent=1) + "\n")
+
+
+def read_card(folder: Path) -> dict[str, Any]:
+    """The card in ``folder``, or an empty one."""
+    path = folder / CARD_FILE
+    card: dict[str, Any] = json.loads(path.read_text()) if path.is_file() else {}
+    return card
+
+
+def assemble(trained: Path, target: Path, task: str, size: TransformerSize) -> Path:
+    """A folder in the official layout from the files of a training: what loaders of Wan2.2 checkpoints take.
+
+    Args:
+        trained: Where ``train.py`` wrote.
+        target: A folder that is not there yet.
+        task: "t2v" or "i2v".
+        size: Of the experts.
+    """
+    partial = target.with_name(target.name + ".partial")
+    partial.mkdir(parents=True)
+    shape = tiny_transformer.TransformerSize(
+        in_dim=IN_CHANNELS[task], out_dim=16, dim=size.dim, ffn_dim=size.ffn_dim, num_layers=size.num_layers
+    )
+    config = json.dumps(tiny_transformer.config(shape, task), indent=2) + "\n"
+    for expert in EXPERTS:
+        folder = partial / f"{expert}_model"
+        folder.mkdir()
+        (folder / "config.json").write_text(config)
+        source = trained / expert_file(task, expert)
+        (folder / "diffusion_pytorch_model.safetensors").write_bytes(source.read_bytes())
+    encoder = read_weights(trained / TEXT_FILE)
+    tiny_text.write_tokenizer(partial / "google" / "umt5-xxl", bytes(encoder.pop(SPIECE).tolist()))
+    write_weights(partial / TEXT_FILE, encoder)
+    (partial / VAE_FILE).write_bytes((trained / VAE_FILE).read_bytes())
+    partial.rename(target)
+    return target

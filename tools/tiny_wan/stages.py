@@ -1,0 +1,246 @@
+"""The stages of a training, what they share, and what each leaves behind."""
+
+from __future__ import annotations
+
+import datetime
+import platform
+import shutil
+import sys
+import time
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from wan_fp8 import Attention, load_transformer, set_attention
+from wan_fp8.models.specs import Task
+from wan_fp8.models.text_encoder import TextEncoder
+from wan_fp8.models.vae import WanVAE, load_vae
+
+from . import package
+from .autoencoder import VAEOptions, measure_vae, train_vae
+from .data import LatentPool, encode_pool, make_pool
+from .evaluate import SampleOptions, choose_scenes, contact_sheet, evaluate_i2v, evaluate_t2v
+from .loop import Budget, Log
+from .text import make_encoder, open_encoder
+from .transformer import Stage, TransformerSize, train_transformer, without_image
+from .world import WorldSize
+
+SHARES = {
+    "vae": 0.25,
+    "joint": 0.35,
+    "t2v_high_noise": 0.09,
+    "t2v_low_noise": 0.14,
+    "i2v_high_noise": 0.06,
+    "i2v_low_noise": 0.11,
+}
+"""Of the minutes that ``all`` is given."""
+INTERVALS = {
+    "t2v_high_noise": (0.855, 1.0),
+    "t2v_low_noise": (0.0, 0.895),
+    "i2v_high_noise": (0.88, 1.0),
+    "i2v_low_noise": (0.0, 0.92),
+}
+"""Noise levels of each expert: its side of the published boundary (0.875, 0.9), and 0.02 beyond."""
+EXPERT_RATE = 4e-4
+
+
+@dataclass
+class Run:
+    """What every stage shares."""
+
+    out: Path
+    work: Path
+    device: torch.device
+    seed: int
+    size: WorldSize
+    model: TransformerSize
+    clips: int
+    batch: int
+    vae_batch: int
+    log_every: int
+    resume: bool
+    start_from: Path | None
+    card: dict[str, Any] = field(default_factory=dict)
+
+    def __post_init__(self) -> None:
+        self.out.mkdir(parents=True, exist_ok=True)
+        self.card = package.read_card(self.out)
+        self.card.setdefault("stages", {})
+        self.card |= {
+            "license": "Apache-2.0",
+            "data": (
+                f"{self.clips} clips of {self.size.width}x{self.size.height}, {self.size.frames} frames, drawn by "
+                "tools/tiny_wan/world.py; a fifth of the combinations of colour, shape and motion held out"
+            ),
+            "seed": self.seed,
+            "model": {"dim": self.model.dim, "ffn_dim": self.model.ffn_dim, "layers": self.model.num_layers},
+            "hardware": torch.cuda.get_device_name(self.device) if self.device.type == "cuda" else platform.machine(),
+            "versions": {"python": platform.python_version(), "torch": torch.__version__},
+            "date": datetime.date.today().isoformat(),
+            "command": " ".join(sys.argv[1:]),
+        }
+        if self.start_from is not None:
+            earlier = package.read_card(self.start_from)
+            self.card["earlier"] = [*earlier.get("earlier", []), {k: earlier.get(k) for k in ("command", "stages")}]
+
+    def state(self, stage: str) -> Path:
+        """Where a stage keeps what it needs to go on. Without ``--resume`` an old one is removed."""
+        path = self.work / f"{stage}.pt"
+        if not self.resume:
+            path.unlink(missing_ok=True)
+        return path
+
+    def start(self, name: str) -> dict[str, torch.Tensor] | None:
+        """Weights that ``--start-from`` offers."""
+        path = None if self.start_from is None else self.start_from / name
+        return package.read_weights(path) if path is not None and path.is_file() else None
+
+    def note(self, stage: str, log: Log, began: float, **facts: Any) -> None:
+        """Put a stage on the card, and the card on disk."""
+        last = log.losses[-1][2] if log.losses else None
+        self.card["stages"][stage] = {
+            "steps": log.steps,
+            "seconds": round(log.seconds, 1),
+            "seconds_in_all": round(time.perf_counter() - began, 1),
+            "loss": last,
+            **facts,
+            "losses": _thinned(log.losses),
+        }
+        package.write_card(self.out, self.card)
+
+    def vae(self) -> WanVAE:
+        return load_vae(package.read_weights(self.out / package.VAE_FILE), torch.float32, self.device)
+
+    def encoder(self) -> TextEncoder:
+        return open_encoder(package.read_weights(self.out / package.TEXT_FILE), self.device)
+
+    def latents(self) -> LatentPool:
+        began = time.perf_counter()
+        pool = make_pool(self.clips, self.size, seed=self.seed, held_out=False, device=self.device)
+        latents = encode_pool(pool, self.size, self.vae(), self.encoder())
+        print(
+            f"{len(latents)} clips encoded in {time.perf_counter() - began:.1f} s, "
+            f"latents {tuple(latents.latents_NCFHW.shape)}, caption rows {tuple(latents.table.rows_NLD.shape)}",
+            flush=True,
+        )
+        return latents
+
+
+def _thinned(losses: list[list[float]], most: int = 120) -> list[list[float]]:
+    """Enough points for a curve."""
+    every = max(1, -(-len(losses) // most))
+    return losses[::every] + (losses[-1:] if losses and (len(losses) - 1) % every else [])
+
+
+def run_text(run: Run) -> None:
+    """The text encoder: random, with a tokenizer of the world's words."""
+    package.write_weights(run.out / package.TEXT_FILE, run.start(package.TEXT_FILE) or make_encoder(run.seed))
+
+
+def run_vae(run: Run, budget: Budget) -> None:
+    """The VAE."""
+    began = time.perf_counter()
+    pool = make_pool(run.clips, run.size, seed=run.seed, held_out=False, device=run.device)
+    options = VAEOptions(budget=budget, batch=run.vae_batch, log_every=run.log_every)
+    start = run.start(package.VAE_FILE)
+    weights, log = train_vae(pool.clips, run.size, options, seed=run.seed, start=start, state=run.state("vae"))
+    package.write_weights(run.out / package.VAE_FILE, weights)
+    unseen = make_pool(min(256, run.clips), run.size, seed=run.seed + 1, held_out=True, device=run.device)
+    quality = measure_vae(run.vae(), unseen.clips, run.size)
+    print(f"vae on held-out clips: {quality}", flush=True)
+    run.note("vae", log, began, batch=run.vae_batch, held_out=quality)
+
+
+def run_joint(run: Run, budget: Budget, pool: LatentPool) -> None:
+    """One transformer for every noise level, with and without an image."""
+    began = time.perf_counter()
+    stage = Stage(
+        name="joint", task=Task.I2V, budget=budget, low=0.0, high=1.0, image=0.35,
+        batch=run.batch, log_every=run.log_every,
+    )  # fmt: skip
+    weights, log = train_transformer(stage, run.model, pool, seed=run.seed, state=run.state("joint"))
+    run.work.mkdir(parents=True, exist_ok=True)
+    package.save_file({name: value.cpu() for name, value in weights.items()}, run.work / JOINT)
+    run.note("joint", log, began, batch=run.batch, rate=stage.rate)
+
+
+JOINT = "joint.safetensors"
+"""In float32, in the work folder: no file of its own is shipped."""
+
+
+def run_expert(run: Run, name: str, budget: Budget, pool: LatentPool) -> None:
+    """One expert, from the joint model (or, with ``--start-from``, from the earlier expert)."""
+    began = time.perf_counter()
+    task, expert = _parts(name)
+    low, high = INTERVALS[name]
+    stage = Stage(
+        name=name, task=Task(task), budget=budget, low=low, high=high, image=1.0, rate=EXPERT_RATE,
+        batch=run.batch, log_every=run.log_every,
+    )  # fmt: skip
+    file = package.expert_file(task, expert)
+    start = run.start(file)
+    if start is None:
+        joint = package.read_weights(run.work / JOINT)
+        start = without_image(joint) if task == "t2v" else joint
+    weights, log = train_transformer(stage, run.model, pool, seed=run.seed, start=start, state=run.state(name))
+    package.write_weights(run.out / file, weights)
+    run.note(name, log, began, batch=run.batch, rate=stage.rate, noise_levels=[low, high])
+
+
+def run_evaluate(run: Run, count: int, options: SampleOptions, fused_kernels: str) -> None:
+    """Score both tasks on captions of training's scenes and of held-out ones; write the sheet."""
+    began = time.perf_counter()
+    vae, encoder = run.vae(), run.encoder()
+    dtype = torch.bfloat16 if run.device.type == "cuda" else torch.float32
+    results: dict[str, Any] = {"steps": options.steps, "solver": "unipc", "seed": options.seed}
+    shown = []
+    for task in package.TASKS:
+        files = {expert: run.out / package.expert_file(task, expert) for expert in package.EXPERTS}
+        if not all(path.is_file() for path in files.values()):
+            print(f"{task}: not trained yet, not evaluated", flush=True)
+            continue
+        experts = {name: load_transformer(path, name, dtype, run.device) for name, path in files.items()}
+        for model in experts.values():
+            model.fused_kernels = fused_kernels
+            set_attention(model, Attention("sdpa"))
+        for label, held_out, used in (
+            ("trained", False, options),
+            ("held_out", True, options),
+            ("trained_without_guidance", False, replace(options, guidance=(1.0, 1.0))),
+        ):
+            chosen = choose_scenes(count, held_out=held_out, seed=options.seed)
+            if task == "t2v":
+                evaluation, frames = evaluate_t2v(experts, vae, encoder, run.size, used, chosen), {}
+            else:
+                evaluation, frames = evaluate_i2v(experts, vae, encoder, run.size, used, chosen)
+            scores = {**evaluation.scores(), **frames}
+            results[f"{task}_{label}"] = scores
+            if used is options:
+                shown.append(evaluation)
+            print(f"{task} {label}: {scores}", flush=True)
+    results["seconds"] = round(time.perf_counter() - began, 1)
+    run.card["evaluation"] = results
+    if shown:
+        contact_sheet(shown, run.out / package.SHEET_FILE)
+    package.write_card(run.out, run.card)
+
+
+def plan(stage: str, run: Run, tasks: list[str]) -> list[str]:
+    """The trainings of a command, in order. What ``--start-from`` makes unnecessary is copied from there."""
+    if unknown := set(tasks) - set(package.TASKS):
+        raise ValueError(f"tasks are {', '.join(package.TASKS)}; got {', '.join(sorted(unknown))}")
+    experts = [name for name in INTERVALS if name.split("_")[0] in tasks]
+    if stage == "all" and run.start_from is not None:
+        kept = [package.VAE_FILE, *(package.expert_file(*_parts(name)) for name in INTERVALS if name not in experts)]
+        for file in kept:
+            if (run.start_from / file).is_file():
+                shutil.copy(run.start_from / file, run.out / file)
+        return experts
+    return {"all": ["vae", "joint", *experts], "vae": ["vae"], "joint": ["joint"], "experts": experts}.get(stage, [])
+
+
+def _parts(name: str) -> tuple[str, str]:
+    task, _, expert = name.partition("_")
+    return task, expert

@@ -1,0 +1,154 @@
+#!/usr/bin/env python3
+"""Train a tiny Wan2.2 on a drawn world: VAE, T2V and I2V experts, measured at the end. Minutes on one H100.
+
+    python tools/tiny_wan/train.py all --minutes 7 --out build/tiny_wan
+    python tools/tiny_wan/train.py assemble build/tiny_wan models/wan/Wan2.2-T2V-A14B-tiny --task t2v
+
+``all`` runs the stages in order; each can be run alone (``text``, ``vae``, ``joint``, ``experts``, ``evaluate``)
+on what the earlier ones left in ``--out``. A stage that was stopped (SIGTERM) goes on with ``--resume``.
+``all --start-from FOLDER`` keeps the VAE of an earlier training and trains its experts further.
+"""
+
+from __future__ import annotations
+
+import sys
+from pathlib import Path
+from typing import Annotated
+
+import torch
+import typer
+
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+
+import tiny_wan  # noqa: F401  (puts the engine within reach)
+from tiny_wan import package
+from tiny_wan.evaluate import SampleOptions
+from tiny_wan.loop import Budget, stop_on_signal, stopping
+from tiny_wan.stages import SHARES, Run, plan, run_evaluate, run_expert, run_joint, run_text, run_vae
+from tiny_wan.transformer import TransformerSize
+from tiny_wan.world import WorldSize
+
+app = typer.Typer(add_completion=False, no_args_is_help=True)
+
+Out = Annotated[Path, typer.Option(help="Folder for what training leaves: at most 8 files.")]
+Work = Annotated[Path | None, typer.Option(help="Folder for what resuming needs. Default: OUT with .work behind it.")]
+Device = Annotated[str, typer.Option(help="Where to train, for example cuda or cpu.")]
+Seed = Annotated[int, typer.Option(min=0)]
+Minutes = Annotated[float, typer.Option(min=0.0, help="Training time of the stage (of all stages, for all).")]
+Steps = Annotated[int | None, typer.Option(min=1, help="Ends a stage after so many steps, if minutes do not before.")]
+Width = Annotated[int, typer.Option(min=16)]
+Height = Annotated[int, typer.Option(min=16)]
+Frames = Annotated[int, typer.Option(min=1, help="4n + 1.")]
+Clips_ = Annotated[int, typer.Option("--clips", min=1, help="Clips that are drawn and encoded.")]
+Batch = Annotated[int, typer.Option(min=1, help="Clips per step of the transformer.")]
+VaeBatch = Annotated[int, typer.Option(min=1, help="Clips per step of the VAE.")]
+Dim = Annotated[int, typer.Option(help="Width of the transformer, a multiple of 128.")]
+FfnDim = Annotated[int, typer.Option()]
+Layers = Annotated[int, typer.Option()]
+LogEvery = Annotated[int, typer.Option(min=1, help="Steps between two lines.")]
+Resume = Annotated[bool, typer.Option("--resume", help="Go on where a stopped stage was.")]
+StartFrom = Annotated[Path | None, typer.Option(help="Folder of an earlier training to go on from.")]
+Captions = Annotated[int, typer.Option(min=1, help="Captions per score.")]
+SampleSteps = Annotated[int, typer.Option(min=1, help="Steps of the sampler.")]
+Tasks = Annotated[str, typer.Option(help="Whose experts to train: t2v, i2v, or both.")]
+Fused = Annotated[str, typer.Option(help="Kernels that sampling uses: eager, auto or triton.")]
+
+
+STAGES = {
+    "all": "Every stage in order.",
+    "text": "Draw the text encoder and make its tokenizer.",
+    "vae": "Train the VAE.",
+    "joint": "Train one transformer for every noise level, with and without an image.",
+    "experts": "Train the two experts of T2V and the two of I2V, from the joint transformer.",
+    "evaluate": "Sample, score, and draw the sheet.",
+}
+
+
+def train(
+    context: typer.Context,
+    out: Out,
+    work: Work = None,
+    device: Device = "cuda",
+    seed: Seed = 0,
+    minutes: Minutes = 7.0,
+    steps: Steps = None,
+    width: Width = 96,
+    height: Height = 64,
+    frames: Frames = 17,
+    clips: Clips_ = 40960,
+    batch: Batch = 256,
+    vae_batch: VaeBatch = 24,
+    dim: Dim = 256,
+    ffn_dim: FfnDim = 576,
+    layers: Layers = 4,
+    log_every: LogEvery = 100,
+    resume: Resume = False,
+    start_from: StartFrom = None,
+    captions: Captions = 100,
+    sample_steps: SampleSteps = 40,
+    sample_seed: Seed = 0,
+    fused_kernels: Fused = "eager",
+    tasks: Tasks = "t2v,i2v",
+) -> None:
+    stage = context.info_name or "all"
+    stop_on_signal()
+    torch.set_float32_matmul_precision("high")
+    torch.backends.cudnn.benchmark = True
+    run = Run(
+        out=out,
+        work=work or out.with_name(out.name + ".work"),
+        device=torch.device(device),
+        seed=seed,
+        size=WorldSize(width=width, height=height, frames=frames),
+        model=TransformerSize(dim=dim, ffn_dim=ffn_dim, num_layers=layers),
+        clips=clips,
+        batch=batch,
+        vae_batch=vae_batch,
+        log_every=log_every,
+        resume=resume,
+        start_from=start_from,
+    )
+
+    try:
+        chosen = plan(stage, run, tasks.split(","))
+    except ValueError as error:
+        raise typer.BadParameter(str(error)) from error
+    whole = sum(SHARES[name] for name in chosen)
+
+    def budget(name: str) -> Budget:
+        return Budget(minutes=minutes * SHARES[name] / whole, steps=steps)
+
+    if stage in ("all", "text"):
+        run_text(run)
+    if "vae" in chosen:
+        run_vae(run, budget("vae"))
+    pool = run.latents() if any(name != "vae" for name in chosen) else None
+    for name in chosen:
+        if name == "joint":
+            run_joint(run, budget(name), pool)
+        elif name != "vae":
+            run_expert(run, name, budget(name), pool)
+    del pool
+    if stage in ("all", "evaluate") and not stopping():
+        run_evaluate(run, captions, SampleOptions(steps=sample_steps, seed=sample_seed), fused_kernels)
+
+
+for _name, _help in STAGES.items():
+    app.command(_name, help=_help)(train)
+
+
+@app.command()
+def assemble(
+    trained: Annotated[Path, typer.Argument(help="Folder that training wrote.")],
+    target: Annotated[Path, typer.Argument(help="Checkpoint folder to make.")],
+    task: Annotated[str, typer.Option(help="t2v or i2v")] = "t2v",
+) -> None:
+    """Make a checkpoint folder in the official layout."""
+    size = TransformerSize(**{_FIELDS[key]: value for key, value in package.read_card(trained)["model"].items()})
+    package.assemble(trained, target, task, size)
+
+
+_FIELDS = {"dim": "dim", "ffn_dim": "ffn_dim", "layers": "num_layers"}
+
+if __name__ == "__main__":
+    app()
