@@ -13,6 +13,9 @@ __version__ = "0.1.0"
 _EXPORTS = {
     "load_transformer": "checkpoint.load",
     "load_text_encoder": "models.text_encoder",
+    "Lora": "checkpoint.live_lora",
+    "set_lora": "checkpoint.live_lora",
+    "remove_lora": "checkpoint.live_lora",
     "set_attention": "attention",
     "Attention": "attention",
     "compile_blocks": "compile",
