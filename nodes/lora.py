@@ -34,8 +34,9 @@ class WanFP8LoadLora(io.ComfyNode):
             category=LOADING,
             description="Attaches a LoRA to a Wan2.2 MODEL, ours or core's, in every format that Wan LoRAs come in: "
             "official, kohya, PEFT and diffusers names, and the full-rank changes of distilled LoRAs, modulation "
-            "included. Nothing is merged for good: without the node the weights are what they were. Merged, it costs no "
-            "time in a step; live, another strength loads and merges nothing. Core's LoRA loaders work as well, for the names that core knows.",
+            "included. Nothing is merged for good: without the node the weights are what they were. Merged, a LoRA "
+            "costs no time in a step; live, another strength merges nothing. Core's LoRA loaders work as well, for "
+            "the names that core knows.",
             search_aliases=["lora", "wan lora", "lightx2v", "distill", "4 steps"],
             inputs=[
                 model_input("Two-expert checkpoints: the high-noise expert here, the other at 'model_low'."),

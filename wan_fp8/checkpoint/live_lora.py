@@ -1,8 +1,8 @@
 """LoRAs on a model without touching its large weights: the low-rank parts run beside them, the rest is merged.
 
-    set_lora(model, Lora("style.safetensors", 0.8), Lora("4_steps.safetensors"))
-    set_lora(model, Lora("style.safetensors", 0.5))     # replaces both
-    remove_lora(model)                                  # bit-equal to before
+set_lora(model, Lora("style.safetensors", 0.8), Lora("4_steps.safetensors"))
+set_lora(model, Lora("style.safetensors", 0.5))     # replaces both
+remove_lora(model)                                  # bit-equal to before
 """
 
 from __future__ import annotations

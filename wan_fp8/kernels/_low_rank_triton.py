@@ -15,18 +15,19 @@ MODES = {Granularity.TENSOR: 0, Granularity.ROW: 1, Granularity.BLOCK: 2}
 
 @triton.jit
 def project_kernel(
-    x_ptr, scale_ptr, down_ptr, out_ptr, rows, dim, rank, scale_stride,
-    MODE: tl.constexpr, ROWS: tl.constexpr, COLUMNS: tl.constexpr, STEP: tl.constexpr,
+    x_ptr, scale_ptr, down_ptr, out_ptr, rows, scale_stride,
+    DIM: tl.constexpr, RANK: tl.constexpr, MODE: tl.constexpr,
+    ROWS: tl.constexpr, COLUMNS: tl.constexpr, STEP: tl.constexpr,
 ):  # fmt: skip
     """ROWS tokens times COLUMNS ranks; rows and columns beyond the edge repeat the last one and are not stored."""
     column = tl.program_id(0) * COLUMNS + tl.arange(0, COLUMNS)
     row = tl.program_id(1) * ROWS + tl.arange(0, ROWS)
-    from_row, from_column = tl.minimum(row, rows - 1), tl.minimum(column, rank - 1)
+    from_row, from_column = tl.minimum(row, rows - 1), tl.minimum(column, RANK - 1)
     inner = tl.arange(0, STEP)
-    x_place = x_ptr + from_row[:, None].to(tl.int64) * dim + inner[None, :]
-    down_place = down_ptr + from_column[None, :] * dim + inner[:, None]
+    x_place = x_ptr + from_row[:, None].to(tl.int64) * DIM + inner[None, :]
+    down_place = down_ptr + from_column[None, :] * DIM + inner[:, None]
     total = tl.zeros((ROWS, COLUMNS), tl.float32)
-    for start in range(0, dim, STEP):
+    for start in range(0, DIM, STEP):
         down = tl.load(down_place + start)
         x = tl.load(x_place + start).to(down.dtype)
         if MODE == 2:  # STEP divides the 128 channels that share a scale
@@ -38,28 +39,28 @@ def project_kernel(
         total *= tl.load(scale_ptr)
     if MODE == 1:
         total *= tl.load(scale_ptr + from_row)[:, None]
-    place = out_ptr + row[:, None].to(tl.int64) * rank + column[None, :]
-    tl.store(place, total.to(out_ptr.dtype.element_ty), mask=(row < rows)[:, None] & (column < rank)[None, :])
+    place = out_ptr + row[:, None].to(tl.int64) * RANK + column[None, :]
+    tl.store(place, total.to(out_ptr.dtype.element_ty), mask=(row < rows)[:, None] & (column < RANK)[None, :])
 
 
 @triton.jit
 def add_kernel(
-    y_ptr, hidden_ptr, up_ptr, rows, width, rank,
-    ROWS: tl.constexpr, COLUMNS: tl.constexpr, STEP: tl.constexpr,
+    y_ptr, hidden_ptr, up_ptr, rows,
+    WIDTH: tl.constexpr, RANK: tl.constexpr, ROWS: tl.constexpr, COLUMNS: tl.constexpr, STEP: tl.constexpr,
 ):  # fmt: skip
     """One tile of y; the columns of a row run beside each other, so that its hidden values come from the cache."""
     column = tl.program_id(0) * COLUMNS + tl.arange(0, COLUMNS)
     row = tl.program_id(1) * ROWS + tl.arange(0, ROWS)
-    inside = (row < rows)[:, None] & (column < width)[None, :]
-    place = y_ptr + row[:, None].to(tl.int64) * width + column[None, :]
+    inside = (row < rows)[:, None] & (column < WIDTH)[None, :]
+    place = y_ptr + row[:, None].to(tl.int64) * WIDTH + column[None, :]
     y = tl.load(place, mask=inside, other=0.0)
-    from_row, from_column = tl.minimum(row, rows - 1), tl.minimum(column, width - 1)
+    from_row, from_column = tl.minimum(row, rows - 1), tl.minimum(column, WIDTH - 1)
     inner = tl.arange(0, STEP)
+    hidden_place = hidden_ptr + from_row[:, None].to(tl.int64) * RANK + inner[None, :]
+    up_place = up_ptr + from_column[None, :] * RANK + inner[:, None]
     total = tl.zeros((ROWS, COLUMNS), tl.float32)
-    for start in range(0, rank, STEP):
-        hidden = tl.load(hidden_ptr + from_row[:, None].to(tl.int64) * rank + start + inner[None, :])
-        up = tl.load(up_ptr + from_column[None, :] * rank + start + inner[:, None])
-        total = tl.dot(hidden, up, total)
+    for start in range(0, RANK, STEP):
+        total = tl.dot(tl.load(hidden_place + start), tl.load(up_place + start), total)
     tl.store(place, (y.to(tl.float32) + total).to(y_ptr.dtype.element_ty), mask=inside)
 
 
@@ -81,7 +82,7 @@ def launch_project(x: QuantizedActivation, down_RD: Tensor) -> Tensor:
     tile = 128
     columns = 64 if rank > 32 else 32 if rank > 16 else 16
     project_kernel[(triton.cdiv(rank, columns), triton.cdiv(rows, tile))](
-        x.qdata, x.scale, down_RD, out, rows, dim, rank, x.scale.stride(0),
+        x.qdata, x.scale, down_RD, out, rows, x.scale.stride(0), DIM=dim, RANK=rank,
         MODE=MODES[x.granularity], ROWS=tile, COLUMNS=columns, STEP=_step(dim, reference.BLOCK),
         num_warps=8, num_stages=3,
     )  # fmt: skip
@@ -94,6 +95,6 @@ def launch_add(y_MN: Tensor, hidden_MR: Tensor, up_NR: Tensor) -> None:
     assert y_MN.is_contiguous() and hidden_MR.is_contiguous() and up_NR.is_contiguous()
     tile, columns = 64, 128
     add_kernel[(triton.cdiv(width, columns), triton.cdiv(rows, tile))](
-        y_MN, hidden_MR, up_NR, rows, width, rank,
+        y_MN, hidden_MR, up_NR, rows, WIDTH=width, RANK=rank,
         ROWS=tile, COLUMNS=columns, STEP=_step(rank, 64), num_warps=4, num_stages=2,
     )  # fmt: skip

@@ -80,10 +80,11 @@ class LiveLora:
 
     def device_bytes(self, dtype: torch.dtype) -> int:
         """What its matrices take on the device during a run."""
-        return sum(
-            _padded(sum(pair.down.shape[0] for _, pair in pairs)) * (pairs[0][1].down.shape[1] + pairs[0][1].up.shape[0])
-            for pairs in self.stacked().values()
-        ) * (dtype.itemsize)
+        values = 0
+        for pairs in self.stacked().values():
+            rank, first = sum(pair.down.shape[0] for _, pair in pairs), pairs[0][1]
+            values += _padded(rank) * (first.down.shape[1] + first.up.shape[0])
+        return values * dtype.itemsize
 
 
 @dataclass(frozen=True, slots=True, eq=False)
