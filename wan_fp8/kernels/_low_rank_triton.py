@@ -79,10 +79,11 @@ def launch_project(x: QuantizedActivation, down_RD: Tensor) -> Tensor:
     assert x.qdata.is_contiguous() and down_RD.is_contiguous()
     rows = x.qdata.numel() // dim
     out = torch.empty(rows, rank, dtype=down_RD.dtype, device=down_RD.device)
+    scale_stride = x.scale.stride(0) if x.granularity is Granularity.BLOCK else 0
     tile = 128
     columns = 64 if rank > 32 else 32 if rank > 16 else 16
-    project_kernel[(triton.cdiv(rank, columns), triton.cdiv(rows, tile))](
-        x.qdata, x.scale, down_RD, out, rows, x.scale.stride(0), DIM=dim, RANK=rank,
+    project_kernel[(-(-rank // columns), -(-rows // tile))](
+        x.qdata, x.scale, down_RD, out, rows, scale_stride, DIM=dim, RANK=rank,
         MODE=MODES[x.granularity], ROWS=tile, COLUMNS=columns, STEP=_step(dim, reference.BLOCK),
         num_warps=8, num_stages=3,
     )  # fmt: skip
@@ -94,7 +95,7 @@ def launch_add(y_MN: Tensor, hidden_MR: Tensor, up_NR: Tensor) -> None:
     (rows, width), rank = y_MN.shape, up_NR.shape[1]
     assert y_MN.is_contiguous() and hidden_MR.is_contiguous() and up_NR.is_contiguous()
     tile, columns = 64, 128
-    add_kernel[(triton.cdiv(width, columns), triton.cdiv(rows, tile))](
+    add_kernel[(-(-width // columns), -(-rows // tile))](
         y_MN, hidden_MR, up_NR, rows, WIDTH=width, RANK=rank,
         ROWS=tile, COLUMNS=columns, STEP=_step(rank, 64), num_warps=4, num_stages=2,
     )  # fmt: skip

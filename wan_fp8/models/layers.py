@@ -132,7 +132,7 @@ class Linear(Leaf):
         weight, bias, handle = self.fetch(x)
         if self.low_rank is not None:
             y = self.low_rank.add_(F.linear(x, weight, bias), x)
-            y = F.gelu(y, approximate="tanh") if gelu else y
+            y = torch.ops.aten.gelu_(y, approximate="tanh") if gelu else y  # F's own would hold a second copy
         elif not gelu:
             y = F.linear(x, weight, bias)
         elif x.is_cuda and bias is not None and x.dtype in (torch.bfloat16, torch.float16):

@@ -130,7 +130,7 @@ class WanModel(nn.Module):
         self.lora: low_rank.LiveLora | None = None
         """Set by ``set_lora``: LoRAs that run beside the weights."""
         self.merged_by_lora: dict[str, tuple[nn.Parameter, nn.Parameter]] = {}
-        """Set by ``set_lora``, by name: the original of a parameter that a change was merged into, and what it became."""
+        """Set by ``set_lora``, by name: a parameter that a change was merged into, as it was, and as it became."""
         self._branches: low_rank.Placed | None = None
         self.stack_wrappers: OrderedDict[str, StackWrapper] = OrderedDict()
         """Named, ordered, removable: the first one added is the outermost."""
