@@ -183,6 +183,18 @@ def test_it_travels_by_reference_and_counts_as_memory():
     assert seen["with"][1] == 20 and seen["without"][1] == branches(with_it) == 0
 
 
+def test_another_strength_compiles_nothing():
+    bridge, model = kit.bridge(), kit.own_model()
+    compiled = bridge.with_settings(model, compile=kit.engine("compile").Compile(backend="eager"))
+    file = file_of("bare", kit.lora_pairs(kit.core_weights()))
+    graphs = []
+    for strength in (1.0, 0.3, -0.5):
+        expected = kit.ksample(live(model, file, strength).model)
+        assert torch.equal(kit.ksample(live(compiled, file, strength).model), expected)
+        graphs.append(sum(parts.graphs for parts in model.model.diffusion_model.compiled_parts.values()))
+    assert graphs[0] == graphs[1] == graphs[2] > 0
+
+
 def test_an_interrupted_run_leaves_nothing_behind():
     import comfy.model_management
     import comfy.patcher_extension
@@ -216,6 +228,7 @@ def test_saving_is_refused(tmp_path):
     with pytest.raises(errors.InputError, match="live LoRAs"):
         comfy.sd.save_checkpoint(str(tmp_path / "a.safetensors"), with_it)
     assert not (tmp_path / "a.safetensors").exists()
+    kit.ksample(with_it)
     comfy.sd.save_checkpoint(str(tmp_path / "b.safetensors"), model)
     assert (tmp_path / "b.safetensors").is_file()
 

@@ -90,12 +90,13 @@ def launch_project(x: QuantizedActivation, down_RD: Tensor) -> Tensor:
     return out
 
 
-def launch_add(y_MN: Tensor, hidden_MR: Tensor, up_NR: Tensor) -> None:
-    """See ``low_rank.add_``."""
-    (rows, width), rank = y_MN.shape, up_NR.shape[1]
-    assert y_MN.is_contiguous() and hidden_MR.is_contiguous() and up_NR.is_contiguous()
+def launch_add(y: Tensor, hidden_MR: Tensor, up_NR: Tensor) -> None:
+    """See ``low_rank.add_``. ``y`` itself, not a view of it: torch.compile then writes in place as well."""
+    width, rank = up_NR.shape
+    rows = y.numel() // width
+    assert y.is_contiguous() and hidden_MR.is_contiguous() and up_NR.is_contiguous()
     tile, columns = 64, 128
     add_kernel[(-(-width // columns), -(-rows // tile))](
-        y_MN, hidden_MR, up_NR, rows, WIDTH=width, RANK=rank,
+        y, hidden_MR, up_NR, rows, WIDTH=width, RANK=rank,
         ROWS=tile, COLUMNS=columns, STEP=_step(rank, 64), num_warps=4, num_stages=2,
     )  # fmt: skip

@@ -36,13 +36,12 @@ def project(x: Tensor | QuantizedActivation, down_RD: Tensor, *, fused: bool | N
 
 def add_(y: Tensor, hidden_MR: Tensor, up_NR: Tensor, *, fused: bool | None = None) -> Tensor:
     """``y += hidden B^T`` in place: y [..., N] contiguous, ``hidden_MR`` one row for each of its tokens; returns y."""
-    flat = y.view(-1, y.shape[-1])
     if not _use_triton(y, fused):
-        flat.addmm_(hidden_MR, up_NR.t())
+        y.view(-1, y.shape[-1]).addmm_(hidden_MR, up_NR.t())
         return y
     from ._low_rank_triton import launch_add
 
-    launch_add(flat, hidden_MR, up_NR)
+    launch_add(y, hidden_MR, up_NR)
     return y
 
 
