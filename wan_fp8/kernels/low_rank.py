@@ -12,10 +12,12 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from . import refusal
-from .quantize import QuantizedActivation
+from .quantize import Granularity, QuantizedActivation
 
 RANK_MULTIPLE = 16
 """What a rank is padded to with zeros: the smallest side of a tensor core's product."""
+FUSED = (Granularity.TENSOR, Granularity.ROW, Granularity.BLOCK)
+"""Scalings of the input that the kernel reads; an input with another one is dequantised first."""
 
 
 def project(x: Tensor | QuantizedActivation, down_RD: Tensor, *, fused: bool | None = None) -> Tensor:
@@ -27,7 +29,7 @@ def project(x: Tensor | QuantizedActivation, down_RD: Tensor, *, fused: bool | N
     """
     if isinstance(x, Tensor):
         return F.linear(x.flatten(0, -2), down_RD)
-    if not _use_triton(down_RD, fused):
+    if x.granularity not in FUSED or not _use_triton(down_RD, fused):
         return F.linear(x.dequantized(down_RD.dtype).flatten(0, -2), down_RD)
     from ._low_rank_triton import launch_project
 
