@@ -38,6 +38,7 @@ from .hosted_model import (
     bind,
     hosted_class,
     refuse_foreign_patches,
+    refuse_live_lora,
     settings_of,
 )
 from .memory import activation_bytes
@@ -298,9 +299,10 @@ def _on_load(patcher: Any, *args: Any, **kwargs: Any) -> None:
 
 
 def _on_detach(patcher: Any, unpatch_all: bool = True) -> None:
-    net = patcher.model.diffusion_model
-    net.forget_run()
+    # Without unpatch_all no weight moves: a clone goes, perhaps collected in the middle of another one's run.
     if unpatch_all:
+        net = patcher.model.diffusion_model
+        net.forget_run()
         net.settings_of_run = HostSettings()  # it may hold the matrices of a LoRA
 
 
@@ -327,18 +329,15 @@ def _make_shell_class(base: Any) -> type:
         fused = net.fused_kernels != "eager" and kernels.refusal(device, compute) is None
         attention = net.settings_of_run.attention
         quantised = attention is not None and not attention.is_exact
-        lora = net.settings_of_run.lora
+        lora = net.settings_of_run.lora or net.lora
         matrices = 0 if lora is None else lora.device_bytes(compute)
         return matrices + activation_bytes(
             net.spec, input_shape, compute, fused=fused, low_precision_attention=quantised
         )
 
     def state_dict_for_saving(self: Any, *args: Any, **kwargs: Any) -> dict[str, Tensor]:
-        if self.diffusion_model.settings_of_run.lora is not None:
-            raise InputError(
-                "this MODEL has live LoRAs, which run beside its weights and would be missing in the file: set 'mode' "
-                "of Load Wan2.2 LoRA to 'merged' to save them, or take the node out"
-            )
+        net = self.diffusion_model
+        refuse_live_lora(net.settings_of_run.lora, net.lora)
         saved = base.state_dict_for_saving(self, *args, **kwargs)
         return _with_fp8_marks(saved)
 

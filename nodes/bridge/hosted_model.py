@@ -22,7 +22,7 @@ from torch import Tensor, nn
 
 from ...wan_fp8.attention import Attention, Step
 from ...wan_fp8.compile import Compile
-from ...wan_fp8.errors import UnsupportedPatchError
+from ...wan_fp8.errors import InputError, UnsupportedPatchError
 from ...wan_fp8.models.functional import RopeOptions
 from ...wan_fp8.models.layers import HIGH_PRECISION
 from ...wan_fp8.models.low_rank import LiveLora
@@ -387,6 +387,16 @@ def may_change_text(patcher: Any, options: Mapping[str, Any]) -> bool:
     return any(patcher.model_options.get(name) is not None for name in functions) or any(
         comfy.patcher_extension.get_all_wrappers(getattr(kinds, kind), options) for kind in _SEE_TEXT
     )
+
+
+def refuse_live_lora(*loras: LiveLora | None) -> None:
+    """Raise InputError where a file is to be made of weights beside which LoRAs run: ``settings_of(patcher).lora``,
+    and the model's own ``lora``."""
+    if any(lora is not None for lora in loras):
+        raise InputError(
+            "this MODEL has live LoRAs, which run beside its weights and would be missing in the file: set 'mode' of "
+            "Load Wan2.2 LoRA to 'merged' to save them, or take the node out"
+        )
 
 
 def weights_change_mid_run(patcher: Any) -> bool:

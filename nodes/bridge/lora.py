@@ -75,7 +75,7 @@ def load_lora(
         return WithLora(clone, _patch(clone, lora.label, fitting.entries, strength), fitting.skipped)
     parts = split(fitting.entries, net)
     if parts.live:
-        carried = settings_of(clone).lora or LiveLora(())
+        carried = settings_of(clone).lora or net.lora or LiveLora(())
         clone = with_settings(clone, lora=carried.plus(LiveTerm(lora.label, strength, parts.live)))
     if parts.rest:
         _patch(clone, lora.label, parts.rest, strength)

@@ -233,6 +233,25 @@ def test_saving_is_refused(tmp_path):
     assert (tmp_path / "b.safetensors").is_file()
 
 
+def test_one_that_the_engine_set_comes_along(tmp_path):
+    import comfy.sd
+
+    bridge, live_lora, net = kit.bridge(), kit.engine("checkpoint.live_lora"), kit.own_net()
+    pairs, more = (kit.lora_pairs(kit.core_weights(), seed=seed) for seed in (5, 6))
+    live_lora.set_lora(net, live_lora.Lora(file_of("bare", pairs), STRENGTH))
+    model = bridge.build_model_patcher(net)
+    expected = kit.ksample(merged_by_hand(pairs, STRENGTH))
+    assert kit.distance(kit.ksample(model), expected) < 1e-5
+    assert kit.distance(kit.ksample(bridge.fork(model)), expected) < 1e-5
+    by_hand = merged_by_hand(pairs, STRENGTH)
+    for layer, (down, up) in more.items():
+        weight = by_hand.model.diffusion_model.get_parameter(f"{layer}.weight")
+        weight.data = (weight.double() + 0.4 * up.double() @ down.double()).float()
+    assert kit.distance(kit.ksample(live(model, file_of("bare", more), 0.4).model), kit.ksample(by_hand)) < 1e-5
+    with pytest.raises(kit.engine("errors").InputError, match="live LoRAs"):
+        comfy.sd.save_checkpoint(str(tmp_path / "a.safetensors"), model)
+
+
 def test_two_experts_in_one_diffusers_file():
     high, low = (kit.lora_pairs(kit.core_weights(), seed=s) for s in (5, 6))
     file = file_of("diffusers", high)
