@@ -348,6 +348,20 @@ def test_under_every_recipe(name: str, keep: tuple[str, ...]) -> None:
     assert torch.equal(run(model), plain)
 
 
+def test_with_weights_in_fp8_alone() -> None:
+    """Inputs in high precision: the branch is the exact change, what is left is the rounding of the weights."""
+    exact, recipe = tiny_model("t2v"), Recipe("rowwise", backend="weight-only")
+    file = lora_file(exact)
+    truth = run(merged(exact, (file, STRENGTH)))
+    once = run(apply_recipe(merged(exact, (file, STRENGTH)), recipe))
+    model = apply_recipe(tiny_model("t2v"), recipe)
+    plain = run(model)
+    live = run(set_lora(model, Lora(file, STRENGTH)))
+    assert 0.005 < relative(live, truth) < 1.1 * relative(once, truth) < 0.05
+    assert relative(plain, truth) > 0.1
+    assert torch.equal(run(remove_lora(model)), plain)
+
+
 def product_errors(granularity: Granularity) -> dict[str, float]:
     """Relative errors of one linear's output against the exact merge of the high-precision weight: tokens of a
     transformer's width, and a change of a third of the weight's size."""
