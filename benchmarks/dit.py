@@ -19,7 +19,7 @@ import math
 import statistics
 import time
 from collections import defaultdict
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Annotated
 
 import common
@@ -29,7 +29,7 @@ from rich.console import Console
 from rich.table import Table
 from torch import Tensor
 
-from wan_fp8 import Attention, Recipe, apply_recipe, compile_blocks, set_attention
+from wan_fp8 import Attention, Lora, Recipe, apply_recipe, compile_blocks, remove_lora, set_attention, set_lora
 from wan_fp8.attention import AttentionCore
 from wan_fp8.attention.backends import flash3
 from wan_fp8.compile import MODES
@@ -41,6 +41,7 @@ from wan_fp8.models.specs import SPECS, ModelSpec, Task
 from wan_fp8.models.wan import WanModel, build_model
 from wan_fp8.quant import RECIPES, recipe_of
 from wan_fp8.quant.linear import FP8Linear, Quantization
+from wan_fp8.quant.recipe import LINEARS
 
 TEXT_TOKENS = 512
 STEPS = 40
@@ -69,6 +70,21 @@ def random_model(spec: ModelSpec, layers: int, device: str, dtype: torch.dtype, 
         state[name] = value.to(dtype)
     model.load_state_dict(state, assign=True)
     return model
+
+
+def random_lora(model: WanModel, rank: int) -> Lora:
+    """A LoRA on the ten linears of every block, its changes a third of the weights' size."""
+    generator = torch.Generator().manual_seed(2)
+    state = {}
+    for name in (f"blocks.{index}.{linear}" for index in range(len(model.blocks)) for linear in LINEARS):
+        linear = model.get_submodule(name)
+        for part, shape, size in (
+            ("A", (rank, linear.in_features), linear.in_features),
+            ("B", (linear.out_features, rank), 9 * rank),
+        ):
+            value = torch.randn(shape, generator=generator) / math.sqrt(size)
+            state[f"diffusion_model.{name}.lora_{part}.weight"] = value.bfloat16()
+    return Lora(state)
 
 
 def latent_grid(spec: ModelSpec, width: int, height: int, frames: int) -> tuple[int, int, int]:
@@ -240,6 +256,7 @@ def velocity_error(
     device: str,
     dtype: torch.dtype,
     originals: dict[str, Tensor] | None = None,
+    loras: Sequence[Lora] = (),
 ) -> float:
     """Relative L2 error of the velocity against fp32 weights and arithmetic, on a short clip."""
     frames = max(1, min(grid[0], 4096 // (grid[1] * grid[2] // 4)))
@@ -253,6 +270,7 @@ def velocity_error(
     state = originals if originals is not None else model.state_dict()
     exact.load_state_dict({name: value.to(device, torch.float32) for name, value in state.items()}, assign=True)
     set_attention(exact, Attention("sdpa"))
+    set_lora(exact, *loras)
     reference = exact(x.float(), timestep, context.float())
     return float((ours.double() - reference.double()).norm() / reference.double().norm())
 
@@ -269,6 +287,7 @@ def measure(
     stream: torch.dtype | None = None,
     compiled: str = "off",
     recipe: Recipe | None = None,
+    lora_rank: int = 0,
 ) -> dict:
     """One row of results."""
     spec = MODELS[model_name]
@@ -282,6 +301,8 @@ def measure(
     if recipe is not None:
         originals = {name: value.cpu() for name, value in model.state_dict().items()}
         apply_recipe(model, recipe)
+    loras = [random_lora(model, lora_rank)] if lora_rank else []
+    set_lora(model, *loras)
     if compiled != "off":
         compile_blocks(model, mode=compiled)
     x, timestep, context = model_inputs(spec, grid, device, dtype)
@@ -317,9 +338,11 @@ def measure(
         torch.empty(1, tokens, spec.num_heads, spec.head_dim, device=device, dtype=dtype),
         torch.empty(1, tokens, 1, spec.head_dim, device=device, dtype=dtype),
     )
+    remove_lora(model)  # the floor is that of the block without it
     terms = floor_terms(model, tokens, device, dtype, torch.empty((), dtype=model.stream_dtype).element_size(), forward)
     model.blocks = every_block
-    error = velocity_error(model, grid, device, dtype, originals)
+    set_lora(model, *loras)
+    error = velocity_error(model, grid, device, dtype, originals, loras)
     forward_s = (fixed_ms + spec.num_layers * layer_ms) / 1000
     return {
         "model": model_name,
@@ -331,6 +354,7 @@ def measure(
         if recipe is None
         else model.quantization.resolve(torch.device(device), dtype).backend.name,  # type: ignore[attr-defined]
         "attention": attention if attention != "auto" else resolution.backend.name,
+        "lora_rank": lora_rank,
         "sparsity": None,
         "cache": None,
         "world_size": 1,
@@ -404,6 +428,9 @@ def main(
     compiled: Annotated[
         str, typer.Option("--compile", help=f"torch.compile of the blocks: off, {', '.join(MODES)}; or several.")
     ] = "off",
+    lora_rank: Annotated[
+        str, typer.Option(help="Rank of a live LoRA on all ten linears, 0 for none; or several: one row each.")
+    ] = "0",
     device: Annotated[str, typer.Option(help="cuda or cpu; empty picks.")] = "",
     json: Annotated[str, typer.Option(help="Where to write the results file.")] = "",
 ) -> None:
@@ -415,13 +442,18 @@ def main(
     device = device or ("cuda" if torch.cuda.is_available() else "cpu")
     first, second = (int(n) for n in layers.split(","))
     rows = []
-    for name, stored, mode, scaling in itertools.product(
-        attention.split(","), stream.split(","), compiled.split(","), recipes(recipe, backend, device, dtype)
+    for name, stored, mode, scaling, rank in itertools.product(
+        attention.split(","),
+        stream.split(","),
+        compiled.split(","),
+        recipes(recipe, backend, device, dtype),
+        (int(number) for number in lora_rank.split(",")),
     ):
         with torch.inference_mode():
             types = getattr(torch, dtype), getattr(torch, stored)
+            counts = first, second
             rows.append(
-                measure(model, size, frames, (first, second), name, types[0], device, kernels, types[1], mode, scaling)
+                measure(model, size, frames, counts, name, types[0], device, kernels, types[1], mode, scaling, rank)
             )
         show(rows[-1])
         if device.startswith("cuda"):

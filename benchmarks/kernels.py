@@ -20,7 +20,7 @@ from torch import Tensor
 
 from wan_fp8.attention import ATTENTION, AttentionCore
 from wan_fp8.attention.core import register_backends
-from wan_fp8.kernels import attention_cast, quantize, residual_norm, rms_rope
+from wan_fp8.kernels import attention_cast, low_rank, quantize, residual_norm, rms_rope
 from wan_fp8.kernels.residual_norm import NormTable
 from wan_fp8.models import functional as wan
 
@@ -130,6 +130,26 @@ def fused_kernels(bandwidth: float) -> list[dict]:
         lambda: attention_cast.add_mean_(out, mean, use_triton=False),
         4 * one,
     )
+    rank = 64
+    for dim in (DIM, FFN):
+        given = random(1, TOKENS, dim, seed=13)
+        down, up = random(rank, dim, seed=14) / dim**0.5, random(dim, rank, seed=15) / rank**0.5
+        for kind, how in casts().items():
+            cast = quantize.quantize(given, how)
+            row(
+                f"LoRA of rank {rank}, A on e4m3 of {dim} by {kind}",
+                lambda c=cast, d=down: low_rank.project(c, d, fused=True),
+                lambda c=cast, d=down: low_rank.project(c, d, fused=False),
+                TOKENS * (dim + 2 * rank),
+            )
+        hidden = low_rank.project(cast, down)
+        row(
+            f"LoRA of rank {rank}, B added to {dim} in place",  # its eager reference is cuBLAS, in place too
+            lambda y=given, h=hidden, u=up: low_rank.add_(y, h, u, fused=True),
+            lambda y=given, h=hidden, u=up: low_rank.add_(y, h, u, fused=False),
+            TOKENS * (4 * dim + 2 * rank),
+        )
+        del given, cast, hidden
     x, weight, bias = random(TOKENS, DIM, seed=10), random(FFN, DIM, seed=11) / 70, random(FFN, seed=12)
     rows.append({
         "kernel": "FFN's first GEMM with GELU in its epilogue", "tokens": TOKENS,

@@ -18,6 +18,8 @@ from .schema import LOADING, node_schema
 from .settings import low_input, model_input
 
 NONE = "none"
+MODES = ("merged", "live")
+"""Saved in workflows: the order stays, new ones go last."""
 
 
 class WanFP8LoadLora(io.ComfyNode):
@@ -32,8 +34,9 @@ class WanFP8LoadLora(io.ComfyNode):
             category=LOADING,
             description="Attaches a LoRA to a Wan2.2 MODEL, ours or core's, in every format that Wan LoRAs come in: "
             "official, kohya, PEFT and diffusers names, and the full-rank changes of distilled LoRAs, modulation "
-            "included. Nothing is merged for good: strength is live, and without the node the weights are what they "
-            "were. Core's LoRA loaders work as well, for the names that core knows.",
+            "included. Nothing is merged for good: without the node the weights are what they were. Merged, a LoRA "
+            "costs no time in a step; live, another strength merges nothing. Core's LoRA loaders work as well, for "
+            "the names that core knows.",
             search_aliases=["lora", "wan lora", "lightx2v", "distill", "4 steps"],
             inputs=[
                 model_input("Two-expert checkpoints: the high-noise expert here, the other at 'model_low'."),
@@ -51,7 +54,7 @@ class WanFP8LoadLora(io.ComfyNode):
                     max=10.0,
                     step=0.01,
                     tooltip="Factor on the LoRA's change. Default 1, as it was trained; 0 is exactly no LoRA. Changing "
-                    "it does not load the model again.",
+                    "it does not read the checkpoint again; with mode live it moves no weight at all.",
                 ),
                 low_input(),
                 io.Combo.Input(
@@ -70,6 +73,17 @@ class WanFP8LoadLora(io.ComfyNode):
                     step=0.01,
                     optional=True,
                     tooltip="Factor on the change of 'lora_low'. Default 1.",
+                ),
+                io.Combo.Input(
+                    "mode",
+                    options=list(MODES),
+                    optional=True,
+                    default=MODES[0],
+                    tooltip="Default merged: added to the weights when they are loaded, FP8 weights cast once after "
+                    "it; costs nothing in a step. live: runs beside the weights as two thin products for each linear, "
+                    "so that another strength merges nothing and an FP8 weight keeps its bits; costs time in every "
+                    "step that grows with the rank. Full-rank parts of a file are merged either way, and the node "
+                    "names them. Errors of both: docs/lora.md.",
                 ),
             ],
             outputs=[
@@ -96,6 +110,7 @@ class WanFP8LoadLora(io.ComfyNode):
         model_low: Any = None,
         lora_low: str = NONE,
         strength_low: float = 1.0,
+        mode: str = MODES[0],
     ) -> io.NodeOutput:
         if model_low is None and lora_low != NONE:
             raise InputError(
@@ -103,7 +118,8 @@ class WanFP8LoadLora(io.ComfyNode):
                 f"set lora_low to {NONE!r}"
             )
         files = {name: read_lora(_path(name)) for name in {lora, lora_low} - {NONE}}
-        first, lines = _with_lora(require(model), files.get(lora), strength, "high_noise", "model")
+        live = mode == "live"
+        first, lines = _with_lora(require(model), files.get(lora), strength, "high_noise", "model", live)
         if model_low is None:
             second: Any = Missing(
                 "Load Wan2.2 LoRA returns 'model_low' only when 'model_low' is connected to it: connect the low-noise "
@@ -112,18 +128,22 @@ class WanFP8LoadLora(io.ComfyNode):
         elif model_low is model and lora_low == NONE:
             second = first
         else:
-            second, more = _with_lora(require(model_low), files.get(lora_low), strength_low, "low_noise", "model_low")
+            given = files.get(lora_low), strength_low, "low_noise", "model_low", live
+            second, more = _with_lora(require(model_low), *given)
             lines += more
         return io.NodeOutput(first, second, ui=notice(node_id(cls), lines, level=logging.INFO))
 
 
-def _with_lora(model: Any, lora: LoraFile | None, strength: float, expert: str, socket: str) -> tuple[Any, list[str]]:
+def _with_lora(
+    model: Any, lora: LoraFile | None, strength: float, expert: str, socket: str, live: bool
+) -> tuple[Any, list[str]]:
     """MODEL with one LoRA, and what there is to say of it."""
     if lora is None:
         return model, []
-    done = bridge.load_lora(model, lora, strength, expert=expert)
+    done = bridge.load_lora(model, lora, strength, expert=expert, live=live)
+    how = f", {done.live} of them live" if live else ""
     return done.model, [
-        f"{socket}: {lora.label} changes {done.changed} parameters at strength {strength:g}",
+        f"{socket}: {lora.label} changes {done.changed} parameters at strength {strength:g}{how}",
         *done.notes,
     ]
 

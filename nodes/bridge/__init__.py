@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from .build import build_model_patcher
 from .fork import expert_of, fork, hosted, is_hosted, spec_of
-from .hosted_model import HostSettings
+from .hosted_model import HostSettings, settings_of
 from .lora import WithLora, load_lora
 from .recipe import fp8_layers, recipe_of, rounded_again, with_recipe
 from .residency import make_resident, manage
@@ -21,7 +21,7 @@ from .sampling import (
     with_timesteps,
 )
 from .save import save_model, save_scales
-from .settings import attention_request, device_of, settings_of, with_settings
+from .settings import attention_request, device_of, with_settings
 from .stages import Stage, run_stages
 from .vae import lazy_vae, load_vae
 from .voice import kept_words

@@ -34,7 +34,16 @@ from ...wan_fp8.models.specs import ModelSpec
 from ...wan_fp8.models.wan import WanModel, build_model
 from ...wan_fp8.quant.convert import share_recipe
 from .core_weights import assign_weights, clean_weights, core_spec, has_fp8
-from .hosted_model import SETTINGS, HostedModel, HostSettings, adopt, bind, hosted_class, refuse_foreign_patches
+from .hosted_model import (
+    HostedModel,
+    HostSettings,
+    adopt,
+    bind,
+    hosted_class,
+    refuse_foreign_patches,
+    refuse_live_lora,
+    settings_of,
+)
 from .memory import activation_bytes
 from .voice import say
 from .weights import place_loose_parameters
@@ -149,7 +158,7 @@ def _leave_device(patcher: Any) -> None:
 
 
 def _copy_choices(old: HostedModel, new: HostedModel) -> None:
-    for name in ("stream_dtype_override", "fused_kernels", "token_multiple", "compile_setting"):
+    for name in ("stream_dtype_override", "fused_kernels", "token_multiple", "compile_setting", "lora"):
         if hasattr(old, name):
             setattr(new, name, getattr(old, name))
     new.stack_wrappers.update(old.stack_wrappers)
@@ -255,7 +264,7 @@ def _rebuilt(patcher: Any, shell: nn.Module) -> Any:
 def attach(patcher: Any) -> None:
     """Our callbacks and wrapper, each once."""
     calls, wraps = comfy.patcher_extension.CallbacksMP, comfy.patcher_extension.WrappersMP
-    for kind, callback in ((calls.ON_LOAD, place_loose_parameters), (calls.ON_DETACH, _on_detach)):
+    for kind, callback in ((calls.ON_LOAD, _on_load), (calls.ON_DETACH, _on_detach)):
         patcher.remove_callbacks_with_key(kind, KEY)
         patcher.add_callback_with_key(kind, KEY, callback)
     patcher.remove_wrappers_with_key(wraps.OUTER_SAMPLE, KEY)
@@ -272,7 +281,7 @@ def _around_run(executor: Any, *args: Any, **kwargs: Any) -> Any:
     refuse_foreign_patches(patcher)
     net = patcher.get_model_object("diffusion_model")
     net.forget_run()
-    net.settings_of_run = patcher.model_options.get("transformer_options", {}).get(SETTINGS) or HostSettings()
+    net.settings_of_run = settings_of(patcher)
     try:
         result = executor(*args, **kwargs)
         _report_attention(net)
@@ -287,10 +296,17 @@ def _report_attention(net: HostedModel) -> None:
         say("\n".join(report.lines()), level=logging.INFO if report.as_asked else logging.WARNING, keep=True)
 
 
+def _on_load(patcher: Any, *args: Any, **kwargs: Any) -> None:
+    patcher.model.diffusion_model.settings_of_run = settings_of(patcher)
+    place_loose_parameters(patcher, *args, **kwargs)
+
+
 def _on_detach(patcher: Any, unpatch_all: bool = True) -> None:
     # Without unpatch_all no weight moves: a clone goes, perhaps collected in the middle of another one's run.
     if unpatch_all:
-        patcher.model.diffusion_model.forget_run()
+        net = patcher.model.diffusion_model
+        net.forget_run()
+        net.settings_of_run = HostSettings()  # it may hold the matrices of a LoRA
 
 
 _SHELLS: dict[type, type] = {}
@@ -316,9 +332,15 @@ def _make_shell_class(base: Any) -> type:
         fused = net.fused_kernels != "eager" and kernels.refusal(device, compute) is None
         attention = net.settings_of_run.attention
         quantised = attention is not None and not attention.is_exact
-        return activation_bytes(net.spec, input_shape, compute, fused=fused, low_precision_attention=quantised)
+        lora = net.settings_of_run.lora or net.lora
+        matrices = 0 if lora is None else lora.device_bytes(compute)
+        return matrices + activation_bytes(
+            net.spec, input_shape, compute, fused=fused, low_precision_attention=quantised
+        )
 
     def state_dict_for_saving(self: Any, *args: Any, **kwargs: Any) -> dict[str, Tensor]:
+        net = self.diffusion_model
+        refuse_live_lora(net.settings_of_run.lora, net.lora)
         saved = base.state_dict_for_saving(self, *args, **kwargs)
         return _with_fp8_marks(saved)
 

@@ -22,9 +22,10 @@ from torch import Tensor, nn
 
 from ...wan_fp8.attention import Attention, Step
 from ...wan_fp8.compile import Compile
-from ...wan_fp8.errors import UnsupportedPatchError
+from ...wan_fp8.errors import InputError, UnsupportedPatchError
 from ...wan_fp8.models.functional import RopeOptions
 from ...wan_fp8.models.layers import HIGH_PRECISION
+from ...wan_fp8.models.low_rank import LiveLora
 from ...wan_fp8.models.wan import MAX_CACHED_PROMPTS, ForwardOptions, WanModel
 from .voice import say
 from .weights import attach_weight_source, keep_transfers_out_of_graphs
@@ -54,6 +55,13 @@ class HostSettings:
     """Whether fp32 matrix products may run in TF32 during our forward; None: as the process has it."""
     stream_dtype: torch.dtype | None = None
     """Type of the residual stream between sums; None: fp32."""
+    lora: LiveLora | None = None
+    """LoRAs that run beside the weights; None: no such."""
+
+
+def settings_of(patcher: Any) -> HostSettings:
+    """The settings that this MODEL carries."""
+    return patcher.model_options.get("transformer_options", {}).get(SETTINGS) or HostSettings()
 
 
 class HostedModel(WanModel):
@@ -63,7 +71,8 @@ class HostedModel(WanModel):
     """Keyword inputs that this task's ``embed`` takes from core's conditioning."""
 
     settings_of_run: HostSettings = HostSettings()
-    """Of the MODEL that is being sampled, or was last: the forward's memory is estimated before any forward."""
+    """Of the MODEL that is being sampled, or was loaded last: the forward's memory is estimated before any forward,
+    and a file is saved without one."""
 
     _shell: weakref.ref[nn.Module] | None = None
     _prompts: OrderedDict[Hashable, Tensor]
@@ -177,6 +186,7 @@ class HostedModel(WanModel):
                 announce=say,
                 tf32=settings.tf32,
                 stream_dtype=settings.stream_dtype,
+                lora=settings.lora,
                 host_options=options,
             ),
             **task_inputs,
@@ -184,8 +194,8 @@ class HostedModel(WanModel):
         return velocity[:, :, :frames, :rows, :columns]
 
     def forget_run(self) -> None:
-        """Drop what belongs to one run (text keys and values, rotary tables, findings of the attention guard): at its
-        start and its end, and whenever weights move or change."""
+        """Drop what belongs to one run (text keys and values, rotary tables, findings of the attention guard, live
+        LoRAs on the device): at its start and its end, and whenever weights move or change."""
         self._prompts.clear()
         self._rope_cache.clear()
         self.begin_run()
@@ -377,6 +387,16 @@ def may_change_text(patcher: Any, options: Mapping[str, Any]) -> bool:
     return any(patcher.model_options.get(name) is not None for name in functions) or any(
         comfy.patcher_extension.get_all_wrappers(getattr(kinds, kind), options) for kind in _SEE_TEXT
     )
+
+
+def refuse_live_lora(*loras: LiveLora | None) -> None:
+    """Raise InputError where a file is to be made of weights beside which LoRAs run: ``settings_of(patcher).lora``,
+    and the model's own ``lora``."""
+    if any(lora is not None for lora in loras):
+        raise InputError(
+            "this MODEL has live LoRAs, which run beside its weights and would be missing in the file: set 'mode' of "
+            "Load Wan2.2 LoRA to 'merged' to save them, or take the node out"
+        )
 
 
 def weights_change_mid_run(patcher: Any) -> bool:

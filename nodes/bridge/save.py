@@ -12,6 +12,7 @@ from ...wan_fp8 import quant
 from ...wan_fp8.checkpoint.save import check_target, save_checkpoint
 from ...wan_fp8.errors import InputError
 from .fork import expert_of, hosted, is_hosted
+from .hosted_model import refuse_live_lora, settings_of
 
 
 def save_model(patcher: Any, path: Path, *, overwrite: bool = False, expert: str | None = None) -> Path:
@@ -21,10 +22,12 @@ def save_model(patcher: Any, path: Path, *, overwrite: bool = False, expert: str
     Args:
         expert: Its role in a pair; None: as its loader said.
     Raises:
-        InputError: the file exists, its name will not do, or the disk cannot take it; nothing is left behind.
+        InputError: the file exists, its name will not do, the disk cannot take it, or a live LoRA would be missing in
+            it; nothing is left behind.
         UnsupportedPatchError: see ``fork``.
     """
     check_target(path, overwrite)
+    refuse_live_lora(settings_of(patcher).lora, patcher.model.diffusion_model.lora if is_hosted(patcher) else None)
     model = hosted(patcher)
     management = comfy.model_management
     management.load_models_gpu([model], force_patch_weights=True)

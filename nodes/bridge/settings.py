@@ -11,15 +11,10 @@ from ...wan_fp8.attention import AttentionRequest
 from ...wan_fp8.hardware import DeviceCaps, device_caps
 from ...wan_fp8.models.layers import HIGH_PRECISION
 from .fork import hosted, spec_of
-from .hosted_model import SETTINGS, HostSettings
+from .hosted_model import SETTINGS, settings_of
 
 USUAL_TOKENS = 32_760
 """832x480, 81 frames: stands for the tokens of a run that is not known yet. No backend's refusal depends on them."""
-
-
-def settings_of(patcher: Any) -> HostSettings:
-    """The settings that this MODEL carries."""
-    return patcher.model_options.get("transformer_options", {}).get(SETTINGS) or HostSettings()
 
 
 def with_settings(patcher: Any, **changes: Any) -> Any:

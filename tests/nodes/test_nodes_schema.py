@@ -17,7 +17,7 @@ CONTRACT = {
         "checkpoint low_noise text_encoder vae weight_dtype text_encoder_dtype vae_dtype",
         "model model_low text_encoder vae",
     ),
-    "WanFP8LoadLora": ("model lora strength model_low lora_low strength_low", "model model_low"),
+    "WanFP8LoadLora": ("model lora strength model_low lora_low strength_low mode", "model model_low"),
     "WanFP8TextEncode": ("text_encoder prompt negative", "positive negative"),
     "WanFP8SampleT2V": (
         "model positive negative width height length seed steps shift guidance guidance_low boundary solver scheduler "

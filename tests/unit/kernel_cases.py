@@ -17,7 +17,7 @@ from torch import Tensor
 if __name__ == "__main__":
     sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 
-from wan_fp8.kernels import attention_cast, quantize, residual_norm, rms_rope
+from wan_fp8.kernels import attention_cast, low_rank, quantize, residual_norm, rms_rope
 from wan_fp8.kernels.quantize import Cast, Granularity, QuantizedActivation
 from wan_fp8.kernels.residual_norm import NormTable
 from wan_fp8.models import functional as wan
@@ -27,6 +27,7 @@ TOLERANCE = {
     torch.float32: (0.0, 2e-6),
     # Triton's interpreter truncates to bf16 where a GPU rounds: twice the error
     torch.bfloat16: (8e-4, 5e-3 if INTERPRETED else 2.5e-3),
+    torch.float16: (1e-4, 3.2e-4),
 }
 
 
@@ -250,6 +251,28 @@ def norm_into_fp8(device: torch.device, dtype: torch.dtype, fused: bool) -> None
     assert torch.equal(cell, ours.float().abs().amax().reshape(1))
 
 
+def low_rank_branch(device: torch.device, dtype: torch.dtype, fused: bool) -> None:
+    """Both products: from FP8 of every granularity and from high precision; ranks of one tile, of several and odd
+    ones; rows and columns that no tile divides; nothing but ``y`` is written."""
+    if INTERPRETED and dtype == torch.bfloat16:
+        dtype = torch.float16  # its products take the bits of bf16 for integers
+    for tokens, dim, width, rank in ((70, 384, 272, 16), (131, 128, 128, 48), (5, 256, 144, 192)):
+        x = values(2, tokens, dim, dtype=dtype, device=device, seed=14)
+        down = values(rank, dim, dtype=dtype, device=device, seed=15) / dim**0.5
+        up = values(width, rank, dtype=dtype, device=device, seed=16)
+        given = [x, *(quantize.quantize(x, cast, fused=False) for cast in casts(device, x.double()))]
+        for one in given:
+            real = one.double() if isinstance(one, Tensor) else one.dequantized(torch.float64)
+            hidden = low_rank.project(one, down, fused=fused)
+            assert hidden.shape == (2 * tokens, rank)
+            what = "plain" if isinstance(one, Tensor) else one.granularity
+            check(hidden, real.flatten(0, 1) @ down.double().t(), f"project {what} {tokens}x{dim} rank {rank}")
+        y = values(2, tokens, width, dtype=dtype, device=device, seed=17)
+        before, kept = y.double(), hidden.clone()
+        assert low_rank.add_(y, hidden, up, fused=fused) is y and torch.equal(hidden, kept)
+        check(y, before + (hidden.double() @ up.double().t()).view(before.shape), f"add {tokens}x{width} rank {rank}")
+
+
 CASES = [
     residual_and_norm,
     norm_of_a_large_mean,
@@ -258,10 +281,11 @@ CASES = [
     quantised_activations,
     quantised_outliers,
     norm_into_fp8,
+    low_rank_branch,
 ]
 
 if __name__ == "__main__":
     where = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    for one_case, one_dtype in itertools.product(CASES, TOLERANCE):
+    for one_case, one_dtype in itertools.product(CASES, (torch.float32, torch.bfloat16)):
         one_case(where, one_dtype, fused=True)
         print("ok", one_case.__name__, one_dtype)

@@ -59,9 +59,16 @@ def save_checkpoint(
     Returns:
         ``path``.
     Raises:
-        InputError: the file exists, the name or the folder will not do, or the disk cannot take it.
+        InputError: the file exists, the name or the folder will not do, the disk cannot take it, or the model has
+            live LoRAs.
     """
     path = Path(path)
+    if model.lora is not None:
+        raise InputError(
+            "this model has live LoRAs, which run beside its weights and would be missing in the file: call remove_lora "
+            "first"
+            "first"
+        )
     check_target(path, overwrite)
     tensors, layers = stored_tensors(model.state_dict())
     header = _header(tensors, _metadata(model, layers, expert))

@@ -21,6 +21,7 @@ from ..kernels.quantize import Cast, QuantizedActivation
 from ..kernels.residual_norm import NormTable
 from .functional import RopeOptions
 from .layers import InputQuantizer, Linear, NormWeight
+from .low_rank import LiveLora
 from .specs import ModelSpec
 
 
@@ -52,6 +53,8 @@ class ForwardOptions:
     """Told in a sentence when something outside the forward's own work takes long: compilation."""
     stream_dtype: torch.dtype | None = None
     """Type of the residual stream between sums; None: the model's own."""
+    lora: LiveLora | None = None
+    """LoRAs beside the weights in this forward; None: the model's own."""
     tf32: bool | None = None
     """Whether fp32 matrix products of this forward may be computed in TF32; None: as the process has it."""
     host_options: Any = None

@@ -73,6 +73,13 @@ class InputQuantizer(Protocol):
         """The input, from a tensor."""
 
 
+class LowRankBranch(Protocol):
+    """A change of low rank that a linear adds to its output."""
+
+    def add_(self, y: Tensor, x: Tensor | QuantizedActivation) -> Tensor:
+        """Add the branch of ``x`` to ``y`` in place; returns y."""
+
+
 OWN_WEIGHTS = OwnWeights()
 
 
@@ -124,6 +131,8 @@ class Linear(Leaf):
 
     input_quantizer: InputQuantizer | None = None
     """Set where the input may come in FP8: then whoever makes it casts it once for all that read it."""
+    low_rank: LowRankBranch | None = None
+    """Set while a live LoRA changes this linear."""
 
     def __init__(self, in_features: int, out_features: int, bias: bool = True) -> None:
         super().__init__()
@@ -136,7 +145,10 @@ class Linear(Leaf):
         """[..., D_in] -> [..., D_out]; with ``gelu`` (tanh form) the activation runs in the GEMM's epilogue on a GPU,
         on fp32 sums (unless a gradient is wanted)."""
         weight, bias, handle = self.fetch(x)
-        if not gelu:
+        if self.low_rank is not None:
+            y = self.low_rank.add_(F.linear(x, weight, bias), x)
+            y = torch.ops.aten.gelu_(y, approximate="tanh") if gelu else y  # F's own would hold a second copy
+        elif not gelu:
             y = F.linear(x, weight, bias)
         elif x.is_cuda and bias is not None and x.dtype in HALF and not _needs_gradient(x, weight):
             y = torch._addmm_activation(bias, x.flatten(0, -2), weight.t(), use_gelu=True).unflatten(0, x.shape[:-1])

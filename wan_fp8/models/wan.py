@@ -31,6 +31,7 @@ from ..errors import InputError
 from ..kernels.residual_norm import NormTable
 from ..precision import fp32_products
 from . import functional as wan
+from . import low_rank
 from .blocks import ForwardOptions, ForwardState, GELULinear, Modulation, ResidualStream, TextContext, WanBlock
 from .functional import RopeOptions
 from .layers import HIGH_PRECISION, Linear, PatchEmbedding
@@ -126,6 +127,11 @@ class WanModel(nn.Module):
         on top)."""
         self.quantization: ForwardQuantization | None = None
         """Set by ``apply_recipe``."""
+        self.lora: low_rank.LiveLora | None = None
+        """Set by ``set_lora``: LoRAs that run beside the weights."""
+        self.merged_by_lora: dict[str, tuple[nn.Parameter, nn.Parameter]] = {}
+        """Set by ``set_lora``, by name: a parameter that a change was merged into, as it was, and as it became."""
+        self._branches: low_rank.Placed | None = None
         self.stack_wrappers: OrderedDict[str, StackWrapper] = OrderedDict()
         """Named, ordered, removable: the first one added is the outermost."""
         self._text_cache: OrderedDict[Hashable, _CachedText] = OrderedDict()
@@ -191,6 +197,8 @@ class WanModel(nn.Module):
         options: ForwardOptions,
         task_inputs: dict[str, Any],
     ) -> Tensor:
+        fused = kernels.select(self.fused_kernels, x.device, self.compute_dtype)
+        self._place_lora(options.lora or self.lora, x.device, fused)
         tokens, grid, positions, task = self.embed(x, task_inputs)
         tokens = tokens.to(options.stream_dtype or self.stream_dtype)
         embedding, modulation = self._time_rows(timestep, tokens.shape[:2], grid)
@@ -200,7 +208,7 @@ class WanModel(nn.Module):
             num_tokens=tokens.shape[1],
             context=self._text_context(context, clip_fea, options),
             compute_dtype=self.compute_dtype,
-            fused=kernels.select(self.fused_kernels, tokens.device, self.compute_dtype),
+            fused=fused,
             options=options,
             run=self._runner(options),
             task=task,
@@ -273,12 +281,29 @@ class WanModel(nn.Module):
         self._text_cache.clear()
 
     def begin_run(self) -> None:
-        """Forget what belongs to one sampling run: text keys and values, what the attention guard found, and the
-        maxima that a recipe's scales follow."""
+        """Forget what belongs to one sampling run: text keys and values, what the attention guard found, the matrices
+        of live LoRAs on the device, and the maxima that a recipe's scales follow."""
         self.clear_text_cache()
+        self.take_lora_away()
         reset_guard(self)
         if self.quantization is not None:
             self.quantization.begin_run()
+
+    def take_lora_away(self) -> None:
+        """Free the matrices of live LoRAs; the next forward that wants them places them again."""
+        if self._branches is not None:
+            self._branches.remove()
+            self._branches = None
+
+    def _place_lora(self, wanted: low_rank.LiveLora | None, device: torch.device, fused: bool) -> None:
+        """Have the branches of ``wanted`` on the linears, and no others."""
+        key = None if wanted is None else (wanted, device, self.compute_dtype, fused)
+        if key == (None if self._branches is None else self._branches.key):
+            return
+        self.take_lora_away()
+        self.clear_text_cache()  # made by the text linears without it, or with another
+        if wanted is not None:
+            self._branches = low_rank.place(self, wanted, device, self.compute_dtype, self.high_dtype, fused)
 
     def _text_context(self, context: Tensor, clip_fea: Tensor | None, options: ForwardOptions) -> TextContext:
         def project() -> Tensor:

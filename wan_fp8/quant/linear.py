@@ -198,6 +198,8 @@ class FP8Linear(Linear):
         weight, scale, bias, handle = self.weight_source.fetch_stored(self, stored, x.dtype)
         y = self.quantization.runner(x.device, x.dtype)(x, weight, scale, bias)
         self.release(weight, bias, handle)
+        if self.low_rank is not None:
+            y = self.low_rank.add_(y, x)
         return F.gelu(y, approximate="tanh") if gelu else y
 
     def quantized(self, values: Tensor) -> tuple[Tensor, Tensor]:
