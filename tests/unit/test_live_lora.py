@@ -217,7 +217,7 @@ def test_saving_is_refused(tmp_path) -> None:
     down, up = torch.randn(4, 256) / 16, torch.randn(256, 4)
     key = "diffusion_model.blocks.0.self_attn.q"
     set_lora(model, Lora({f"{key}.lora_A.weight": down, f"{key}.lora_B.weight": up}))
-    with pytest.raises(InputError, match="live LoRAs.*remove_lora"):
+    with pytest.raises(InputError, match=r"live LoRAs.*remove_lora"):
         save_checkpoint(model, tmp_path / "a.safetensors")
     assert not list(tmp_path.iterdir())
     save_checkpoint(remove_lora(model), tmp_path / "a.safetensors")

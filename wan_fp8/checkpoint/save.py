@@ -65,9 +65,8 @@ def save_checkpoint(
     path = Path(path)
     if model.lora is not None:
         raise InputError(
-            "this model has live LoRAs, which run beside its weights and would be missing in the file: call remove_lora "
-            "first"
-            "first"
+            "this model has live LoRAs, which run beside its weights and would be missing in the file: call "
+            "remove_lora first"
         )
     check_target(path, overwrite)
     tensors, layers = stored_tensors(model.state_dict())
