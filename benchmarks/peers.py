@@ -4,7 +4,7 @@
 
 Every peer runs as shipped (torch's choice of attention) and again with FlashAttention 3, diffusers also compiled; TF32
 is allowed for all, and nobody but the rows that say so is compiled. FP8 rows: our recipes, and core's own FP8 matrix
-products. Time per block is the difference between two layer counts, the median of five forwards each.
+products. Time per block is the difference between two layer counts, the median of four forwards each.
 A peer that is not installed is named as left out.
 """
 
@@ -151,7 +151,7 @@ def layer_times(peer, layers: tuple[int, int], inputs: tuple[Tensor, ...]) -> tu
         for count in layers:
             del blocks[0 : len(blocks)]
             blocks.extend(every[:count])
-            times[count] = common.median_ms(lambda: forward(*inputs), "cuda")
+            times[count] = common.median_ms(lambda: forward(*inputs), "cuda", repeats=4, warmup=1)
     layer_ms = (times[layers[1]] - times[layers[0]]) / (layers[1] - layers[0])
     return layer_ms, times[layers[0]] - layers[0] * layer_ms
 
@@ -168,14 +168,14 @@ def peers(spec: ModelSpec) -> dict[str, tuple[str, Callable]]:
         "ours, FP8 CurrentScaling, FA3": ("fa3", partial(ours, spec, attention="fa3", recipe="Float8CurrentScaling")),
         "ours, FP8 BlockScaling, FA3": ("fa3", partial(ours, spec, attention="fa3", recipe="Float8BlockScaling")),
         "ours, FP8 rowwise, FP8 attention": ("fa3-fp8", partial(ours, spec, attention="fa3-fp8", recipe="rowwise")),
-        "diffusers, eager, as shipped": ("native", partial(diffusers_peer, spec, attention="native", compiled=False)),
-        "diffusers, compiled, as shipped": ("native", partial(diffusers_peer, spec, attention="native", compiled=True)),
-        "diffusers, eager, FA3": ("fa3", partial(diffusers_peer, spec, attention="fa3", compiled=False)),
-        "diffusers, compiled, FA3": ("fa3", partial(diffusers_peer, spec, attention="fa3", compiled=True)),
         "core ComfyUI, as shipped": ("native", partial(core_peer, spec, attention="native")),
         "core ComfyUI, FA3": ("fa3", partial(core_peer, spec, attention="fa3")),
         "core ComfyUI, FP8, as shipped": ("native", partial(core_peer, spec, attention="native", fp8=True)),
         "core ComfyUI, FP8, FA3": ("fa3", partial(core_peer, spec, attention="fa3", fp8=True)),
+        "diffusers, eager, as shipped": ("native", partial(diffusers_peer, spec, attention="native", compiled=False)),
+        "diffusers, compiled, as shipped": ("native", partial(diffusers_peer, spec, attention="native", compiled=True)),
+        "diffusers, eager, FA3": ("fa3", partial(diffusers_peer, spec, attention="fa3", compiled=False)),
+        "diffusers, compiled, FA3": ("fa3", partial(diffusers_peer, spec, attention="fa3", compiled=True)),
     }
 
 
@@ -185,6 +185,7 @@ def main(
     frames: Annotated[int, typer.Option(help="Pixel frames, 4n+1.")] = 81,
     layers: Annotated[str, typer.Option(help="The two layer counts whose difference is timed.")] = "2,4",
     comfyui: Annotated[str, typer.Option(help="Folder of a ComfyUI, for core's model.")] = "",
+    skip: Annotated[str, typer.Option(help="Leave out peers whose name has this in it, such as 'eager'.")] = "",
     json: Annotated[str, typer.Option(help="Where to write the results file.")] = "",
 ) -> None:
     """Time a Wan2.2 block of ours beside diffusers' and core ComfyUI's on one GPU."""
@@ -199,6 +200,8 @@ def main(
     assert len(counts) == 2
     rows = []
     for name, (attention, peer) in peers(spec).items():
+        if skip and skip in name:
+            continue
         if name.startswith("core") and not comfyui:
             console.print(f"left out: {name}: no --comfyui given")
             continue
