@@ -39,12 +39,11 @@ SCHEDULE = "wan_fp8_schedule"
 those only."""
 SHARE = "wan_fp8_share"
 """Our key for the steps (first, end) of that schedule that a MODEL samples."""
+STEP = "wan_fp8_step"
+"""Our key for the ``Step`` that a model call belongs to, where our solver makes the call."""
 CACHE = "wan_fp8_cache"
 RECORDING = "wan_fp8_recording"
 """Names of what is put around the blocks for one forward."""
-
-STEP = "wan_fp8_step"
-"""Our key for the ``Step`` that a model call belongs to, where our solver makes the call."""
 
 logger = logging.getLogger("wan_fp8")
 
