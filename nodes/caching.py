@@ -197,7 +197,7 @@ class WanFP8MagCacheCalibrate(io.ComfyNode):
                 ),
                 low_input(),
             ],
-            outputs=outputs("that measures while it samples, about 1 % slower"),
+            outputs=outputs("that measures while it samples"),
         )
 
     @classmethod

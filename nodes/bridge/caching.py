@@ -11,7 +11,7 @@ from torch import Tensor
 
 from ...wan_fp8.caching import RunPlan
 from ...wan_fp8.errors import InputError, UnsupportedPatchError
-from .hosted_model import SHARE, HostedModel, schedule_of_run
+from .hosted_model import SETTINGS, SHARE, HostedModel, HostSettings, schedule_of_run
 from .voice import say
 
 OTHER_CACHES = {"easycache": "EasyCache", "lazycache": "LazyCache"}
@@ -90,7 +90,16 @@ def fingerprint(patcher: Any) -> str:
             digest.update(f"{key} {float(strength):.6g} {float(model_strength):.6g}".encode())
             for tensor in _tensors(patch):
                 digest.update(_bytes(tensor))
+    live = getattr(settings_of(patcher), "lora", None)  # LoRAs that run beside the weights
+    for term in () if live is None else live.terms:
+        for name, pair in sorted(term.pairs.items()):
+            digest.update(f"{name} {term.strength * pair.factor:.6g}".encode() + _bytes(pair.down) + _bytes(pair.up))
     return digest.hexdigest()[:16]
+
+
+def settings_of(patcher: Any) -> HostSettings:
+    """The settings that this MODEL carries."""
+    return patcher.model_options.get("transformer_options", {}).get(SETTINGS) or HostSettings()
 
 
 def _stored(patcher: Any, net: Any) -> dict[str, Tensor]:

@@ -419,9 +419,12 @@ def position_of_run(options: Mapping[str, Any], expert: str | None) -> RunPositi
         )
     place = None if frames is None else tuple(frames)
     step = options.get(STEP)
-    told = isinstance(step, Step) and step.total == len(schedule) - 1  # else the host waits for the GPU
+    if isinstance(step, Step) and step.total == len(schedule) - 1:
+        sigma = schedule[step.index]
+    else:
+        sigma = float(now.flatten()[0])  # the host waits for the GPU
     return RunPosition(
-        sigma=schedule[step.index] if told else float(now.flatten()[0]),
+        sigma=sigma,
         schedule=schedule,
         conditionings=tuple(Conditioning((uuid, place), kind) for uuid, kind in zip(uuids, kinds, strict=True)),
         share=options.get(SHARE),

@@ -616,5 +616,9 @@ def test_a_run_that_cannot_be_cached_is_refused_at_its_first_forward():
         model(x, torch.tensor([1000.0]), context, options=at(0, COND))
     short = tuple(sigmas(4, 5.0, "euler").tolist())
     model = apply_cache(tiny_model("t2v"), EasyCache())
-    with pytest.raises(InputError, match=r"EasyCache cannot skip in a run of 4 steps"):
-        model(x, torch.tensor([1000.0]), context, options=at(0, COND, schedule=short))
+    for share in (None, (0, 2)):
+        position = RunPosition(sigma=1.0, schedule=short, conditionings=(COND,), share=share)
+        with pytest.raises(InputError, match=r"EasyCache cannot skip in a run of 4 steps"):
+            model(x, torch.tensor([1000.0]), context, options=ForwardOptions(position=position))
+    part = at(0, COND, schedule=tuple(sigmas(20, 5.0, "euler").tolist())[13:])
+    model(x, torch.tensor([700.0]), context, options=part)

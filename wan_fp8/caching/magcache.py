@@ -99,8 +99,8 @@ class ScheduledTracker(Tracker):
         del key, tokens_BSD
         alone = self.setting.phase == "in_phase" and kinds == {0}
         decisions = self.cond_alone if alone else self.decisions
-        found = decisions.get(2 * step + (kind > 0))
-        return found or Decision(False, outside=self.ratio(2 * step + (kind > 0)) == UNKNOWN)
+        c = 2 * step + (kind > 0)
+        return decisions.get(c) or Decision(False, outside=step > self.plan.first and self.ratio(c) == UNKNOWN)
 
     @cached_property
     def decisions(self) -> dict[int, Decision]:

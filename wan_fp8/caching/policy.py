@@ -22,6 +22,8 @@ Reuse = Literal["keep", "scale", "linear"]
 REUSES: tuple[Reuse, ...] = get_args(Reuse)
 """What stands in for the blocks in a skipped pass. ``keep``: the last computed residual, as published. ``scale``: the
 same times the magnitude that the curve predicts. ``linear``: the line through the last two computed residuals."""
+ALMOST_NOISE = 0.99
+"""A run that begins above this noise level begins at its first step."""
 FEW_STEPS = 8
 """Up to this many steps nothing is worth skipping: neighbouring steps differ too much."""
 
@@ -122,7 +124,9 @@ class Policy(ABC):
 
     def refusal(self, plan: RunPlan) -> str | None:
         """Why this run must not be cached, in a sentence that says what to do; None where it may."""
-        return few_steps(self.name, plan.steps) if plan.steps <= FEW_STEPS and plan.is_whole else None
+        # one of core's two samplers knows its own steps only; few of them may be part of many
+        known = not plan.is_whole or (plan.schedule[0] > ALMOST_NOISE and plan.schedule[-1] == 0)
+        return few_steps(self.name, plan.steps) if plan.steps <= FEW_STEPS and known else None
 
     @abstractmethod
     def start(self, plan: RunPlan) -> Tracker:
