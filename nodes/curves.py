@@ -85,9 +85,12 @@ def find_curve(model: Any, choice: str) -> tuple[Curve | None, str]:
             raise InputError(
                 f"{reason}, and models/wan/magcache has none for it: measure one with Wan2.2 Calibrate MagCache"
             )
+        assert theirs is not None
         return None, theirs.name
     if choice == PUBLISHED:
         reason = mismatch(theirs, spec)
+        if theirs is None:
+            raise InputError(f"{reason}: measure one with Wan2.2 Calibrate MagCache")
         return (None, theirs.name) if reason is None else (theirs, f"{theirs.name}, although {reason}")
     curve = load_curve(curve_path(choice))
     reason = mismatch(curve, spec)

@@ -11,7 +11,7 @@ from torch import Tensor
 
 from ...wan_fp8.caching import RunPlan
 from ...wan_fp8.errors import InputError, UnsupportedPatchError
-from .hosted_model import SETTINGS, SHARE, HostedModel, HostSettings, schedule_of_run
+from .hosted_model import SHARE, HostedModel, schedule_of_run, settings_of
 from .voice import say
 
 OTHER_CACHES = {"easycache": "EasyCache", "lazycache": "LazyCache"}
@@ -95,11 +95,6 @@ def fingerprint(patcher: Any) -> str:
         for name, pair in sorted(term.pairs.items()):
             digest.update(f"{name} {term.strength * pair.factor:.6g}".encode() + _bytes(pair.down) + _bytes(pair.up))
     return digest.hexdigest()[:16]
-
-
-def settings_of(patcher: Any) -> HostSettings:
-    """The settings that this MODEL carries."""
-    return patcher.model_options.get("transformer_options", {}).get(SETTINGS) or HostSettings()
 
 
 def _stored(patcher: Any, net: Any) -> dict[str, Tensor]:

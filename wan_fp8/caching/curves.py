@@ -126,15 +126,17 @@ def published() -> dict[str, Curve]:
     return found
 
 
-def published_for(spec: ModelSpec, *, per_frame: bool = False) -> Curve:
-    """The published curve of a task, whatever the model's size."""
+def published_for(spec: ModelSpec, *, per_frame: bool = False) -> Curve | None:
+    """The published curve of a task, whatever the model's size; None for a task that has none."""
     if spec.task is Task.TI2V:
         return published()["ti2v-5B i2v" if per_frame else "ti2v-5B t2v"]
-    return published()[f"{spec.task}-A14B"]
+    return published().get(f"{spec.task}-A14B")
 
 
-def mismatch(curve: Curve, spec: ModelSpec) -> str | None:
-    """Why ``curve`` is another model's; None where it fits."""
+def mismatch(curve: Curve | None, spec: ModelSpec) -> str | None:
+    """Why ``curve`` (a published one, if None) is not of this model; None where it is."""
+    if curve is None:
+        return f"no curve has been published for {spec.task} models"
     if curve.task != spec.task:
         return f"the curve '{curve.name}' was measured on a {curve.task} model, and this one is {spec.task}"
     if curve.shape not in (None, (spec.dim, spec.num_layers)):

@@ -52,14 +52,14 @@ class MagCache(Policy):
         if self.phase not in PHASES:
             raise InputError(f"phase must be one of {', '.join(PHASES)}; got {self.phase!r}")
 
-    def curve_of(self, plan: RunPlan) -> Curve:
-        """The curve that a run follows."""
+    def curve_of(self, plan: RunPlan) -> Curve | None:
+        """The curve that a run follows; None where there is none."""
         return self.curve or published_for(plan.spec, per_frame=plan.per_frame)
 
     def refusal(self, plan: RunPlan) -> str | None:
         curve, spec = self.curve_of(plan), plan.spec
         reason = mismatch(curve, spec)
-        if reason is not None and (self.curve is None or curve.task != spec.task):
+        if curve is None or (reason is not None and (self.curve is None or curve.task != spec.task)):
             return f"{reason}: measure one with Wan2.2 Calibrate MagCache, or remove the cache"
         part = plan.schedule[plan.first : plan.end + 1]
         total = plan.steps
@@ -67,7 +67,7 @@ class MagCache(Policy):
             total = round(len(curve.sigmas) / max(curve.coarseness(part), 1e-9))
         if total <= FEW_STEPS and not curve.models:
             return few_steps(self.name, total)
-        both_sides = curve.side(part[0]) == "high_noise" and part[-1] == 0
+        both_sides = curve.side(part[0]) == "high_noise" and curve.side(part[-2]) == "low_noise" and part[-1] == 0
         if plan.is_whole and plan.expert is None and both_sides:
             return (
                 f"the curve '{curve.name}' is of two experts, and one model runs every step of this run: run both, or "
@@ -88,7 +88,9 @@ class ScheduledTracker(Tracker):
 
     def __init__(self, setting: MagCache, plan: RunPlan) -> None:
         self.setting, self.plan = setting, plan
-        self.curve = setting.curve_of(plan)
+        curve = setting.curve_of(plan)
+        assert curve is not None, "a plan that is not refused"
+        self.curve: Curve = curve
         self.expert = plan.expert
         if self.curve.switch is None:
             self.expert = None

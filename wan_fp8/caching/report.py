@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import statistics
 from dataclasses import dataclass, field
 
 from .policy import Decision, Policy
@@ -26,9 +27,8 @@ class CacheReport:
     """Largest error estimate at a skipped pass."""
     total_error: float = 0.0
     """Sum over skipped steps of the error that each added, the worst conditioning counted."""
-    seconds: float = 0.0
-    timed: int = 0
-    """Computed passes that ``seconds`` is the time of."""
+    times: list[float] = field(default_factory=list)
+    """Seconds that the blocks took in each computed pass; two in one batch share its time."""
     most_bytes: int = 0
     """Most memory that residuals took."""
     _before: dict[int, float] = field(default_factory=dict)
@@ -51,8 +51,8 @@ class CacheReport:
 
     @property
     def seconds_of_pass(self) -> float:
-        """Mean time of the blocks in a computed pass."""
-        return self.seconds / self.timed if self.timed else 0.0
+        """Time of the blocks in a computed pass: the median, since compilation may be part of the first one."""
+        return statistics.median(self.times) if self.times else 0.0
 
     @property
     def seconds_saved(self) -> float:
@@ -67,10 +67,11 @@ class CacheReport:
             f"a pass, about {self.seconds_saved:.3g} s saved"
         ]
         if self.skipped:
-            lines.append(
-                f"{name}: error estimate at most {self.worst_error:.3f} of {self.policy.threshold:g} allowed, "
-                f"{self.total_error:.3f} in all; residuals took {self.most_bytes / 2**30:.2f} GiB"
-            )
+            estimate = ""
+            if self.worst_error:
+                estimate = f"error estimate at most {self.worst_error:.3f} of {self.policy.threshold:g} allowed, "
+                estimate += f"{self.total_error:.3f} in all; "
+            lines.append(f"{name}: {estimate}residuals took {self.most_bytes / 2**30:.2f} GiB")
         if self.outside:
             lines.append(f"{name}: {len(self.outside)} of {len(self.steps)} steps lie outside of the curve, computed")
         if self.refused:

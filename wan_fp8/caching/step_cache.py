@@ -10,7 +10,8 @@ from __future__ import annotations
 
 import dataclasses
 import time
-from collections.abc import Callable, Hashable, Sequence
+from collections.abc import Callable, Hashable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any, TypeVar
 
@@ -258,31 +259,31 @@ class _Stopwatch:
 
     def __init__(self, report: CacheReport) -> None:
         self._report = report
-        self._events: list[tuple[Any, Any]] = []
-        self._began = 0.0
+        self._events: list[tuple[int, Any, Any]] = []
 
-    def __call__(self, device: torch.device, passes: int) -> _Stopwatch:
-        self._cuda = device.type == "cuda"
-        self._report.timed += passes
-        return self
-
-    def __enter__(self) -> None:
-        if self._cuda:
-            self._events.append((torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)))
-            self._events[-1][0].record()
-        self._began = time.perf_counter()
-
-    def __exit__(self, kind: object, error: object, trace: object) -> None:
-        if self._cuda:
-            self._events[-1][1].record()
-        else:
-            self._report.seconds += time.perf_counter() - self._began
+    @contextmanager
+    def __call__(self, device: torch.device, passes: int) -> Iterator[None]:
+        """Around the blocks of ``passes`` passes in one batch."""
+        if device.type != "cuda":
+            began = time.perf_counter()
+            yield
+            self._add(passes, time.perf_counter() - began)
+            return
+        began_at, ended_at = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+        began_at.record()
+        yield
+        ended_at.record()
+        self._events.append((passes, began_at, ended_at))
 
     def read(self) -> None:
-        for began, ended in self._events:
+        """Enter what the GPU has measured; waits for it."""
+        for passes, began, ended in self._events:
             ended.synchronize()
-            self._report.seconds += began.elapsed_time(ended) / 1000
+            self._add(passes, began.elapsed_time(ended) / 1000)
         self._events.clear()
+
+    def _add(self, passes: int, seconds: float) -> None:
+        self._report.times += [seconds / passes] * passes
 
 
 def _separable(state: ForwardState) -> bool:
