@@ -64,7 +64,7 @@ class Run:
         spec = models[0].spec
         defaults = DEFAULTS[spec.task]
         self.models, self.spec, self.steps, self.device, self.dtype = models, spec, steps, device, dtype
-        self.guidance = defaults.guidance[1]
+        self.guidance = defaults.guidance  # low noise, high noise
         self.schedule = tuple(sigmas(steps, defaults.shift, "unipc").tolist())
         self.timesteps = timesteps(steps, defaults.shift, "unipc").tolist()
         self.switch = steps if len(models) == 1 else high_noise_steps(self.timesteps, defaults.boundary)
@@ -108,7 +108,7 @@ class Run:
                 watch(model, lambda m=model, c=c: self.forward(m, x, step, c, share))  # noqa: B023
                 for c in (UNCOND, COND)
             )
-            x = solver.step(uncond + self.guidance * (cond - uncond), step, x)
+            x = solver.step(uncond + self.guidance[high] * (cond - uncond), step, x)
         _wait(self.device)
         return x, time.perf_counter() - began
 

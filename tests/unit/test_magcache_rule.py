@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import json
 import math
+import re
+from pathlib import Path
 from typing import ClassVar
 
 import numpy as np
 import pytest
 
-from wan_fp8.caching import MagCache, RunPlan, load_curve, published, save_curve, skipped_passes
+from wan_fp8.caching import PRESETS, MagCache, RunPlan, load_curve, published, save_curve, skipped_passes
 from wan_fp8.errors import InputError
 from wan_fp8.models.specs import SPECS
 from wan_fp8.sampling import high_noise_steps, sigmas, timesteps
@@ -219,6 +221,21 @@ def test_the_experts_share_no_state_in_phase():
 
     assert low("in_phase") == low("in_phase", whole=False) == [28, 29, 31, 32, 34, 35, 37, 39]
     assert low("published") == [29, 30, 32, 33, 35, 36, 38]
+
+
+def test_the_table_of_the_documentation():
+    """Passes that presets skip, in phase, on the published schedules."""
+    page = (Path(__file__).resolve().parents[2] / "docs" / "magcache.md").read_text(encoding="utf-8")
+    rows = re.findall(
+        r"^\| `(E\w+)` \| ([\d.]+), (\d), ([\d.]+) \| (\d+) of 80 \| (\d+) of 80 \| (\d+) of 100 \|$", page, re.M
+    )
+    assert [row[0] for row in rows] == list(PRESETS)
+    for name, threshold, skips, retention, *counts in rows:
+        assert PRESETS[name] == (float(threshold), int(skips), float(retention))
+        runs = [("t2v-A14B", 12.0, 40, 26), ("i2v-A14B", 5.0, 40, 15), ("ti2v-5B", 5.0, 50, None)]
+        for count, (model, shift, steps, split) in zip(counts, runs, strict=True):
+            schedule = sigmas(steps, shift, "unipc").float().tolist()
+            assert len(planned(model, MagCache(*PRESETS[name]), schedule, split)) == int(count)
 
 
 def test_fewer_steps_have_the_ratios_of_several_in_one():
