@@ -90,7 +90,7 @@ def fingerprint(patcher: Any) -> str:
             digest.update(f"{key} {float(strength):.6g} {float(model_strength):.6g}".encode())
             for tensor in _tensors(patch):
                 digest.update(_bytes(tensor))
-    live = getattr(settings_of(patcher), "lora", None)  # LoRAs that run beside the weights
+    live = settings_of(patcher).lora
     for term in () if live is None else live.terms:
         for name, pair in sorted(term.pairs.items()):
             digest.update(f"{name} {term.strength * pair.factor:.6g}".encode() + _bytes(pair.down) + _bytes(pair.up))

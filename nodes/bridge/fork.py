@@ -284,7 +284,7 @@ def _around_run(executor: Any, *args: Any, **kwargs: Any) -> Any:
     refuse_foreign_patches(patcher)
     net = patcher.get_model_object("diffusion_model")
     net.forget_run()
-    net.settings_of_run = settings_of(patcher)
+    net.settings_of_run = settings = settings_of(patcher)
     net.expert_of_run = expert_of(patcher)
     prepare_cache(patcher, net, kwargs["sigmas"] if "sigmas" in kwargs else args[3])
     try:
@@ -294,8 +294,8 @@ def _around_run(executor: Any, *args: Any, **kwargs: Any) -> Any:
         return result
     finally:
         net.forget_run()
-        if net.settings_of_run.recording is not None:
-            net.settings_of_run.recording.end()
+        if settings.recording is not None:
+            settings.recording.end()
 
 
 def _report_attention(net: HostedModel) -> None:

@@ -537,6 +537,22 @@ def test_a_lora_has_its_own_curve(t2v, curves):
             cached(other, curve="auto")
 
 
+def test_a_live_lora_is_part_of_the_model(t2v, said):
+    file = kit.core_lora(kit.lora_pairs(kit.core_weights("t2v")))
+
+    def live(strength):
+        return bridge().load_lora(t2v[0], file, strength, live=True).model
+
+    marks = [bridge().fingerprint(model) for model in (bridge().hosted(t2v[0]), live(0.5), live(0.5), live(0.6))]
+    assert marks[1] == marks[2] and len(set(marks)) == 3
+    run = dict(steps=STEPS, last_step=13)
+    models = [bridge().set_shift(model, 12.0) for model in (t2v[0], live(0.5))]
+    plain, ours = (kit.ksample(cached(model), **run) for model in models)
+    merged = kit.ksample(cached(kit.with_core_lora(models[0], file, 0.5)), **run)
+    assert kit.distance(ours, merged) < 1e-4 < kit.distance(ours, plain)
+    assert all(skipped for *_, skipped in said())
+
+
 def test_without_guidance_the_curve_has_one_row(t2v, curves):
     _, saved = measured(t2v, name="alone.json", guidance=1.0, guidance_low=1.0)
     assert saved.args[2] == "alone.json"
