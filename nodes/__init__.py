@@ -7,6 +7,8 @@ from __future__ import annotations
 
 from comfy_api.latest import ComfyExtension, io
 
+from .caching import WanFP8MagCache, WanFP8MagCacheCalibrate, WanFP8MagCacheSave
+from .curves import register_curve_folder
 from .loaders import WanFP8LoadCheckpoint
 from .lora import WanFP8LoadLora
 from .recipe import WanFP8Recipe
@@ -25,6 +27,9 @@ NODES: list[type[io.ComfyNode]] = [
     WanFP8Recipe,
     WanFP8Attention,
     WanFP8Compile,
+    WanFP8MagCache,
+    WanFP8MagCacheCalibrate,
+    WanFP8MagCacheSave,
     WanFP8SampleT2V,
     WanFP8SampleI2V,
     WanFP8SampleTI2V,
@@ -45,4 +50,5 @@ class WanFP8Extension(ComfyExtension):
 async def comfy_entrypoint() -> ComfyExtension:
     """Called once by ComfyUI when it loads the pack."""
     register_model_folder()
+    register_curve_folder()
     return WanFP8Extension()

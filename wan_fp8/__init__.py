@@ -28,6 +28,10 @@ _EXPORTS = {
     "freeze_scales": "quant",
     "save_scales": "quant",
     "load_scales": "quant",
+    "MagCache": "caching",
+    "apply_magcache": "caching",
+    "remove_magcache": "caching",
+    "caching": "caching",
     "sampling": "sampling",
 }
 
@@ -38,6 +42,6 @@ def __getattr__(name: str) -> Any:
     if name not in _EXPORTS:
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
     module = importlib.import_module(f".{_EXPORTS[name]}", __name__)
-    value = module if name == "sampling" else getattr(module, name)
+    value = module if name == _EXPORTS[name] in ("caching", "sampling") else getattr(module, name)
     globals()[name] = value
     return value

@@ -6,6 +6,7 @@ It detects what the running ComfyUI offers and never compares versions.
 from __future__ import annotations
 
 from .build import build_model_patcher
+from .caching import fingerprint, refuse_other_caches
 from .fork import expert_of, fork, hosted, is_hosted, spec_of
 from .hosted_model import HostSettings, settings_of
 from .lora import WithLora, load_lora
@@ -24,7 +25,7 @@ from .save import save_model, save_scales
 from .settings import attention_request, device_of, with_settings
 from .stages import Stage, run_stages
 from .vae import lazy_vae, load_vae
-from .voice import kept_words
+from .voice import kept_words, say
 
 __all__ = [
     "HostSettings",
@@ -35,6 +36,7 @@ __all__ = [
     "core_sigmas",
     "device_of",
     "expert_of",
+    "fingerprint",
     "fork",
     "fp8_layers",
     "hosted",
@@ -48,11 +50,13 @@ __all__ = [
     "manage",
     "raw_latents",
     "recipe_of",
+    "refuse_other_caches",
     "rounded_again",
     "run_stages",
     "sampler_names",
     "save_model",
     "save_scales",
+    "say",
     "scheduler_names",
     "set_shift",
     "settings_of",

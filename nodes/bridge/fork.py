@@ -24,6 +24,7 @@ from torch import Tensor, nn
 
 from ...wan_fp8 import kernels
 from ...wan_fp8.attention import attention_report
+from ...wan_fp8.caching import StepCache
 from ...wan_fp8.checkpoint.quantized import COMFY_SUFFIX, format_name
 from ...wan_fp8.checkpoint.save import comfy_mark
 from ...wan_fp8.checkpoint.tensors import FP8_DTYPES
@@ -33,6 +34,7 @@ from ...wan_fp8.models.layers import HIGH_PRECISION
 from ...wan_fp8.models.specs import ModelSpec
 from ...wan_fp8.models.wan import WanModel, build_model
 from ...wan_fp8.quant.convert import share_recipe
+from .caching import prepare_cache, report_cache
 from .core_weights import assign_weights, clean_weights, core_spec, has_fp8
 from .hosted_model import (
     HostedModel,
@@ -161,7 +163,8 @@ def _copy_choices(old: HostedModel, new: HostedModel) -> None:
     for name in ("stream_dtype_override", "fused_kernels", "token_multiple", "compile_setting", "lora"):
         if hasattr(old, name):
             setattr(new, name, getattr(old, name))
-    new.stack_wrappers.update(old.stack_wrappers)
+    for name, wrapper in old.stack_wrappers.items():
+        new.stack_wrappers[name] = wrapper.for_model(new) if isinstance(wrapper, StepCache) else wrapper
     share_recipe(old, new)
 
 
@@ -281,13 +284,18 @@ def _around_run(executor: Any, *args: Any, **kwargs: Any) -> Any:
     refuse_foreign_patches(patcher)
     net = patcher.get_model_object("diffusion_model")
     net.forget_run()
-    net.settings_of_run = settings_of(patcher)
+    net.settings_of_run = settings = settings_of(patcher)
+    net.expert_of_run = expert_of(patcher)
+    prepare_cache(patcher, net, kwargs["sigmas"] if "sigmas" in kwargs else args[3])
     try:
         result = executor(*args, **kwargs)
         _report_attention(net)
+        report_cache(net)
         return result
     finally:
         net.forget_run()
+        if settings.recording is not None:
+            settings.recording.end()
 
 
 def _report_attention(net: HostedModel) -> None:
@@ -332,10 +340,15 @@ def _make_shell_class(base: Any) -> type:
         fused = net.fused_kernels != "eager" and kernels.refusal(device, compute) is None
         attention = net.settings_of_run.attention
         quantised = attention is not None and not attention.is_exact
-        lora = net.settings_of_run.lora or net.lora
+        lora, cache = net.settings_of_run.lora or net.lora, net.settings_of_run.cache
         matrices = 0 if lora is None else lora.device_bytes(compute)
         return matrices + activation_bytes(
-            net.spec, input_shape, compute, fused=fused, low_precision_attention=quantised
+            net.spec,
+            input_shape,
+            compute,
+            fused=fused,
+            low_precision_attention=quantised,
+            kept_residuals=0 if cache is None else cache.depth,
         )
 
     def state_dict_for_saving(self: Any, *args: Any, **kwargs: Any) -> dict[str, Tensor]:

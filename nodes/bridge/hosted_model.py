@@ -21,11 +21,13 @@ import torch
 from torch import Tensor, nn
 
 from ...wan_fp8.attention import Attention, Step
+from ...wan_fp8.caching import Policy, Recording, StepCache
 from ...wan_fp8.compile import Compile
 from ...wan_fp8.errors import InputError, UnsupportedPatchError
 from ...wan_fp8.models.functional import RopeOptions
 from ...wan_fp8.models.layers import HIGH_PRECISION
 from ...wan_fp8.models.low_rank import LiveLora
+from ...wan_fp8.models.passes import Conditioning, RunPosition, step_at
 from ...wan_fp8.models.wan import MAX_CACHED_PROMPTS, ForwardOptions, WanModel
 from .voice import say
 from .weights import attach_weight_source, keep_transfers_out_of_graphs
@@ -35,9 +37,13 @@ SETTINGS = "wan_fp8"
 SCHEDULE = "wan_fp8_schedule"
 """Our key for the sigmas of the whole run (floats), where a MODEL samples only some of its steps; core tells it about
 those only."""
-
+SHARE = "wan_fp8_share"
+"""Our key for the steps (first, end) of that schedule that a MODEL samples."""
 STEP = "wan_fp8_step"
 """Our key for the ``Step`` that a model call belongs to, where our solver makes the call."""
+CACHE = "wan_fp8_cache"
+RECORDING = "wan_fp8_recording"
+"""Names of what is put around the blocks for one forward."""
 
 logger = logging.getLogger("wan_fp8")
 
@@ -57,6 +63,10 @@ class HostSettings:
     """Type of the residual stream between sums; None: fp32."""
     lora: LiveLora | None = None
     """LoRAs that run beside the weights; None: no such."""
+    cache: Policy | None = None
+    """Which passes are skipped; None: none is."""
+    recording: Recording | None = None
+    """Where the magnitude curve of a run is written; None: nowhere."""
 
 
 def settings_of(patcher: Any) -> HostSettings:
@@ -73,6 +83,11 @@ class HostedModel(WanModel):
     settings_of_run: HostSettings = HostSettings()
     """Of the MODEL that is being sampled, or was loaded last: the forward's memory is estimated before any forward,
     and a file is saved without one."""
+
+    expert_of_run: str | None = None
+    """Which of two experts that MODEL holds, where its loader said."""
+    caches: dict[Policy, StepCache]
+    """Of the run, by setting."""
 
     _shell: weakref.ref[nn.Module] | None = None
     _prompts: OrderedDict[Hashable, Tensor]
@@ -159,6 +174,11 @@ class HostedModel(WanModel):
         if x.dtype in HIGH_PRECISION:
             self.compute_dtype_override = x.dtype
 
+        position = None
+        if settings.cache is not None or settings.recording is not None:
+            position = position_of_run(options, self.expert_of_run)
+        self._surround_blocks(settings, position)
+
         frames, rows, columns = x.shape[2:]
         x = comfy.ldm.common_dit.pad_to_patch_size(x, self.patch_size)
         if time_dim_concat is not None:
@@ -179,6 +199,7 @@ class HostedModel(WanModel):
                 cache_text=text_key is not None,
                 attention=settings.attention,
                 step=None if settings.attention is None or settings.attention.is_exact else step_of_run(options),
+                position=position,
                 attention_override=options.get("optimized_attention_override"),
                 block_replace=block_replacements(options, self.num_layers),
                 rope=rope_options(options),
@@ -195,12 +216,27 @@ class HostedModel(WanModel):
 
     def forget_run(self) -> None:
         """Drop what belongs to one run (text keys and values, rotary tables, findings of the attention guard, live
-        LoRAs on the device): at its start and its end, and whenever weights move or change."""
+        LoRAs on the device, residuals of a cache): at its start and its end, and whenever weights move or change."""
+        self._surround_blocks(HostSettings(), None)
+        self.caches.clear()
         self._prompts.clear()
         self._rope_cache.clear()
         self.begin_run()
 
     # ---- pieces --------------------------------------------------------------------------------------------------
+
+    def _surround_blocks(self, settings: HostSettings, position: RunPosition | None) -> None:
+        """What this forward's settings put around the blocks; outside of a sampling run there is no step to skip."""
+        for name in (CACHE, RECORDING):
+            self.stack_wrappers.pop(name, None)
+        if position is None:
+            return
+        if settings.recording is not None:
+            self.stack_wrappers[RECORDING] = settings.recording
+        if settings.cache is not None:
+            if settings.cache not in self.caches:
+                self.caches[settings.cache] = StepCache(settings.cache, self.spec)
+            self.stack_wrappers[CACHE] = self.caches[settings.cache]
 
     def _patcher(self) -> Any:
         shell = self._shell() if self._shell is not None else None
@@ -275,6 +311,7 @@ def adopt(net: WanModel) -> HostedModel:
     model = cast(HostedModel, net)
     model._shell = None
     model._prompts = OrderedDict()
+    model.caches = {}
     model.dtype = cast(torch.dtype, model.text_embedding[0].weight.dtype)
     attach_weight_source(model)
     return model
@@ -343,13 +380,56 @@ def step_of_run(options: Mapping[str, Any]) -> Step | None:
     """
     if isinstance(options.get(STEP), Step):
         return options[STEP]
-    now, schedule = options.get("sigmas"), options.get(SCHEDULE)
+    now, schedule = options.get("sigmas"), schedule_of_run(options)
+    if now is None or schedule is None:
+        return None
+    return Step(step_at(float(now.flatten()[0]), schedule), len(schedule) - 1)
+
+
+def schedule_of_run(options: Mapping[str, Any]) -> tuple[float, ...] | None:
+    """Noise levels of the run, as much of it as is known; None outside of a sampling run."""
+    schedule = options.get(SCHEDULE)
     if schedule is None and options.get("sample_sigmas") is not None:
         schedule = options["sample_sigmas"].flatten().tolist()
-    if now is None or schedule is None or len(schedule) < 2:
+    return None if schedule is None or len(schedule) < 2 else tuple(schedule)
+
+
+def position_of_run(options: Mapping[str, Any], expert: str | None) -> RunPosition | None:
+    """Where this forward stands, and which conditionings are in its batch, by core's own names for them; None outside
+    of a sampling run.
+
+    Raises:
+        UnsupportedPatchError: whoever samples names no conditionings, or a node's context windows name no frames.
+    """
+    now, schedule = options.get("sigmas"), schedule_of_run(options)
+    if now is None or schedule is None:
         return None
-    sigma, total = float(now.flatten()[0]), len(schedule) - 1
-    return Step(min(sum(s > sigma * (1 + 1e-6) for s in schedule[:-1]), total - 1), total)
+    uuids, kinds = options.get("uuids"), options.get("cond_or_uncond")
+    if not uuids or not kinds or len(uuids) != len(kinds):
+        raise UnsupportedPatchError(
+            "this sampler does not say which conditionings it evaluates, so a cache of steps cannot keep them apart: "
+            "remove Wan2.2 MagCache, or sample with core's samplers or this pack's"
+        )
+    window = options.get("context_window")
+    frames = None if window is None else getattr(window, "index_list", None)
+    if window is not None and frames is None:
+        raise UnsupportedPatchError(
+            f"context windows of the kind {type(window).__name__} do not say which frames they hold, so a cache of "
+            "steps cannot keep them apart: remove Wan2.2 MagCache, or use core's context windows"
+        )
+    place = None if frames is None else tuple(frames)
+    step = options.get(STEP)
+    if isinstance(step, Step) and step.total == len(schedule) - 1:
+        sigma = schedule[step.index]
+    else:
+        sigma = float(now.flatten()[0])  # the host waits for the GPU
+    return RunPosition(
+        sigma=sigma,
+        schedule=schedule,
+        conditionings=tuple(Conditioning((uuid, place), kind) for uuid, kind in zip(uuids, kinds, strict=True)),
+        share=options.get(SHARE),
+        expert=expert,
+    )
 
 
 def refuse_foreign_patches(patcher: Any) -> None:

@@ -23,6 +23,7 @@ def activation_bytes(
     *,
     fused: bool = True,
     low_precision_attention: bool = False,
+    kept_residuals: int = 0,
 ) -> int:
     """Peak bytes of one forward for latents [B, C, F, H, W], conditioning channels not counted.
 
@@ -34,6 +35,7 @@ def activation_bytes(
     Args:
         fused: False where the eager references run: each norm or rotary turn then holds float32 copies of its operand.
         low_precision_attention: q, k and v are held in one byte as well while attention runs.
+        kept_residuals: Activations that a cache of steps keeps of each conditioning, cond and uncond.
     """
     batch = input_shape[0]
     frames, rows, columns = (
@@ -47,4 +49,5 @@ def activation_bytes(
     ends = 4 * (spec.in_dim + 2 * spec.out_dim) * math.prod(spec.patch_size) + 4 * spec.dim
     # Keys and values of the text stay for the whole run: two prompts, in one batch or one after the other.
     text = max(2, batch) * spec.num_layers * 2 * 512 * spec.dim * width
-    return int(OVERHEAD * tokens * (stream + max(block, ends)) + text)
+    kept = kept_residuals * max(2, batch) * (tokens // batch) * spec.dim * width
+    return int(OVERHEAD * tokens * (stream + max(block, ends)) + text + kept)

@@ -30,7 +30,7 @@ from torch import Tensor
 
 from ...wan_fp8.errors import InputError
 from .coroutine import Call, Coroutine, Finished
-from .hosted_model import SCHEDULE, STEP
+from .hosted_model import SCHEDULE, SHARE, STEP
 from .sampling import with_timesteps
 
 
@@ -87,7 +87,11 @@ def run_stages(
     sigmas = sigmas.to("cpu", torch.float32)
     if timesteps is not None:
         stages = [dataclasses.replace(s, model=with_timesteps(s.model, sigmas, timesteps)) for s in stages]
-    stages = [dataclasses.replace(s, model=_told_of(s.model, sigmas)) for s in stages]
+    ends = [*(stage.first_step for stage in stages[1:]), len(sigmas) - 1]
+    stages = [
+        dataclasses.replace(stage, model=_told_of(stage.model, sigmas, (stage.first_step, end)))
+        for stage, end in zip(stages, ends, strict=True)
+    ]
     first = stages[0].model
     samples = comfy.sample.fix_empty_latent_channels(first, latent["samples"])
     if not add_noise:
@@ -104,7 +108,6 @@ def run_stages(
         "seed": seed,
     }
     conditioning = (positive, negative)
-    ends = [*(stage.first_step for stage in stages[1:]), len(sigmas) - 1]
     used = [stage for stage, end in zip(stages, ends, strict=True) if stage.first_step < min(end, len(sigmas) - 1)]
     if len(used) == 1:
         result = _guider(used[0], conditioning).sample(noise, samples, sampler, sigmas, **arguments)
@@ -127,10 +130,11 @@ def _check_run(stages: Sequence[Stage], sigmas: Tensor) -> None:
         raise InputError(f"a run needs at least two sigmas, before and after one step; got {list(sigmas.shape)}")
 
 
-def _told_of(model: Any, sigmas: Tensor) -> Any:
-    """A clone of MODEL that knows the schedule of the whole run; core tells it of its own steps only."""
+def _told_of(model: Any, sigmas: Tensor, share: tuple[int, int]) -> Any:
+    """A clone of MODEL that knows the schedule of the whole run, and which steps of it are its own; core tells it of
+    its own steps only."""
     told = model.clone()
-    told.model_options.setdefault("transformer_options", {})[SCHEDULE] = tuple(sigmas.tolist())
+    told.model_options.setdefault("transformer_options", {}).update({SCHEDULE: tuple(sigmas.tolist()), SHARE: share})
     return told
 
 

@@ -49,6 +49,12 @@ CONTRACT = {
     ),
     "WanFP8SaveCheckpoint": ("model filename overwrite model_low", "path path_low"),
     "WanFP8SaveScales": ("latent model filename overwrite model_low", "latent"),
+    "WanFP8MagCache": (
+        "model preset threshold max_skips retention curve phase policy reuse model_low",
+        "model model_low",
+    ),
+    "WanFP8MagCacheCalibrate": ("model model_low", "model model_low"),
+    "WanFP8MagCacheSave": ("model latent name model_low", "latent image file"),
     "WanFP8Compile": ("model mode dynamic tf32 residual_stream model_low", "model model_low"),
 }
 """Saved in users' workflows, inputs by position: only ever append."""

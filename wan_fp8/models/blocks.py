@@ -22,6 +22,7 @@ from ..kernels.residual_norm import NormTable
 from .functional import RopeOptions
 from .layers import InputQuantizer, Linear, NormWeight
 from .low_rank import LiveLora
+from .passes import RunPosition
 from .specs import ModelSpec
 
 
@@ -40,6 +41,8 @@ class ForwardOptions:
     """Attention setting of this forward; None: the model's own."""
     step: Step | None = None
     """Where this forward stands in its run; settings that hold for some steps only need it."""
+    position: RunPosition | None = None
+    """The same for a cache of steps, with noise levels and conditionings."""
     attention_override: Callable | None = None
     """``f(func, q, k, v, heads, mask=None, transformer_options=...)`` with q, k, v as [B, S, N*E]; the host's own
     contract."""
@@ -90,6 +93,8 @@ class ForwardState:
     """Calls the parts of a block: as they are, or compiled."""
     task: dict[str, Any] = field(default_factory=dict)
     """What a task's ``embed`` keeps for its ``after_block``."""
+    owned: bool = True
+    """Nobody needs the tokens before the first block as they are: sums may be written over them."""
 
 
 class TextContext:

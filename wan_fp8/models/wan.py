@@ -62,7 +62,8 @@ class ForwardQuantization(Protocol):
 StackFunction = Callable[[Tensor, ForwardState], Tensor]
 """Residual stream before the first block -> after the last, [B, S, D]."""
 StackWrapper = Callable[[Tensor, ForwardState, StackFunction], Tensor]
-"""Called with the stack it wraps."""
+"""Called with the stack it wraps. Attributes, both optional: ``keeps_input`` False says that it needs its input no more
+once the stack runs; ``begin_run()`` is called between runs."""
 
 MAX_CACHED_PROMPTS = 4
 """Prompts (batches of prompts) whose text keys and values are kept: cond and uncond, twice. 0.4 GiB each at 14B in
@@ -212,6 +213,7 @@ class WanModel(nn.Module):
             options=options,
             run=self._runner(options),
             task=task,
+            owned=not any(getattr(wrapper, "keeps_input", True) for wrapper in self.stack_wrappers.values()),
         )
         multiple = self.token_multiple
         if self.quantization is not None:
@@ -258,7 +260,7 @@ class WanModel(nn.Module):
 
         Writes over ``tokens_BSD``, unless a stack wrapper may still want it.
         """
-        stream = ResidualStream(tokens_BSD, state, self.spec.eps, owned=not self.stack_wrappers)
+        stream = ResidualStream(tokens_BSD, state, self.spec.eps, owned=state.owned)
         for index, block in enumerate(self.blocks):
             replace = state.options.block_replace.get(index)
             stream = block(stream, state) if replace is None else self._replaced(block, replace, stream, state)
@@ -281,11 +283,13 @@ class WanModel(nn.Module):
         self._text_cache.clear()
 
     def begin_run(self) -> None:
-        """Forget what belongs to one sampling run: text keys and values, what the attention guard found, the matrices
-        of live LoRAs on the device, and the maxima that a recipe's scales follow."""
+        """Forget what belongs to one sampling run: text keys and values, what the attention guard found, what a cache
+        of steps kept, the matrices of live LoRAs on the device, and the maxima that a recipe's scales follow."""
         self.clear_text_cache()
         self.take_lora_away()
         reset_guard(self)
+        for wrapper in self.stack_wrappers.values():
+            getattr(wrapper, "begin_run", _nothing)()
         if self.quantization is not None:
             self.quantization.begin_run()
 
@@ -435,6 +439,10 @@ class WanModel(nn.Module):
             "transformer_options": state.options.host_options,
         }
         return ResidualStream(replace(args, {"original_block": original})["img"], state, self.spec.eps)
+
+
+def _nothing() -> None:
+    pass
 
 
 def _wrapped(wrapper: StackWrapper, inner: StackFunction) -> StackFunction:
