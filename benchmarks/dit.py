@@ -179,8 +179,8 @@ def floor_terms(
     if recipe is not None:
         moved |= cast_bytes(model, one, tokens * ffn, stream_bytes, half)
     if not block.self_attn.inner_attention.setting.is_exact:
-        # q, k and v read twice (statistics, cast) and written once in FP8; the mean of V added to the output
-        moved["fp8_attention_casts"] = one * (3 * (2 * half + 1) + 2 * half)
+        # k and v read twice (statistics, cast), q once and a sixteenth, all written in FP8; V's mean added to the end
+        moved["fp8_attention_casts"] = int(one * (3 * (half + 1) + (2 + 1 / 16) * half + 2 * half))
     terms |= {name: value / bandwidth for name, value in moved.items()}
     gigabytes = sum(moved.values()) / 1e9
     console.print(f"copy bandwidth {bandwidth / 1e9:.2f} TB/s; fused passes move {gigabytes:.1f} GB a block")

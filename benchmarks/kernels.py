@@ -120,7 +120,7 @@ def fused_kernels(bandwidth: float) -> list[dict]:
         "q, k, v to FP8: means, scales, casts",
         lambda: attention_cast.fused(*qkv),
         lambda: attention_cast.eager(*qkv),
-        3 * (2 + 2 + 1) * one,
+        int((2 * (2 + 2 + 1) + 2 + 2 / 16 + 1) * one),
     )
     mean = random(1, HEADS, 128, seed=9, dtype=torch.float32)
     out = qkv[0]

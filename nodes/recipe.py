@@ -33,7 +33,6 @@ class WanFP8Recipe(io.ComfyNode):
             node_id="WanFP8Recipe",
             display_name="Wan2.2 FP8 Recipe",
             category=SETTINGS,
-            is_experimental=True,  # its GPU kernels have been run by nobody yet
             description="Stores the large linears of a Wan2.2 MODEL, ours or core's, in FP8 (E4M3, one byte a weight) "
             "and multiplies them in FP8 on GPUs of Ada, Hopper and Blackwell. Embeddings, norms, modulation and head "
             "keep their precision. LoRAs before or after it are merged from the original weights.",

@@ -38,16 +38,32 @@ def test_kernel_figures_are_those_of_the_script() -> None:
 
 
 def test_block_figures_are_those_of_the_scripts() -> None:
-    figures = {
-        "dit_i2v-a14b_1280x720_h200.json": ("fa3", "layer_ms"),
-        "dit_i2v-a14b_1280x720_fp8-attention_h200.json": ("fa3-fp8", "layer_ms"),
-    }
-    for name, (attention, key) in figures.items():
-        (row,) = [r for r in rows(name) if r["attention"] == attention]
-        assert f"{row[key]:.1f} ms" in PAGE, (name, row[key])
-    peers = {row["peer"]: row["layer_ms"] for row in rows("peers_h200.json")}
+    exact = {row["recipe"]: row for row in rows("dit_i2v-a14b_1280x720_h100.json")}
+    fp8 = {row["recipe"]: row for row in rows("dit_i2v-a14b_1280x720_fp8-attention_h100.json")}
+    for row in (exact["none"], fp8["none"], fp8["rowwise"]):
+        assert f"{row['layer_ms']:.1f} ms" in PAGE, row["layer_ms"]
+    for row in fp8.values():  # two blocks
+        passes = sum(row["kernels"][name] for name in ("_cast_kernel", "_statistics_kernel", "_add_rows_kernel")) / 2
+        assert f"{passes:.1f} ms of that" in PAGE, passes
+    peers = {row["peer"]: row["layer_ms"] for row in rows("peers_h100.json")}
     for peer in ("ours, FA3", "diffusers, compiled, FA3"):
         assert f"{peers[peer]:.1f} ms" in PAGE, peer
+
+
+def test_figures_of_the_readme_are_those_of_the_script() -> None:
+    readme = (Path(__file__).resolve().parents[2] / "README.md").read_text(encoding="utf-8")
+    peers = {row["peer"]: f"{row['layer_ms']:.0f} ms" for row in rows("peers_h100.json")}
+    lines = {line.split("|")[1].strip(): line for line in readme.splitlines() if line.startswith("| ")}
+    wanted = {
+        "bf16, attention as shipped": ("ours, cuDNN", "core ComfyUI, as shipped", "diffusers, compiled, as shipped"),
+        "bf16, FlashAttention 3": ("ours, FA3", "core ComfyUI, FA3", "diffusers, compiled, FA3"),
+        "FP8 linears ([recipes](docs/fp8.md)), FlashAttention 3": (
+            "ours, FP8 DelayedScaling, FA3", "ours, FP8 rowwise, FA3", "core ComfyUI, FP8, FA3"
+        ),
+        "the same and FP8 attention, in the steps and blocks that allow it": ("ours, FP8 rowwise, FP8 attention",),
+    }  # fmt: skip
+    for heading, names in wanted.items():
+        assert re.findall(r"\d+ ms", lines[heading]) == [peers[name] for name in names], heading
 
 
 def test_residual_stream_figures_are_those_of_the_script() -> None:

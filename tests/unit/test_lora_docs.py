@@ -43,3 +43,12 @@ def test_bytes_are_those_of_the_shapes() -> None:
     assert f"{first / 1e9:.1f} GB" in PAGE and f"{second / 1e9:.1f} GB" in PAGE
     matrices = 40 * 2 * RANK * (8 * 2 * dim + 2 * (dim + ffn))
     assert f"{matrices / 1e9:.1f} GB for rank {RANK}" in PAGE
+
+
+def test_time_is_that_of_the_benchmark() -> None:
+    results = json.loads((PACK / "benchmarks" / "results" / "dit_i2v-a14b_1280x720_lora_h100.json").read_text())
+    without, with_it = sorted(results["rows"], key=lambda row: row["lora_rank"])
+    assert (without["lora_rank"], with_it["lora_rank"]) == (0, RANK)
+    kernels = (with_it["kernels"]["add_kernel"] + with_it["kernels"]["project_kernel"]) / 2  # of two blocks
+    assert f"{kernels:.1f} ms of a block, {100 * kernels / without['layer_ms']:.1f} % of the" in PAGE
+    assert f"{without['layer_ms']:.1f} ms" in PAGE and f"{with_it['layer_ms'] - without['layer_ms']:.1f} ms" in PAGE
