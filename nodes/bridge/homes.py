@@ -40,16 +40,16 @@ def move(leaf: Leaf, function: Callable[[Tensor], Tensor]) -> None:
         if parameter is None:
             continue
         before, home = parameter.data, leaf.homes.pop(name, None)
-        if home is not None and home.serves(parameter) and _goes_to(function, before, home.host):
-            after = home.host
-        else:
-            after, home = function(before), None
+        known = home is not None and home.serves(parameter)
+        after = home.host if home is not None and known and _goes_to(function, before, home.host) else function(before)
         if torch._has_compatible_shallow_copy_type(parameter, after):
             parameter.data = after
         else:
             parameter = leaf._parameters[name] = nn.Parameter(after, requires_grad=False)
         if before.device.type == "cpu" and after.device.type != "cpu" and before.dtype == after.dtype:
             leaf.homes[name] = Home(before, weakref.ref(parameter), parameter.data_ptr())
+        elif home is not None and known and home.serves(parameter):
+            leaf.homes[name] = home  # it stays where it was: core moves what is there already at every load
 
 
 def _goes_to(function: Callable[[Tensor], Tensor], before: Tensor, host: Tensor) -> bool:

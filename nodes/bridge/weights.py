@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import functools
 import inspect
+import weakref
 from typing import Any
 
 import comfy.lora
@@ -30,7 +31,8 @@ class ComfyWeights:
     It also polls ComfyUI's cancel flag, as core's own layers do: a forward of a large model takes many seconds.
     """
 
-    def __init__(self) -> None:
+    def __init__(self, net: nn.Module) -> None:
+        self._net = weakref.ref(net)
         accepted = inspect.signature(comfy.ops.cast_bias_weight).parameters
         self._offloadable = {"offloadable": True} if "offloadable" in accepted else {}
         """Asks for asynchronous transfers, and promises to say when the weight was last used; older cores have
@@ -52,6 +54,11 @@ class ComfyWeights:
         """Tell core that the last use of what ``fetch`` returned is queued."""
         if handle is not None:
             self._uncast(module, weight, bias, handle)
+
+    def _hooked(self) -> bool:
+        """Whether the run that asks swaps LoRAs between forwards."""
+        patcher: Any = self._net()._patcher()  # type: ignore[union-attr, operator]
+        return bool(getattr(patcher, "hook_patches", None))
 
     def _cast(
         self, module: Leaf, like: Tensor, dtype: torch.dtype, bias_dtype: torch.dtype
@@ -101,7 +108,9 @@ class ComfyWeights:
             module.weight_function = functions  # type: ignore[assignment]
         if not functions:
             return stored, False, bias, handle
-        value: Tensor = module.convert_weight(stored)  # type: ignore[operator]
+        # A hooked LoRA writes into the stored bytes: what they were made of is no longer what they hold.
+        real = module.stored_values if self._hooked() else module.convert_weight
+        value: Tensor = real(stored)  # type: ignore[operator]
         for function in functions:  # type: ignore[union-attr]
             patches = getattr(function, "patches", None)
             key = getattr(function, "key", None)
@@ -122,7 +131,7 @@ def keep_transfers_out_of_graphs() -> None:
 
 def attach_weight_source(net: nn.Module) -> None:
     """Make every leaf of ``net`` one that core can load, offload, cast and patch."""
-    source = ComfyWeights()
+    source = ComfyWeights(net)
     defaults = _cast_defaults()
     for module in net.modules():
         if isinstance(module, Leaf):

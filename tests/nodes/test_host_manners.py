@@ -6,6 +6,7 @@ from __future__ import annotations
 import gc
 import os
 import sys
+import weakref
 
 import bridge_kit as kit
 import pytest
@@ -93,6 +94,38 @@ def test_a_weight_that_was_replaced_or_written_to_does_not_go_home() -> None:
     layer.set_weight(torch.zeros(layer.weight.shape, device="meta"), inplace_update=True)
     with pytest.raises(AssertionError, match="copied"):
         layer._apply(back)
+
+
+def test_a_weight_that_is_there_already_keeps_its_home() -> None:
+    """Core moves every resident module again whenever it loads a clone of the MODEL."""
+    model = kit.own_model()
+    layer = model.model.diffusion_model.blocks[0].ffn[0]
+    before = layer.weight.data_ptr()
+    layer.to("meta")
+    layer.to("meta")
+    layer._apply(back)
+    assert layer.weight.data_ptr() == before
+
+
+@pytest.mark.parametrize("form", ["recipe", "file"])
+def test_merged_weights_go_with_their_lora(form: str) -> None:
+    """Core puts the old weight back when a model is unloaded: nothing else may hold the merged one, which is on a GPU."""
+    model = fp8(core_model()) if form == "recipe" else bridge().fork(kit.quantised_core_model("scaled_fp8"))
+    linears = [m for m in model.model.diffusion_model.modules() if isinstance(m, engine("models.layers").Linear)]
+    loaded = [m.weight for m in linears]
+    merged = []
+    patched = kit.with_core_lora(model, kit.core_lora(kit.lora_pairs(kit.core_weights())))
+    patched.add_wrapper_with_key(
+        "diffusion_model",
+        "seen",
+        lambda run, *a, **k: merged.extend(weakref.ref(m.weight) for m in linears) or run(*a, **k),
+    )
+    ksample(patched)
+    changed = [ref for ref in merged if all(ref() is not weight for weight in loaded)]
+    kit.unload_everything()
+    gc.collect()
+    assert changed and not [ref for ref in changed if ref() is not None]
+    assert all(m.weight is weight for m, weight in zip(linears, loaded, strict=True))
 
 
 def test_other_moves_are_those_of_torch() -> None:

@@ -135,6 +135,35 @@ def test_offloaded_weights_give_the_same(name: str, patched: bool) -> None:
     assert torch.equal(ksample(fp8), whole)
 
 
+@pytest.mark.parametrize("small", [False, True], ids=["whole", "forced-offload"])
+def test_a_hooked_lora_adds_to_an_ordinary_one(small: bool, monkeypatch) -> None:
+    """Merged before, patched on the way, and then written into the bytes: each starts from what is there by then."""
+    import comfy.hooks
+    import comfy.model_patcher
+
+    first, second = (kit.core_lora(kit.lora_pairs(kit.core_weights(), seed=seed)) for seed in (5, 9))
+    model = with_recipe(core_model(), "rowwise")
+    alone = [kit.ksample(kit.with_core_lora(model, lora)) for lora in (first, second)]
+    both = kit.ksample(kit.with_core_lora(kit.with_core_lora(model, first), second))
+    kit.unload_everything()
+    if small:
+        load = comfy.model_patcher.ModelPatcher.load
+
+        def partly(self, device_to=None, lowvram_model_memory=0, force_patch_weights=False, full_load=False):
+            return load(self, device_to, lowvram_model_memory=1, force_patch_weights=force_patch_weights)
+
+        monkeypatch.setattr(comfy.model_patcher.ModelPatcher, "load", partly)
+
+    def hooked(seed: int):
+        return comfy.hooks.set_hooks_for_conditioning(kit.prompt(seed), comfy.hooks.create_hook_lora(second, 1.0, 0.0))
+
+    patched = kit.with_core_lora(model, first)
+    results = [kit.ksample(patched, positive=hooked(1), negative=hooked(2)) for _ in range(2)]
+    assert torch.equal(*results)
+    assert kit.distance(results[0], both) < 0.15
+    assert min(kit.distance(results[0], one) for one in alone) > 0.3
+
+
 def test_hooks_restore_fp8_bytes() -> None:
     import comfy.hooks
 

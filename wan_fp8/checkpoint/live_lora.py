@@ -140,7 +140,7 @@ def remove_lora(model: Model) -> Model:
             )
     for name, (original, merged) in model.merged_by_lora.items():
         owner, _ = _owner(model, name)
-        if isinstance(owner, Linear) and owner._merged is not None and owner._merged[0] is merged:
+        if isinstance(owner, Linear) and owner.is_merged and owner.weight is merged:
             owner._merged = None
         _put(model, name, original)
     model.merged_by_lora.clear()

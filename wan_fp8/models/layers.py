@@ -8,6 +8,7 @@ back with
 
 from __future__ import annotations
 
+import weakref
 from collections.abc import Callable
 from typing import Any, Protocol
 
@@ -161,12 +162,17 @@ class Linear(Leaf):
 
     source: Tensor | None = None
     """High-precision original of an FP8 weight, where it is kept: merges then start from it and are rounded once."""
-    _merged: tuple[nn.Parameter, Tensor] | None = None
-    """A merged FP8 weight and its scale. The scale dies with that Parameter: whoever puts the old one back needs to
-    restore nothing else."""
+    _merged: tuple[weakref.ref[nn.Parameter], Tensor] | None = None
+    """A merged FP8 weight, which this does not keep alive, and its scale. The scale counts while that Parameter is the
+    weight: whoever puts the old one back needs to restore nothing else."""
+
+    @property
+    def is_merged(self) -> bool:
+        """Whether the FP8 weight is one that ``set_weight`` made, and not the one that was loaded."""
+        return self._merged is not None and self._merged[0]() is self.weight
 
     def current_scale(self) -> Tensor | None:
-        if self._merged is not None and self._merged[0] is self.weight:
+        if self._merged is not None and self.is_merged:
             return self._merged[1]
         return self.weight_scale
 
@@ -175,8 +181,12 @@ class Linear(Leaf):
         del inplace  # what comes in may be the stored tensor itself
         if self.weight.dtype in HIGH_PRECISION:
             return weight
-        if self.source is not None:
+        if self.source is not None and not self.is_merged:
             return self.source.to(weight.device, torch.float32, copy=True)
+        return self.stored_values(weight)
+
+    def stored_values(self, weight: Tensor) -> Tensor:
+        """What the FP8 bytes of ``weight`` stand for under the scale of now, in fp32."""
         scale, value = self.current_scale(), weight.float()
         return value if scale is None else value * spread_scale(scale, value.shape).to(value)
 
@@ -220,7 +230,7 @@ class Linear(Leaf):
         else:
             qdata, scale = self.quantized(weight)
             self.weight = nn.Parameter(qdata, requires_grad=False)
-            self._merged = (self.weight, scale)
+            self._merged = (weakref.ref(self.weight), scale)
         return None
 
     def _save_to_state_dict(self, destination: Any, prefix: str, keep_vars: bool) -> None:
