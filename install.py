@@ -11,10 +11,15 @@ whenever you like. Standard library only; PyTorch is asked when it is there.
 
 from __future__ import annotations
 
+import sys
+
+# Before anything that an older Python cannot read.
+if sys.version_info < (3, 11):  # noqa: UP036
+    sys.exit(f"Wan FP8 needs Python 3.11 or later; this is {sys.version.split()[0]}: run it with ComfyUI's own Python")
+
 import argparse
 import importlib.util
 import platform
-import sys
 from collections.abc import Sequence
 from importlib import metadata
 from pathlib import Path

@@ -148,6 +148,11 @@ class WanFP8MagCache(io.ComfyNode):
 
         def setting(given: Any) -> Policy:
             if policy != DEFAULT_POLICY:
+                if policy == "easycache" and reuse == "scale":
+                    raise InputError(
+                        "reuse 'scale' multiplies by the magnitude of a curve, and policy 'easycache' has none: set "
+                        "reuse to 'keep' or 'linear', or policy to 'magcache'"
+                    )
                 made = POLICIES[policy](**numbers, reuse="linear" if policy == "taylor" else reuse)  # type: ignore[arg-type]
                 lines.append(made.describe())
                 return made

@@ -116,8 +116,13 @@ def _measured(mark: str) -> Curve | None:
     return max(found, key=lambda pair: pair[0])[1] if found else None
 
 
+CHECKPOINT_INPUTS = ("checkpoint", "low_noise")
+"""Boxes of Load Wan2.2 Checkpoint, which may name a folder."""
+
+
 def distilled_names(prompt: Mapping[str, Any] | None, node_id: str | None) -> list[str]:
-    """Files in the boxes of the nodes that a node's MODELs come from whose names say that they were distilled."""
+    """Files and checkpoint folders in the boxes of the nodes that a node's MODELs come from whose names say that they
+    were distilled."""
     names: set[str] = set()
     seen: set[str] = set()
     waiting = [] if prompt is None or node_id is None else [str(node_id)]
@@ -131,6 +136,10 @@ def distilled_names(prompt: Mapping[str, Any] | None, node_id: str | None) -> li
         strengths = [v for k, v in inputs.items() if k.startswith("strength") and isinstance(v, (int, float))]
         if strengths and not any(strengths):
             continue
-        files = [v for v in inputs.values() if isinstance(v, str) and v.endswith((".safetensors", ".pth"))]
+        files = [
+            value
+            for name, value in inputs.items()
+            if isinstance(value, str) and (name in CHECKPOINT_INPUTS or value.endswith((".safetensors", ".pth")))
+        ]
         names |= {name for name in files if DISTILLED.search(name)}
     return sorted(names)

@@ -122,7 +122,7 @@ class TextEncoderHandle:
         if self._encoder is None:
             logger.info("loading text encoder %s", self._name)
             encoder = self._load()
-            self._patcher = bridge.manage(encoder.model)
+            self._patcher = bridge.manage(encoder.model, WORKING_BYTES)
             self._encoder = encoder
         return self._encoder
 

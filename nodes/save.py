@@ -85,7 +85,7 @@ def _told(model: Any, path: Path) -> str:
         size = f"{path.name}: {source.nbytes / 1e9:.2f} GB"
     recipe = bridge.recipe_of(model)
     if recipe is None:
-        return f"{size}, weights as they were loaded"
+        return f"{size}, weights in the type that they were loaded in" + (", LoRAs merged" if model.patches else "")
     if recipe.granularity is Granularity.TENSOR:
         return f"{size}, {recipe.name}: for Load Wan2.2 Checkpoint and for core's Load Diffusion Model"
     return f"{size}, {recipe.name}: for Load Wan2.2 Checkpoint (core has no such scales)"

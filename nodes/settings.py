@@ -163,7 +163,7 @@ class WanFP8Compile(io.ComfyNode):
             node_id="WanFP8Compile",
             display_name="Wan2.2 Compile and Precision",
             category=SETTINGS,
-            is_experimental=True,  # compilation has been run on CPUs only
+            is_experimental=True,  # what it gains has been measured by nobody yet
             description="Compiles the transformer blocks of a Wan2.2 MODEL, ours or core's, with torch.compile, and "
             "sets how two things outside the large products are computed. Everything is off by default: this pack's "
             "own fused kernels need no compiler. A new prompt, seed, step count or LoRA strength compiles nothing "

@@ -79,7 +79,8 @@ def report_cache(net: HostedModel) -> None:
 
 
 def fingerprint(patcher: Any) -> str:
-    """A name for the weights of a MODEL, LoRAs included, that does not depend on how they are stored."""
+    """A name for the weights of a MODEL, LoRAs included. FP8 recipes do not change it; storage in fp16 or plain FP8
+    does, and so does whether a LoRA is merged or live."""
     digest = hashlib.sha256()
     net = patcher.model.diffusion_model
     state = net.state_dict() if not hasattr(patcher, "backup") else _stored(patcher, net)

@@ -22,19 +22,22 @@ class _Holder(nn.Module):
         self.device = device
 
 
-def manage(module: nn.Module) -> Any:
+def manage(module: nn.Module, working_bytes: int = 0) -> Any:
     """A patcher that lets core bring ``module`` to the GPU and evict it again, always as a whole.
 
     Args:
-        module: On the CPU. It runs where core runs text encoders, or on the CPU if it is larger than the GPU's memory.
+        module: On the CPU. It runs where core runs text encoders, or on the CPU where the GPU cannot take it beside
+            what core keeps free there for the system and its own work.
+        working_bytes: What a run needs beside the weights.
     """
     management = comfy.model_management
     load_device, rest = management.text_encoder_device(), management.text_encoder_offload_device()
     holder = _Holder(module, rest)
     size = management.module_size(holder)
-    if load_device.type != "cpu" and size > management.get_total_memory(load_device):
+    kept_free = getattr(management, "EXTRA_RESERVED_VRAM", 0)
+    if load_device.type != "cpu" and size + working_bytes + kept_free > management.get_total_memory(load_device):
         logger.info(
-            "the text encoder's %.1f GiB exceed the memory of %s: it runs on the CPU", size / 2**30, load_device
+            "the text encoder's %.1f GiB do not fit %s: it runs on the CPU", (size + working_bytes) / 2**30, load_device
         )
         load_device = torch.device("cpu")
     return comfy.model_patcher.ModelPatcher(holder, load_device=load_device, offload_device=rest)

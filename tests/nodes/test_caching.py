@@ -444,6 +444,21 @@ def test_distilled_models_are_told_by_name(name, distilled):
     assert curves.distilled_names(prompt, "3") == []
 
 
+def test_distilled_folders_are_told_by_name():
+    curves = nodes_kit.module("nodes.curves")
+    folder = "FastWan2.2-TI2V-5B-FullAttn-Diffusers"
+    prompt = {
+        "1": {"class_type": "WanFP8LoadCheckpoint", "inputs": {"checkpoint": folder, "low_noise": "none"}},
+        "2": {"class_type": "WanFP8MagCache", "inputs": {"model": ["1", 0], "preset": "4 steps, by name"}},
+    }
+    assert curves.distilled_names(prompt, "2") == [folder]
+
+
+def test_easycache_has_no_magnitude_to_scale_by(t2v):
+    with pytest.raises(refusal(), match=r"reuse 'scale'.*'easycache' has none"):
+        cached(t2v[0], curve="auto", policy="easycache", reuse="scale")
+
+
 def test_a_distilled_lora_stops_the_node_that_wants_the_published_curve(t2v):
     node = nodes_kit.load_pack()["WanFP8MagCache"]
     from comfy_api.internal import lock_class

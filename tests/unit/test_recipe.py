@@ -23,6 +23,7 @@ from wan_fp8.quant import (
     RECIPES,
     Recipe,
     apply_recipe,
+    convert,
     freeze_scales,
     load_scales,
     recipe_of,
@@ -466,6 +467,31 @@ def test_compiled_blocks(name: str) -> None:
     assert torch.equal(step(model, 900), want[0])
     assert torch.equal(step(model, 800), want[1])
     assert next(iter(model.compiled_parts.values())).graphs <= (8 if name == "DelayedScaling" else 4)
+
+
+@pytest.mark.parametrize("keep_sources", [True, False])
+def test_an_error_in_the_middle_leaves_a_model_that_works(keep_sources: bool, monkeypatch) -> None:
+    model, x, context = tiny_model("t2v"), *inputs("t2v")
+    plain = model(x, torch.tensor([900]), context)
+    cast, calls = convert.quantize_weight, []
+
+    def full(*args, **kwargs):
+        calls.append(1)
+        if len(calls) == 5:
+            raise torch.cuda.OutOfMemoryError("out of memory")
+        return cast(*args, **kwargs)
+
+    monkeypatch.setattr(convert, "quantize_weight", full)
+    with pytest.raises(torch.cuda.OutOfMemoryError):
+        apply_recipe(model, Recipe("rowwise", backend="reference"), keep_sources=keep_sources)
+    after = model(x, torch.tensor([900]), context)
+    if keep_sources:
+        assert torch.equal(after, plain) and recipe_of(model) is None
+    else:
+        assert 0.001 < relative(after, plain) < 0.02, "four of its linears are in FP8"
+    monkeypatch.setattr(convert, "quantize_weight", cast)
+    apply_recipe(model, Recipe("rowwise", backend="reference"))
+    assert 0.02 < relative(model(x, torch.tensor([900]), context), plain) < 0.1
 
 
 def test_compiled_blocks_are_refused_where_transformer_engine_multiplies() -> None:

@@ -17,6 +17,7 @@ from pathlib import Path
 from typing import Any
 
 from ..errors import InputError
+from ..files import write_whole
 from ..models.specs import SPECS, ModelSpec, Task
 from ..sampling import sigmas
 
@@ -152,7 +153,11 @@ def mismatch(curve: Curve | None, spec: ModelSpec) -> str | None:
 
 
 def save_curve(curve: Curve, path: str | Path) -> None:
-    """Write a measured curve as JSON."""
+    """Write a measured curve as JSON, whole or not at all.
+
+    Raises:
+        InputError: the folder or the disk cannot take it.
+    """
     data = {
         "format": FORMAT,
         "version": VERSION,
@@ -166,7 +171,7 @@ def save_curve(curve: Curve, path: str | Path) -> None:
         "uncond": None if curve.uncond is None else list(curve.uncond),
         "source": curve.source,
     }
-    Path(path).write_text(json.dumps(data, indent=1) + "\n", encoding="utf-8")
+    write_whole(Path(path), (json.dumps(data, indent=1) + "\n").encode())
 
 
 def load_curve(path: str | Path) -> Curve:

@@ -10,8 +10,6 @@ of 1, and so the same run gives the same bits again. Scales that were loaded fro
 from __future__ import annotations
 
 import json
-import os
-import uuid
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -22,6 +20,7 @@ from safetensors.torch import load_file, save
 from torch import Tensor, nn
 
 from ..errors import CheckpointError, InputError
+from ..files import write_whole
 from ..kernels.quantize import E4M3_MAX
 
 FORMAT = "wan_fp8_delayed_scales"
@@ -196,17 +195,7 @@ def save_scales(model: nn.Module, path: str | Path) -> None:
         "settings": json.dumps(_settings(scales)),
         "sites": "\n".join(scales.sites),
     }
-    content, path = save(scales.state(), metadata=metadata), Path(path)
-    partial = path.with_name(f".{uuid.uuid4().hex}.part")
-    try:
-        partial.write_bytes(content)
-        os.replace(partial, path)
-    except OSError as error:
-        raise InputError(
-            f"{path.name} could not be written to {path.parent} ({error.strerror or error}): choose another place"
-        ) from error
-    finally:
-        partial.unlink(missing_ok=True)
+    write_whole(Path(path), save(scales.state(), metadata=metadata))
 
 
 def load_scales(model: nn.Module, path: str | Path, *, freeze: bool = True) -> nn.Module:

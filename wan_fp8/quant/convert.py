@@ -36,7 +36,7 @@ def apply_recipe(
     move: bool = False,
     keep_sources: bool | None = None,
 ) -> WanModel:
-    """Turn the linears of every block into FP8; one tensor at a time, nothing half-done.
+    """Turn the linears of every block into FP8, one tensor at a time; undone on an error where the originals are kept.
 
     Weights that a file holds in e4m3 keep their bytes where the recipe can multiply them (one scale for the tensor
     serves every recipe, MXFP8 only as a power of two; row scales serve ``rowwise``, finer ones
@@ -55,18 +55,27 @@ def apply_recipe(
             another recipe is to be made of and that are gone.
     """
     present = recipe_of(model)
-    if present == recipe:
-        return model
     if recipe.is_none:
-        return remove_recipe(model)
+        return model if present == recipe else remove_recipe(model)
     wanted = {name: module for name, module in _block_linears(model) if recipe.converts(name)}
+    if present == recipe and all(isinstance(module, FP8Linear) for module in wanted.values()):
+        return model
     _check_widths(wanted, recipe)
     _check_keep(model, recipe)
     if present is not None:
         _leave(model, present, recipe, wanted)
-    for module in wanted.values():
-        if not isinstance(module, FP8Linear):
+    fresh = [module for module in wanted.values() if not isinstance(module, FP8Linear)]
+    try:
+        for module in fresh:
             _convert(module, recipe, device, move, keep_sources)
+    except BaseException:  # out of memory, mostly: what was done is undone, or left in a state that works
+        for module in fresh:
+            if isinstance(module, FP8Linear) and module.original is not None:
+                _restore(module)
+        _wire(model, recipe)
+        if recipe_of(model) is not None and not any(isinstance(m, FP8Linear) for m in model.modules()):
+            model.quantization = None
+        raise
     _wire(model, recipe)
     return model
 
