@@ -11,6 +11,7 @@ from test_model_parity import TINY, inputs, relative, tiny_model
 
 from wan_fp8.attention import Attention, AttentionCore, set_attention
 from wan_fp8.errors import BackendUnavailableError, InputError
+from wan_fp8.models import functional
 from wan_fp8.models.blocks import ForwardOptions
 from wan_fp8.models.functional import RopeOptions
 from wan_fp8.models.layers import Linear
@@ -258,3 +259,13 @@ def test_specs_count_the_published_parameters() -> None:
             model = build_model(SPECS[name])
         assert sum(p.numel() for p in model.parameters()) / 1e9 == pytest.approx(expected, abs=1e-3)
     assert TINY["t2v"].head_dim == 128
+
+
+def test_rotary_tables_are_built_once_a_shape(monkeypatch) -> None:
+    built, original = [], functional.rope_table
+    monkeypatch.setattr(functional, "rope_table", lambda *args: built.append(1) or original(*args))
+    model = tiny_model("t2v")
+    for frames in (3, 3, 5, 3, 5):
+        x, context = inputs("t2v", frames=frames)
+        model(x, torch.tensor([900.0]), context)
+    assert len(built) == 2
