@@ -206,7 +206,7 @@ class Side:
         self.marks.append(time.perf_counter())  # after the copy, for which the host waited
         for index, expert in enumerate(self.experts):
             used = quality.kernels_used(expert.model.diffusion_model, bridge.settings_of(expert).attention)
-            if any(used.values()):  # the end of an expert's run forgets what it used
+            if used["attention"] or index not in self.kernels:  # the end of an expert's run forgets what it used
                 self.kernels[index] = used
 
     def facts(self) -> dict[str, Any]:
