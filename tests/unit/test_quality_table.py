@@ -15,9 +15,10 @@ from safetensors.torch import load_file, save_file
 
 PACK = Path(__file__).resolve().parents[2]
 BENCHMARKS = PACK / "benchmarks"
-SEEDS, STEPS = range(3), 10
+SEEDS, STEPS = range(2), 9
 SMALL, LARGE = ("q", "k", "v", "0"), ("o", "2")
 """Last names of linears, and those behind them."""
+FACTOR, MEAN = 32, 2.0
 MEANS = "reference-fp8/0-0-0-0"
 SETTINGS = {"scale": ["rowwise:reference", "DelayedScaling:reference"], "means": [MEANS], "cache": ["E012K2R20"]}
 
@@ -38,18 +39,21 @@ def bench():
 
 @pytest.fixture(scope="module")
 def checkpoint(tmp_path_factory):
-    """The tiny random checkpoint with two properties of trained ones that it lacks: weights as small as those of a
-    model of width 5120 (then larger ones behind them, so that every branch keeps its size), and values with a mean."""
+    """The tiny random checkpoint, made to need what is broken below: weights too small for e4m3 without a scale (and
+    larger ones behind them, so that every branch keeps its size), and values with a mean. As it comes it does not: its
+    weights of about 0.06 lie within e4m3's range, and a scale of 1 costs less than the seeds differ."""
     folder = tmp_path_factory.mktemp("quality") / "t2v"
     shutil.copytree(make_tiny_checkpoint(folder.with_name("made"), "t2v"), folder)
     for path in folder.glob("*_noise_model/*.safetensors"):
         weights = load_file(path)
         for name, value in weights.items():
             layer = name.split(".")
-            if layer[0] == "blocks" and layer[-1] == "weight" and value.ndim == 2:
-                weights[name] = value / 8 if layer[-2] in SMALL else value * 8
+            if layer[0] == "blocks" and layer[-2] in SMALL:
+                weights[name] = value / FACTOR
+            if layer[0] == "blocks" and layer[-2] in LARGE and value.ndim == 2:
+                weights[name] = value * FACTOR
             if name.endswith("self_attn.v.bias"):
-                weights[name] = value + 0.5
+                weights[name] = (value + MEAN) / FACTOR
         save_file(weights, path, metadata={"format": "pt"})
     return folder
 
@@ -77,7 +81,6 @@ def table(rows):
 
 
 def test_rows_say_what_was_run(table):
-    assert [row["setting"] for row in table][0] == "none"
     plain, rowwise, _, attention, cached = table
     assert plain["kernels"][0] == {"attention": ["sdpa"], "gemm": []}
     assert rowwise["kernels"][1] == {"attention": ["sdpa"], "gemm": ["reference"]}
@@ -90,8 +93,8 @@ def test_rows_say_what_was_run(table):
         assert score["worst"] == min(values) and score["mean"] == pytest.approx(sum(values) / len(values))
         assert row["worst_step_error"]["worst"] == max(video["worst_step_error"] for video in row["videos"])
         assert row["ssim"]["mean"] is not None and row["peak_gib"] is None
-    decibels = [row["latent_psnr_db"]["mean"] for row in table]
-    assert decibels[0] == max(decibels), "bf16 alone is the best of them"
+    best, *fp8 = (row["latent_psnr_db"]["mean"] for row in table[:3])
+    assert best > max(fp8) + 6, "bf16 alone is better than FP8"
 
 
 def test_the_same_again_is_no_worse(bench, rows, table):
@@ -147,7 +150,7 @@ def test_equal_to_the_reference_and_not_any_more(bench):
     ("measured", "sentence"),
     [
         (row([1.0], setting="b"), "no setting 'b'"),
-        (row([1.0], steps=3), "measured at steps 3, the table at 2"),
+        (row([1.0], steps=3), "measured with steps 3, the table with 2"),
         (row([1.0, 1.0, 1.0, 1.0]), "no prompt 0 with seed 3"),
     ],
 )
