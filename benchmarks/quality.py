@@ -398,7 +398,7 @@ def main(
             "at least one --prompt or --prompts and one seed; --break and --reference as --help lists them"
         )
     device = device or ("cuda" if torch.cuda.is_available() else "cpu")
-    with torch.inference_mode():
+    with torch.inference_mode(), torch.backends.cudnn.flags(allow_tf32=False):
         rows = measured_rows(
             checkpoint, lines, range(seeds), chosen, size, frames, steps, image, reference, device, mistake
         )

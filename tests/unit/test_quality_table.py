@@ -97,6 +97,26 @@ def test_rows_say_what_was_run(table):
     assert best > max(fp8) + 6, "bf16 alone is better than FP8"
 
 
+def test_the_run_is_the_published_loop(bench, checkpoint):
+    """Against the loop that judges the small trained models."""
+    import torch
+    from tiny_wan.evaluate import SampleOptions, sample
+    from tiny_wan.world import WorldSize
+
+    quality, seed = bench[0], 5
+    with torch.inference_mode():
+        models = quality.load_experts(str(checkpoint), "cpu", torch.float32)
+        (job,) = quality.make_jobs(str(checkpoint), ["a red ball"], [seed], (16, 2, 4, 4))
+        clean = []
+        ours = quality.Sampler(models=models, steps=STEPS, device="cpu", dtype=torch.float32).video(
+            job, lambda step, estimate: clean.append(estimate)
+        )
+        size = WorldSize(width=32, height=32, frames=5)
+        experts = dict(zip(("high_noise", "low_noise"), models, strict=True))
+        theirs = sample(experts, job.text, job.negative, size, SampleOptions(steps=STEPS, seed=seed))
+    assert len(clean) == STEPS and float((ours - theirs).norm() / theirs.norm()) < 1e-5
+
+
 def test_the_same_again_is_no_worse(bench, rows, table):
     assert bench[1].worse(rows(["none", "rowwise:reference"], seeds=range(1)), table) == []
 
