@@ -54,7 +54,8 @@ def curve_image(curve: Curve) -> Tensor:
     return torch.from_numpy(np.asarray(picture).astype(np.float32) / 255)[None]
 
 
-def _font(size: int) -> ImageFont.ImageFont | ImageFont.FreeTypeFont:
+def font(size: int) -> ImageFont.ImageFont | ImageFont.FreeTypeFont:
+    """Pillow's own, in pixels."""
     return ImageFont.load_default(size)
 
 
@@ -66,9 +67,7 @@ def _title(draw: ImageDraw.ImageDraw, curve: Curve) -> None:
     experts = "one transformer" if curve.switch is None else f"switch at step {curve.switch + 1}"
     steps = len(curve.sigmas)
     default = DEFAULTS[_spec(curve).task].steps
-    draw.text(
-        (LEFT, 14), f"{curve.name}: {curve.task}, {steps} steps (published: {default}), {experts}", INK, _font(20)
-    )
+    draw.text((LEFT, 14), f"{curve.name}: {curve.task}, {steps} steps (published: {default}), {experts}", INK, font(20))
 
 
 def _plot(draw: ImageDraw.ImageDraw, curve: Curve) -> None:
@@ -83,11 +82,11 @@ def _plot(draw: ImageDraw.ImageDraw, curve: Curve) -> None:
     for line in range(5):
         value = low + (high - low) * line / 4
         draw.line([(LEFT, y(value)), (WIDTH - RIGHT, y(value))], FAINT)
-        draw.text((LEFT - 8, y(value)), f"{value:.3f}", INK, _font(15), anchor="rm")
+        draw.text((LEFT - 8, y(value)), f"{value:.3f}", INK, font(15), anchor="rm")
     if curve.switch is not None:
         at = _x(curve, curve.switch - 0.5)
         draw.line([(at, TOP), (at, BOTTOM)], SWITCH, 2)
-        draw.text((at + 6, TOP + 2), "experts switch", SWITCH, _font(15))
+        draw.text((at + 6, TOP + 2), "experts switch", SWITCH, font(15))
     for row, colour, width in rows:
         parts = [range(1, len(row))]
         if curve.switch is not None:
@@ -100,10 +99,10 @@ def _plot(draw: ImageDraw.ImageDraw, curve: Curve) -> None:
                 draw.ellipse([px - width, py - width, px + width, py + width], fill=colour)
     every = max(1, len(curve.sigmas) // 10)
     for step in range(0, len(curve.sigmas), every):
-        draw.text((_x(curve, step), BOTTOM + 14), str(step + 1), INK, _font(15), anchor="mt")
-        draw.text((_x(curve, step), BOTTOM + 34), f"{curve.sigmas[step]:.2f}", FAINT_INK, _font(13), anchor="mt")
-    draw.text((LEFT - 8, BOTTOM + 14), "step", INK, _font(15), anchor="rt")
-    draw.text((LEFT - 8, BOTTOM + 34), "noise", FAINT_INK, _font(13), anchor="rt")
+        draw.text((_x(curve, step), BOTTOM + 14), str(step + 1), INK, font(15), anchor="mt")
+        draw.text((_x(curve, step), BOTTOM + 34), f"{curve.sigmas[step]:.2f}", FAINT_INK, font(13), anchor="mt")
+    draw.text((LEFT - 8, BOTTOM + 14), "step", INK, font(15), anchor="rt")
+    draw.text((LEFT - 8, BOTTOM + 34), "noise", FAINT_INK, font(13), anchor="rt")
 
 
 def _schedule(draw: ImageDraw.ImageDraw, curve: Curve, preset: str, top: int) -> None:
@@ -111,7 +110,7 @@ def _schedule(draw: ImageDraw.ImageDraw, curve: Curve, preset: str, top: int) ->
     steps = {c // 2 for c in skipped}
     width = (WIDTH - LEFT - RIGHT) / len(curve.sigmas)
     text = f"{preset}: {len(skipped)} of {total} passes skipped, {total / (total - len(skipped)):.2f} x fewer"
-    draw.text((LEFT, top - 22), text, INK, _font(15))
+    draw.text((LEFT, top - 22), text, INK, font(15))
     for step in range(len(curve.sigmas)):
         left = LEFT + step * width
         colour = SKIPPED if step in steps else COMPUTED
@@ -124,6 +123,6 @@ def _legend(draw: ImageDraw.ImageDraw, curve: Curve) -> None:
     x = LEFT
     for word, colour in entries:
         draw.rectangle([x, HEIGHT - 30, x + 18, HEIGHT - 14], fill=colour)
-        draw.text((x + 26, HEIGHT - 22), word, INK, _font(15), anchor="lm")
+        draw.text((x + 26, HEIGHT - 22), word, INK, font(15), anchor="lm")
         x += 130
-    draw.text((WIDTH - RIGHT, HEIGHT - 22), "|residual| over the step before", FAINT_INK, _font(14), anchor="rm")
+    draw.text((WIDTH - RIGHT, HEIGHT - 22), "|residual| over the step before", FAINT_INK, font(14), anchor="rm")

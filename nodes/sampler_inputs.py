@@ -108,14 +108,7 @@ def schedule_inputs(task: Task) -> list[io.Input]:
     low, high = defaults.guidance
     two_experts = defaults.boundary is not None
     inputs: list[io.Input] = [
-        io.Int.Input(
-            "seed",
-            default=0,
-            min=0,
-            max=MAX_SEED,
-            control_after_generate=True,
-            tooltip="Seed of the starting noise. The same seed and settings give the same latents. Default 0.",
-        ),
+        seed_input(),
         io.Int.Input(
             "steps",
             default=defaults.steps,
@@ -177,14 +170,27 @@ def schedule_inputs(task: Task) -> list[io.Input]:
                 "throughout.",
             ),
         ]
-    return [*inputs, *_solver_inputs()]
+    return [*inputs, *solver_inputs()]
 
 
 HIGH_NOISE_STEPS = {Task.T2V: 26, Task.I2V: 15}
 """Steps of the high-noise expert at the published defaults; a test computes them."""
 
 
-def _solver_inputs() -> list[io.Input]:
+def seed_input() -> io.Input:
+    """Where the starting noise comes from."""
+    return io.Int.Input(
+        "seed",
+        default=0,
+        min=0,
+        max=MAX_SEED,
+        control_after_generate=True,
+        tooltip="Seed of the starting noise. The same seed and settings give the same latents. Default 0.",
+    )
+
+
+def solver_inputs() -> list[io.Input]:
+    """How the steps are integrated, at which noise levels, from which noise."""
     return [
         io.Combo.Input(
             "solver",

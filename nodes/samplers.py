@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
@@ -333,12 +334,18 @@ def draw_noise(latent: dict[str, Tensor], settings: Settings) -> Tensor | None:
 
 
 def run(
-    experts: list[Any], positive: Any, negative: Any, latent: dict[str, Tensor], settings: Settings
+    experts: list[Any],
+    positive: Any,
+    negative: Any,
+    latent: dict[str, Tensor],
+    settings: Settings,
+    observe: Callable[[int, Tensor], None] | None = None,
 ) -> dict[str, Tensor]:
     """Sample one video.
 
     Args:
         experts: One or two MODELs as ``prepare_models`` returns them; they are cloned, never changed.
+        observe: See ``bridge.run_stages``.
     Returns:
         A LATENT of raw VAE means, without the mask that TI2V needed on the way.
     Raises:
@@ -368,5 +375,6 @@ def run(
         sampler=bridge.make_sampler(settings.solver),
         seed=settings.seed,
         noise=draw_noise(latent, settings),
+        observe=observe,
     )
     return {"samples": output["samples"]}

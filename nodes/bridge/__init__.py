@@ -10,6 +10,7 @@ from .caching import fingerprint, refuse_other_caches
 from .fork import expert_of, fork, hosted, is_hosted, spec_of
 from .hosted_model import HostSettings, settings_of
 from .lora import WithLora, load_lora
+from .measure import Measured, in_float32, measured, plain
 from .recipe import fp8_layers, recipe_of, rounded_again, with_recipe
 from .residency import make_resident, manage
 from .sampling import (
@@ -29,6 +30,7 @@ from .voice import kept_words, say
 
 __all__ = [
     "HostSettings",
+    "Measured",
     "Stage",
     "WithLora",
     "attention_request",
@@ -40,6 +42,7 @@ __all__ = [
     "fork",
     "fp8_layers",
     "hosted",
+    "in_float32",
     "is_hosted",
     "kept_words",
     "lazy_vae",
@@ -48,6 +51,8 @@ __all__ = [
     "make_resident",
     "make_sampler",
     "manage",
+    "measured",
+    "plain",
     "raw_latents",
     "recipe_of",
     "refuse_other_caches",

@@ -17,7 +17,7 @@ Core's own two-``KSamplerAdvanced`` recipe restarts it, and divides the latents 
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -58,6 +58,7 @@ def run_stages(
     add_noise: bool = True,
     noise: Tensor | None = None,
     timesteps: Tensor | None = None,
+    observe: Callable[[int, Tensor], None] | None = None,
 ) -> tuple[dict[str, Any], dict[str, Any]]:
     """Sample ``latent`` over ``sigmas``; each model call goes to the stage that its sigma belongs to.
 
@@ -74,6 +75,7 @@ def run_stages(
         add_noise: False when ``latent`` already carries the noise of ``sigmas[0]``.
         noise: Noise from elsewhere, in the shape of the latents; None to draw it from ``seed``.
         timesteps: [steps] what the model is told at each step; None for core's ``1000 * sigma``.
+        observe: Told each step, counted from 0, and its clean estimate, normalised, on the model's device.
     Returns:
         The LATENT and its last clean estimate, both raw VAE latents on core's intermediate device.
     Raises:
@@ -101,9 +103,16 @@ def run_stages(
     elif noise.shape != samples.shape:
         raise InputError(f"noise must have the shape of the latents, {list(samples.shape)}; got {list(noise.shape)}")
     last_clean: dict[str, Tensor] = {}
+    show = latent_preview.prepare_callback(first, len(sigmas) - 1, last_clean)
+
+    def callback(step: int, clean: Tensor, x: Tensor, steps: int) -> None:
+        show(step, clean, x, steps)
+        if observe is not None:
+            observe(step, clean)
+
     arguments: dict[str, Any] = {
         "denoise_mask": latent.get("noise_mask"),
-        "callback": latent_preview.prepare_callback(first, len(sigmas) - 1, last_clean),
+        "callback": callback,
         "disable_pbar": not comfy.utils.PROGRESS_BAR_ENABLED,
         "seed": seed,
     }

@@ -55,6 +55,11 @@ CONTRACT = {
     ),
     "WanFP8MagCacheCalibrate": ("model model_low", "model model_low"),
     "WanFP8MagCacheSave": ("model latent name model_low", "latent image file"),
+    "WanFP8QualityReceipt": (
+        "model positive negative latent seed steps shift guidance guidance_low boundary solver scheduler noise "
+        "reference_precision vae model_low reference reference_low",
+        "latent latent_reference plot strip receipt",
+    ),
     "WanFP8Compile": ("model mode dynamic tf32 residual_stream model_low", "model model_low"),
 }
 """Saved in users' workflows, inputs by position: only ever append."""

@@ -183,6 +183,10 @@ class AttentionCore(nn.Module):
             self._resolved[key] = ATTENTION.resolve(*key)
         return self._resolved[key]
 
+    def backends_of(self, name: str) -> set[str]:
+        """Backends that calls under this name were given in this run."""
+        return {resolution.backend.name for (asked, _), resolution in self._resolved.items() if asked == name}
+
 
 def set_attention(model: nn.Module, attention: Attention | None) -> nn.Module:
     """Choose the attention backend of every attention in ``model``; None goes back to ``auto``. Returns the model."""
@@ -198,7 +202,8 @@ def attention_cores(model: nn.Module) -> list[AttentionCore]:
 
 
 def reset_guard(model: nn.Module) -> None:
-    """Forget the guard's findings and the counts: a new run has other q, k and v."""
+    """Forget the guard's findings, the counts and who answered: a new run has other q, k and v."""
     for module in attention_cores(model):
         module.verdicts.clear()
         module.answered.clear()
+        module._resolved.clear()

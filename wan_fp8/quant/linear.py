@@ -73,6 +73,11 @@ class Quantization:
         assert isinstance(runner, GemmRunner)
         return runner
 
+    @property
+    def backends(self) -> list[str]:
+        """Who has multiplied so far."""
+        return sorted({resolution.backend.name for resolution in self._resolved.values()})
+
     def begin_run(self) -> None:
         """A sampling run starts with the next forward."""
         if self.scales is not None:
