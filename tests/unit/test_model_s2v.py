@@ -1,4 +1,4 @@
-"""S2V-14B's transformer against core's where that follows the official code, and against closed forms where it does not.
+"""S2V-14B's transformer against core's where that follows the official code, else against closed forms.
 
 Core (``comfy.ldm.wan.model.WanModel_S2V``) has other audio alignment (no lead-in before the clip) and other rotary
 positions of the motion tokens. Its encoder and its packer are run here with both put right from the outside: what is
@@ -160,7 +160,7 @@ def test_latents_that_fill_no_coarse_patch(model: S2VModel) -> None:
 
 
 def test_a_latent_frame_hears_its_four_video_frames_and_all_before() -> None:
-    """Output j depends on audio frames up to 4 j + 3. The first frame is also the lead-in; frame 3 + 4 j is the last."""
+    """Output j depends on audio frames up to 4 j + 3, and on none later."""
     with torch.device("meta"):
         encoder = AudioEncoder(128)
     encoder.load_state_dict(random_state(encoder), assign=True)

@@ -212,6 +212,7 @@ class S2VModel(WanModel):
             return stream
         whole, parts = audio
         injector = self.audio_injector.injector[number]
+        assert isinstance(injector, Injector)
         table = self.audio_injector.injector_adain_layers[number](whole, state.compute_dtype, self.high_dtype)
         video, tokens = state.task["video_tokens"], stream.settled().shape[1]
         frames = state.task["frame_of_token"]
