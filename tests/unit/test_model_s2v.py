@@ -148,15 +148,19 @@ def test_token_positions_are_the_official_ones() -> None:
     assert torch.equal(moved[64:], found[64:]) and torch.equal(moved[:64, 0], found[:64, 0] + 3)
 
 
-def test_latents_that_fill_no_coarse_patch(model: S2VModel) -> None:
-    """60 x 60 pixels more than a multiple of 64: official convolutions and grids round down."""
-    values = inputs()
-    values = {name: value[..., :10, :6] if value.ndim == 5 else value for name, value in values.items()}
+def cropped(rows: int, columns: int) -> dict[str, Tensor]:
+    return {k: v[..., :rows, :columns] if v.ndim == 5 else v for k, v in inputs().items()}
+
+
+def test_latents_that_do_not_fill_a_coarse_patch(model: S2VModel) -> None:
+    """14 rows are three patches of four and one of eight: official convolutions and grids round down."""
     lengths: list[int] = []
     hook = model.blocks[0].ffn[0].register_forward_pre_hook(lambda _, args: lengths.append(args[0].shape[1]))
-    assert model(**values).shape == (1, 16, FRAMES, 10, 6)
+    assert model(**cropped(14, 8)).shape == (1, 16, FRAMES, 14, 8)
     hook.remove()
-    assert lengths == [3 * 15 + 15 + 2 * 1 + 0]
+    assert lengths == [(FRAMES + 1) * 28 + 28 + 3 * 2 + 4 * 1 * 1]
+    with pytest.raises(InputError, match="reference_motion needs latents of 8 rows and columns or more; got 14 x 6"):
+        model(**cropped(14, 6))
 
 
 def test_a_latent_frame_hears_its_four_video_frames_and_all_before() -> None:

@@ -196,6 +196,12 @@ class S2VModel(WanModel):
             parts.append(self.patch_embedding(reference.to(dtype)) + of_reference)
         if motion is not None:
             self._check_latents("reference_motion", motion, x)
+            smallest = self.frame_packer.proj_4x.patch_size[1]
+            if min(x.shape[3:]) < smallest:
+                raise InputError(
+                    f"reference_motion needs latents of {smallest} rows and columns or more; got {x.shape[3]} x "
+                    f"{x.shape[4]}"
+                )
             parts.append(self.frame_packer(motion.to(dtype)) + of_motion)
         if audio is not None:
             self._check_audio(audio, x)
