@@ -7,6 +7,7 @@ does not show on random weights, so that both are asked for the same agreement.
 
 from __future__ import annotations
 
+import copy
 import dataclasses
 
 import pytest
@@ -14,6 +15,7 @@ import torch
 from test_model_parity import TOLERANCE, random_state, relative
 from torch import Tensor
 
+from wan_fp8 import Lora, remove_lora, set_lora
 from wan_fp8.attention import Attention, AttentionCore, set_attention
 from wan_fp8.checkpoint.load import load_transformer
 from wan_fp8.errors import InputError
@@ -52,6 +54,13 @@ def tiny(spec: ModelSpec = SPEC) -> AnimateModel:
     model.load_state_dict(random_weights(model), assign=True)
     assert isinstance(model, AnimateModel)
     return model
+
+
+class MeanColour(torch.nn.Module):
+    """In place of the motion encoder, which takes minutes in bf16 on a CPU."""
+
+    def forward(self, faces: Tensor) -> Tensor:
+        return faces.transpose(1, 2).flatten(3).std(3).repeat(1, 1, 171)[..., :512] - 0.5
 
 
 @pytest.fixture(scope="module")
@@ -196,6 +205,43 @@ def test_every_attention_follows_the_setting(model: AnimateModel, given: dict[st
     for hook in hooks:
         hook.remove()
     set_attention(model, None)
+
+
+def test_bf16_is_near_and_not_exact(given: dict[str, Tensor]) -> None:
+    """Two-sided: an error below bf16 rounding would mean that another type was computed in."""
+    model = tiny(dataclasses.replace(SPEC, num_layers=5))
+    model.motion_encoder = MeanColour()
+    half = copy.deepcopy(model).bfloat16()
+    exact = copy.deepcopy(half).float()
+    ours = half(**given)
+    assert ours.dtype == torch.float32
+    assert 1e-3 < relative(ours, exact(**given)) < 5e-2
+
+
+def test_a_live_lora_reaches_the_linears_outside_the_blocks(given: dict[str, Tensor]) -> None:
+    """Beside the weights as merged into them; every linear has its branch in the type that it computes in."""
+    model = tiny(dataclasses.replace(SPEC, num_layers=5))
+    model.motion_encoder = MeanColour()
+    generator, file = torch.Generator().manual_seed(5), {}
+    for name in (
+        "blocks.0.cross_attn.k_img",
+        "img_emb.proj.1",
+        "face_encoder.out_proj",
+        "face_adapter.fuser_blocks.0.linear1_q",
+    ):
+        linear = model.get_submodule(name)
+        file[f"diffusion_model.{name}.lora_A.weight"] = torch.randn(4, linear.in_features, generator=generator) / 16
+        file[f"diffusion_model.{name}.lora_B.weight"] = torch.randn(linear.out_features, 4, generator=generator) / 4
+    plain = model(**given)
+    live = set_lora(model, Lora(file))(**given)
+    half = copy.deepcopy(model).bfloat16()
+    assert relative(half(**given), live) < 0.1
+    remove_lora(model)
+    for name in {key.split(".lora_")[0] for key in file}:
+        weight = model.get_parameter(f"{name.removeprefix('diffusion_model.')}.weight")
+        weight.add_(file[f"{name}.lora_B.weight"] @ file[f"{name}.lora_A.weight"])
+    model.clear_text_cache()
+    assert relative(live, model(**given)) < 1e-5 < 1e-3 < relative(live, plain)
 
 
 @pytest.mark.parametrize("name", ["rowwise", "Float8CurrentScaling"])

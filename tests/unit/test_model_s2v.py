@@ -8,6 +8,7 @@ compared is everything else. The two that it has wrong are tested as written in 
 
 from __future__ import annotations
 
+import copy
 import dataclasses
 
 import pytest
@@ -249,6 +250,16 @@ def test_every_attention_follows_the_setting(model: S2VModel) -> None:
     for hook in hooks:
         hook.remove()
     set_attention(model, None)
+
+
+def test_bf16_is_near_and_not_exact() -> None:
+    """Two-sided: an error below bf16 rounding would mean that another type was computed in."""
+    model, given = tiny(), inputs()
+    half = copy.deepcopy(model).bfloat16()
+    exact = copy.deepcopy(half).float()
+    ours = half(**given)
+    assert ours.dtype == torch.float32
+    assert 1e-3 < relative(ours, exact(**given)) < 5e-2
 
 
 @pytest.mark.parametrize("name", ["rowwise", "Float8CurrentScaling"])
