@@ -95,7 +95,7 @@ def given() -> dict[str, Tensor]:
 
 
 def test_diffusers_agrees_and_its_names_load() -> None:
-    """Five face frames make two latent frames: the causal convolutions take part."""
+    """The face encoder by itself as well, over more frames than the motion encoder makes in a short time."""
     from diffusers.models.transformers.transformer_wan_animate import WanAnimateTransformer3DModel
 
     theirs = WanAnimateTransformer3DModel(
@@ -105,12 +105,15 @@ def test_diffusers_agrees_and_its_names_load() -> None:
     theirs.load_state_dict(random_weights(theirs))
     ours = load_transformer(theirs.state_dict(), dtype=torch.float32)
     assert isinstance(ours, AnimateModel) and ours.spec == SPEC
-    values = inputs(batch=1, frames=3, faces=5, text=512)
+    values = inputs(text=512)
     expected = theirs(
         values["x"], values["timestep"], values["context"], values["clip_fea"], values["pose_latents"],
         values["face_pixel_values"], return_dict=False,
     )[0]  # fmt: skip
     assert relative(ours(**values), expected) < TOLERANCE
+    motion = torch.randn(2, 9, 512, generator=torch.Generator().manual_seed(3))
+    assert ours.face_encoder(motion).shape == (2, 3, 5, 256)
+    assert relative(ours.face_encoder(motion), theirs.face_encoder(motion)) < TOLERANCE
     for name in ("pose_latents", "face_pixel_values"):
         without = {key: value for key, value in values.items() if key != name}
         assert relative(ours(**without), expected) > 1e-2, f"{name} matters"
