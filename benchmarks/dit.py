@@ -49,7 +49,7 @@ TINY = {
     f"tiny-{name}": dataclasses.replace(SPECS[full], dim=256, ffn_dim=512, num_heads=2, num_layers=4, text_dim=512)
     for name, full in (("t2v", "t2v-A14B"), ("i2v", "i2v-A14B"), ("ti2v", "ti2v-5B"))
 }
-MODELS = SPECS | TINY
+MODELS = {name: spec for name, spec in SPECS.items() if spec.task in (Task.T2V, Task.I2V, Task.TI2V)} | TINY
 console = Console(width=150)
 
 

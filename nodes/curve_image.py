@@ -66,8 +66,9 @@ def _x(curve: Curve, step: float) -> float:
 def _title(draw: ImageDraw.ImageDraw, curve: Curve) -> None:
     experts = "one transformer" if curve.switch is None else f"switch at step {curve.switch + 1}"
     steps = len(curve.sigmas)
-    default = DEFAULTS[_spec(curve).task].steps
-    draw.text((LEFT, 14), f"{curve.name}: {curve.task}, {steps} steps (published: {default}), {experts}", INK, font(20))
+    known = DEFAULTS.get(_spec(curve).task)
+    published = "" if known is None else f" (published: {known.steps})"
+    draw.text((LEFT, 14), f"{curve.name}: {curve.task}, {steps} steps{published}, {experts}", INK, font(20))
 
 
 def _plot(draw: ImageDraw.ImageDraw, curve: Curve) -> None:

@@ -56,6 +56,8 @@ TEXT_DTYPES = {
     "fp16": torch.float16,
     "fp32": torch.float32,
 }
+SAMPLED = (Task.T2V, Task.I2V, Task.TI2V)
+"""Tasks that there are sampler nodes for; the engine knows more."""
 MODEL_FOLDERS = {"text_encoder": "text_encoders", "vae": "vae"}
 """ComfyUI's folder by box."""
 VAE_DTYPES = {AUTO_DTYPE: None, "fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
@@ -213,6 +215,11 @@ def _open_experts(chosen: Selection, name: str, opened: ExitStack) -> list[tuple
 def _open(path: Path, expert: str | None, opened: ExitStack) -> tuple[TensorSource, Detected]:
     source, what = open_transformer(path, expert)
     opened.callback(source.close)
+    if what.task not in SAMPLED:
+        raise CheckpointError(
+            f"{source.label} is {what.label}, which cannot be sampled by this version's nodes: choose a T2V-A14B, "
+            "I2V-A14B or TI2V-5B checkpoint"
+        )
     return source, what
 
 

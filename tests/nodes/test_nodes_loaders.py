@@ -357,6 +357,22 @@ def test_a_pth_with_code_is_refused_not_run(models, made, tmp_path, monkeypatch)
 
 
 @pytest.mark.usefixtures("no_weights")
+@pytest.mark.parametrize("task", ["animate", "s2v"])
+def test_models_without_a_sampler_node_are_refused_by_name(models, task):
+    specs, wan = nodes_kit.module("wan_fp8.models.specs"), nodes_kit.module("wan_fp8.models.wan")
+    spec = specs.ModelSpec(
+        task=specs.Task(task), dim=128, ffn_dim=256, num_heads=1, num_layers=5, out_dim=16, text_dim=64,
+        in_dim=36 if task == "animate" else 16,
+    )  # fmt: skip
+    with torch.device("meta"):
+        state = wan.build_model(spec).state_dict()
+    zeros = {name: torch.zeros(value.shape, dtype=torch.bfloat16) for name, value in state.items()}
+    save_file(zeros, models / "diffusion_models" / "m.safetensors")
+    message = refused(checkpoint="m.safetensors")
+    assert f"a Wan2.2 {task.upper()} transformer" in message and "cannot be sampled by this version's nodes" in message
+
+
+@pytest.mark.usefixtures("no_weights")
 def test_the_high_noise_expert_alone(models, made):
     file = put(models, next((made("t2v", "comfy") / "diffusion_models").glob("*high*")), "diffusion_models")
     message = refused(checkpoint=file)

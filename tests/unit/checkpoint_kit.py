@@ -17,7 +17,13 @@ from wan_fp8.models.specs import ModelSpec, Task
 from wan_fp8.models.wan import build_model
 
 E4M3 = torch.float8_e4m3fn
-CHANNELS = {Task.T2V: (16, 16), Task.I2V: (36, 16), Task.TI2V: (48, 48)}
+CHANNELS = {
+    Task.T2V: (16, 16),
+    Task.I2V: (36, 16),
+    Task.TI2V: (48, 48),
+    Task.ANIMATE: (36, 16),
+    Task.S2V: (16, 16),
+}
 
 
 def tiny_spec(task: str = "t2v", *, dim: int = 128, layers: int = 2, text_dim: int = 64) -> ModelSpec:

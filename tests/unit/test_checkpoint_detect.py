@@ -46,6 +46,18 @@ def test_the_wan22_transformers_in_every_naming_scheme(task: str, layout: str, p
     assert found.expert is None and found.storage is Storage.FP32
 
 
+@pytest.mark.parametrize("prefix", ["", "model.diffusion_model."])
+@pytest.mark.parametrize("task", ["animate", "s2v"])
+def test_animate_and_s2v_have_modules_of_their_own(task: str, prefix: str) -> None:
+    spec = tiny_spec(task, layers=5)
+    found = inspect(prefixed(official_state(spec), prefix))
+    assert (found.task, found.layout, found.spec, found.prefix) == (Task(task), Layout.OFFICIAL, spec, prefix)
+    assert found.details == () and found.expert is None
+    require_expert_pair(found, None, "a")
+    with pytest.raises(CheckpointError, match="which has one expert"):
+        require_expert_pair(found, found, "a")
+
+
 @pytest.mark.parametrize("name", SPECS)
 def test_released_sizes_are_called_by_their_names(name: str) -> None:
     spec = SPECS[name]
@@ -173,9 +185,9 @@ def with_channels(inputs: int, *extra: str, outputs: int = 16) -> dict[str, torc
 RELATIVES = {
     "Wan VACE": wan_with("t2v", "vace_patch_embedding.weight", "vace_blocks.0.after_proj.weight"),
     "Wan Fun camera-control": wan_with("i2v", "control_adapter.conv.weight"),
-    "Wan2.2 S2V-14B": wan_with("t2v", "casual_audio_encoder.encoder.final_linear.weight"),
+    "Wan2.2's S2V-14B": wan_with("i2v", "casual_audio_encoder.encoder.final_linear.weight"),
     "HuMo": wan_with("i2v", "audio_proj.audio_proj_glob_1.layer.bias"),
-    "Wan2.2 Animate-14B": wan_with("i2v", "img_emb.proj.0.bias", "face_adapter.fuser_blocks.0.k_norm.weight"),
+    "Wan2.2's ANIMATE-14B": wan_with("i2v", "img_emb.proj.0.bias", "face_adapter.fuser_blocks.0.k_norm.weight"),
     "Wan2.1 I2V-14B": wan_with("i2v", "img_emb.proj.0.bias", "blocks.0.cross_attn.k_img.weight"),
     "Wan2.1 FLF2V": wan_with("i2v", "img_emb.proj.0.bias", "img_emb.emb_pos"),
     "Wan2.1 1.3B": wan_with() | {"patch_embedding.weight": torch.zeros(1536, 16, 1, 2, 2)},
@@ -193,7 +205,7 @@ def test_other_wan_transformers_are_refused_by_name(tmp_path: Path, label: str, 
     save_file(prefixed(RELATIVES[label], prefix), path)
     assert label.strip() in inspect(path).label and not inspect(path).supported
     with pytest.raises(
-        CheckpointError, match=r"^file\.safetensors is an? .*; this loader takes Wan2.2 T2V-A14B"
+        CheckpointError, match=r"^file\.safetensors is an?\w* .*; this loader takes Wan2.2 T2V-A14B"
     ) as error:
         load_transformer(path)
     assert label.strip() in str(error.value) and "\n" not in str(error.value)

@@ -368,7 +368,7 @@ def test_a_curve_comes_back_as_it_was_written(file):
         (dict(sigmas=[i / 10 for i in range(40, 0, -1)]), "its sigmas must lie between 0 and 1"),
         (dict(switch=40), "its switch must be null or a step from 1 to 39; got 40"),
         (dict(switch=True), "its switch must be null"),
-        (dict(task="s2v"), "its task must be one of t2v, i2v, ti2v; got 's2v'"),
+        (dict(task="vace"), "its task must be one of t2v, i2v, ti2v, animate, s2v; got 'vace'"),
         (dict(shape=[5120]), "its shape must be the model's width and number of blocks"),
         (dict(models=[["high_noise", 3]]), "its models must be pairs"),
         (dict(format="other"), "it is no curve of version 1"),

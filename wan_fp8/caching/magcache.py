@@ -13,7 +13,6 @@ from typing import ClassVar, Literal, get_args
 from torch import Tensor
 
 from ..errors import InputError
-from ..models.specs import Task
 from .curves import UNKNOWN, Curve, mismatch, published_for
 from .policy import FEW_STEPS, Decision, Policy, RunPlan, Tracker, few_steps
 from .rule import decide, is_allowed
@@ -134,7 +133,7 @@ class ScheduledTracker(Tracker):
     def allowed(self) -> Callable[[int], bool]:
         """The published windows; of a run whose other part is not known, those of this part by itself."""
         plan, mode, total = self.plan, str(self.plan.spec.task), 2 * self.plan.steps
-        if self.curve.switch is None or mode == Task.TI2V:
+        if self.curve.switch is None or not plan.spec.task.two_experts:
             mode, split = "ti2v", 0
         elif plan.is_whole:
             split = total if self.expert == "high_noise" else 0

@@ -306,15 +306,15 @@ class _PartOfText(TextContext):
     """The prompts of some samples; keys and values come from what is kept for the whole batch."""
 
     def __init__(self, whole: TextContext, rows: slice) -> None:
-        self._whole, self._rows = whole, rows
+        self._whole, self._rows, self.image_tokens = whole, rows, whole.image_tokens
 
     @property
     def tokens_BLD(self) -> Tensor:
         return self._whole.tokens_BLD[self._rows]
 
-    def keys_values(self, index: int, compute: Callable[[Tensor], tuple[Tensor, Tensor]]) -> tuple[Tensor, Tensor]:
-        k, v = self._whole.keys_values(index, compute)
-        return k[self._rows], v[self._rows]
+    def keys_values(self, index: int, compute: Callable[[Tensor], tuple[Tensor, ...]]) -> tuple[Tensor, ...]:
+        kept = self._whole.keys_values(index, compute)
+        return tuple(tensor[self._rows] for tensor in kept)
 
 
 # ---- on a model ------------------------------------------------------------------------------------------------------

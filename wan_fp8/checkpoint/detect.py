@@ -1,8 +1,9 @@
 """What a weight file is, from its names, shapes and its own name; no weight is read.
 
 Wan2.2 transformers are told apart by channels: 16 in and 16 out is T2V, 36 in (16 noisy + 4 mask + 16 image) without
-an image embedder is I2V, 48 and 48 is TI2V. Two things tensors cannot tell: the high-noise from the low-noise expert,
-and T2V-A14B from Wan2.1 T2V-14B. For those the name counts, and without a name the answer is None, never a guess.
+an image embedder is I2V, 48 and 48 is TI2V; Animate and S2V have modules of their own. Two things tensors cannot tell:
+the high-noise from the low-noise expert, and T2V-A14B from Wan2.1 T2V-14B. For those the name counts, and without a
+name the answer is None, never a guess.
 """
 
 from __future__ import annotations
@@ -28,9 +29,12 @@ from .tensors import TensorSource
 
 HEAD_WIDTH = 128
 """Channels per attention head in every Wan model."""
-ACCEPTED = "Wan2.2 T2V-A14B, I2V-A14B and TI2V-5B transformers"
+ACCEPTED = "Wan2.2 T2V-A14B, I2V-A14B, TI2V-5B, Animate-14B and S2V-14B transformers"
 
 _CHANNELS = {(16, 16): Task.T2V, (36, 16): Task.I2V, (48, 48): Task.TI2V}
+_EXTENDED_CHANNELS = {Task.ANIMATE: (36, 16), Task.S2V: (16, 16)}
+_CONSTANT = re.compile(r"motion_encoder\..*\.kernel")
+"""Blur kernels that official files carry beside Animate's weights: the same in every one."""
 _LORA = re.compile(
     r"\.(lora_(up|down|mid|A|B)|lora\.(up|down)|lora_linear_layer|diff|diff_b|diff_m|lokr_w[12]|hada_w[12]|oft_blocks)"
     r"($|[._])|^lora_(unet|te|transformer)|^lycoris_"
@@ -127,6 +131,8 @@ def official_names(source: TensorSource, detected: Detected) -> dict[str, str]:
         if not name.startswith(detected.prefix) or name in extras:
             continue
         bare = name.removeprefix(detected.prefix)
+        if detected.task is Task.ANIMATE and _CONSTANT.fullmatch(bare):
+            continue
         official = DIT.to_official(bare) if detected.layout is Layout.DIFFUSERS else bare
         found[official or bare] = name
     return found
@@ -153,10 +159,11 @@ def _transformer(source: TensorSource, path: str | Path | None, prefix: str, lay
     if label is not None:
         return found
     shapes = _Shapes(source, prefix, layout)
-    label = _other_wan(shapes, path)
+    task = next((task for task, shown in signatures.WAN_EXTENDED if shown.matches(names, prefix)), None)
+    label = _other_wan(shapes, path) if task is None else _other_extended(shapes, task)
     if label is not None:
         return replace(found, label=label)
-    spec = shapes.spec(_CHANNELS[shapes.in_dim, shapes.out_dim])
+    spec = shapes.spec(task or _CHANNELS[shapes.in_dim, shapes.out_dim])
     details = _details(spec, expert, path, source, prefix)
     return replace(found, label=_label(spec, expert), task=spec.task, spec=spec, details=details)
 
@@ -247,6 +254,17 @@ def _other_wan(shapes: _Shapes, path: str | Path | None) -> str | None:
     return None
 
 
+def _other_extended(shapes: _Shapes, task: Task) -> str | None:
+    """The label of an Animate or S2V transformer that is not Wan2.2's; None for that one."""
+    channels = (shapes.in_dim, shapes.out_dim)
+    if channels == _EXTENDED_CHANNELS[task] and not (task is Task.ANIMATE and shapes.layers() % 5):
+        return None
+    return (
+        f"another model than Wan2.2's {task.upper()}-14B transformer (it has {channels[0]} input and {channels[1]} "
+        f"output channels and {shapes.layers()} blocks)"
+    )
+
+
 def _label(spec: ModelSpec, expert: str | None) -> str:
     released = next((name for name, known in SPECS.items() if known == spec), None)
     what = (
@@ -261,7 +279,7 @@ def _details(
     spec: ModelSpec, expert: str | None, path: str | Path | None, source: TensorSource, prefix: str
 ) -> tuple[str, ...]:
     notes = []
-    if spec.task is not Task.TI2V and expert is None:
+    if spec.task.two_experts and expert is None:
         notes.append("tensors do not tell the high-noise from the low-noise expert, and the name says neither")
     if spec.task is Task.T2V and version_from_name(path) != "2.2":
         notes.append("tensors do not tell Wan2.2 T2V-A14B from Wan2.1 T2V-14B, and the name does not say 2.2")
@@ -282,7 +300,7 @@ def require_expert_pair(high: Detected, low: Detected | None, label: str) -> Non
         label: the name of the first file.
     """
     spec = high.require_transformer(label)
-    if spec.task is Task.TI2V:
+    if not spec.task.two_experts:
         if low is not None:
             raise CheckpointError(f"{label} is {high.label}, which has one expert; leave the low-noise file empty")
         return

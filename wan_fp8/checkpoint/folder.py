@@ -13,7 +13,13 @@ from .naming import EXPERTS, HIGH_NOISE, LOW_NOISE
 from .reader import read_json
 
 EXPERT_FOLDERS = {HIGH_NOISE: "high_noise_model", LOW_NOISE: "low_noise_model"}
-VAE_OF_TASK = {Task.T2V: "2.1", Task.I2V: "2.1", Task.TI2V: "2.2"}
+VAE_OF_TASK = {Task.T2V: "2.1", Task.I2V: "2.1", Task.TI2V: "2.2", Task.ANIMATE: "2.1", Task.S2V: "2.1"}
+_TASK_OF_CLASS = {
+    "WanAnimateModel": Task.ANIMATE,
+    "WanAnimateTransformer3DModel": Task.ANIMATE,
+    "WanModel_S2V": Task.S2V,
+}
+"""Models whose channels are those of others, by the class that their ``config.json`` names."""
 TOKENIZER = Path("google") / "umt5-xxl"
 
 
@@ -195,7 +201,10 @@ def _config(folder: Path) -> dict[str, Any]:
 
 
 def config_task(config: Mapping[str, Any]) -> Task | None:
-    """The task that a transformer's ``config.json`` names: by its channels, as in the tensors."""
+    """The task that a transformer's ``config.json`` names: by its class, or by its channels, as in the tensors."""
+    by_class = _TASK_OF_CLASS.get(str(config.get("_class_name")))
+    if by_class is not None:
+        return by_class
     inputs = config.get("in_dim", config.get("in_channels"))
     outputs = config.get("out_dim", config.get("out_channels"))
     return {(16, 16): Task.T2V, (36, 16): Task.I2V, (48, 48): Task.TI2V}.get((inputs, outputs))

@@ -21,6 +21,38 @@ _ATTENTION = (
 )
 _IMAGE_ATTENTION = (("k_img", "add_k_proj"), ("v_img", "add_v_proj"), ("norm_k_img", "norm_added_k"))
 
+_MOTION = "motion_encoder.enc.net_app.convs"
+_MOTION_BLOCK = (
+    ("conv1.0", "conv1"),
+    ("conv1.1", "conv1.act_fn"),
+    ("conv2.1", "conv2"),
+    ("conv2.2", "conv2.act_fn"),
+    ("skip.1", "conv_skip"),
+)
+_FUSER = (
+    ("linear1_kv", "to_kv"),
+    ("linear1_q", "to_q"),
+    ("linear2", "to_out"),
+    ("q_norm", "norm_q"),
+    ("k_norm", "norm_k"),
+)
+_ANIMATE = (
+    ("pose_patch_embedding", "pose_patch_embedding"),
+    (f"{_MOTION}.0.0", "motion_encoder.conv_in"),
+    (f"{_MOTION}.0.1", "motion_encoder.conv_in.act_fn"),
+    *(
+        (f"{_MOTION}.{k + 1}.{ours}", f"motion_encoder.res_blocks.{k}.{theirs}")
+        for k in range(7)
+        for ours, theirs in _MOTION_BLOCK
+    ),
+    (f"{_MOTION}.8", "motion_encoder.conv_out"),
+    ("motion_encoder.enc.fc.{i}", "motion_encoder.motion_network.{i}"),
+    *((f"face_encoder.{name}.conv", f"face_encoder.{name}") for name in ("conv1_local", "conv2", "conv3")),
+    ("face_encoder.out_proj", "face_encoder.out_proj"),
+    *((f"face_adapter.fuser_blocks.{{i}}.{ours}", f"face_adapter.{{i}}.{theirs}") for ours, theirs in _FUSER),
+)
+"""Animate's own modules. Diffusers' ``to_kv`` is two tensors in its files (see ``diffusers_animate``)."""
+
 DIT_MODULES: tuple[tuple[str, str], ...] = (
     ("patch_embedding", "patch_embedding"),
     ("text_embedding.0", "condition_embedder.text_embedder.linear_1"),
@@ -39,12 +71,15 @@ DIT_MODULES: tuple[tuple[str, str], ...] = (
     ("img_emb.proj.1", "condition_embedder.image_embedder.ff.net.0.proj"),
     ("img_emb.proj.3", "condition_embedder.image_embedder.ff.net.2"),
     ("img_emb.proj.4", "condition_embedder.image_embedder.norm2"),
+    *_ANIMATE,
 )
 """Modules of the transformer: official, diffusers. The image ones belong to Wan2.1 I2V and Animate."""
 
 DIT_PARAMETERS: tuple[tuple[str, str], ...] = (
     ("blocks.{i}.modulation", "blocks.{i}.scale_shift_table"),
     ("head.modulation", "scale_shift_table"),
+    ("motion_encoder.dec.direction.weight", "motion_encoder.motion_synthesis_weight"),
+    ("face_encoder.padding_tokens", "face_encoder.padding_tokens"),
     ("img_emb.emb_pos", "condition_embedder.image_embedder.pos_embed"),
 )
 """Parameters that are no module's weight or bias."""

@@ -17,7 +17,8 @@ from ..kernels.quantize import dequantized_weight
 from ..models.layers import HIGH_PRECISION, Linear
 from ..models.specs import Task
 from ..models.wan import WanModel, build_model
-from .detect import ACCEPTED, Detected, detect, official_names
+from .detect import ACCEPTED, Detected, Layout, detect, official_names
+from .diffusers_animate import DiffusersAnimate
 from .encoders import load_text_encoder_state_dict, load_vae_state_dict
 from .folder import resolve_folder
 from .header import sniff
@@ -121,6 +122,8 @@ def open_transformer(
         if opened is not source:
             opened.close()
         raise
+    if detected.task is Task.ANIMATE and detected.layout is Layout.DIFFUSERS:
+        opened = DiffusersAnimate(opened, detected.prefix, owned=opened is not source)
     if named is not None and detected.expert is None and _may_be_wan21(detected, named):
         logger.warning("%s: %s", opened.label, "; ".join(detected.details))
     return opened, detected
@@ -142,7 +145,7 @@ def _inside(folder: Path, expert: str | None) -> tuple[Path, Path]:
 def _settle_expert(label: str, detected: Detected, expert: str | None) -> Detected:
     if expert is None:
         return detected
-    if detected.task is Task.TI2V:
+    if detected.task is not None and not detected.task.two_experts:
         raise InputError(f"{label} is {detected.label}, which has one expert; leave expert at None")
     if detected.expert not in (None, expert):
         raise InputError(f"{label} is the {detected.expert} expert by its name, but {expert} was asked for")

@@ -11,6 +11,8 @@ from collections.abc import Collection, Iterable
 from dataclasses import dataclass
 from enum import StrEnum
 
+from ..models.specs import Task
+
 
 class Kind(StrEnum):
     """What a file is for."""
@@ -58,17 +60,21 @@ PARTS = (
 WAN_RELATIVES = (
     Signature("a Wan VACE transformer", ("vace_patch_embedding.weight",)),
     Signature("a Wan Fun camera-control transformer", ("control_adapter.conv.weight",)),
-    Signature("a Wan2.2 S2V-14B transformer", ("casual_audio_encoder.encoder.final_linear.weight",)),
     Signature("a HuMo transformer", ("audio_proj.audio_proj_glob_1.layer.bias",)),
     Signature("a MultiTalk or InfiniteTalk transformer", ("audio_proj.proj1.weight",)),
-    Signature("a Wan2.2 Animate-14B transformer", ("face_adapter.fuser_blocks.0.k_norm.weight",)),
-    Signature("a Wan2.2 Animate-14B transformer", ("motion_encoder.dec.direction.weight",)),
-    Signature("a Wan2.2 Animate-14B transformer", ("face_adapter.0.norm_k.weight",)),
     Signature("a Wan Fun control transformer", ("ref_conv.weight",)),
     Signature("a Wan2.1 FLF2V transformer", ("img_emb.emb_pos",)),
     Signature("a Wan2.1 FLF2V transformer", ("condition_embedder.image_embedder.pos_embed",)),
 )
 """Models with Wan blocks and something more."""
+
+WAN_EXTENDED = (
+    (Task.S2V, Signature("a Wan2.2 S2V-14B transformer", ("casual_audio_encoder.encoder.final_linear.weight",))),
+    (Task.ANIMATE, Signature("a Wan2.2 Animate-14B transformer", ("face_adapter.fuser_blocks.0.k_norm.weight",))),
+    (Task.ANIMATE, Signature("a Wan2.2 Animate-14B transformer", ("motion_encoder.dec.direction.weight",))),
+    (Task.ANIMATE, Signature("a Wan2.2 Animate-14B transformer", ("face_adapter.0.norm_k.weight",))),
+)
+"""Wan2.2 transformers that channels do not tell."""
 
 FOREIGN = (
     Signature("a Flux.2 transformer", ("double_stream_modulation_img.lin.weight",)),

@@ -31,12 +31,12 @@ class ForwardOptions:
     """What a caller may ask of one forward besides its tensors."""
 
     text_key: Hashable | None = None
-    """Names the prompt(s) of this batch: text keys and values are kept under it. None: the identity of ``context``
-    (torch
+    """Names the prompt(s) of this batch, and their images where the model reads CLIP features: keys and values are kept
+    under it. None: the identity of ``context`` and ``clip_fea`` (torch
     does not count writes to a tensor made under inference mode: after writing over such a one,
     ``clear_text_cache``)."""
     cache_text: bool = True
-    """False while text weights may change between two forwards."""
+    """False while weights of text, image, face or audio may change between two forwards."""
     attention: AttentionSetting | None = None
     """Attention setting of this forward; None: the model's own."""
     step: Step | None = None
@@ -103,10 +103,14 @@ class TextContext:
     A block calls ``keys_values(block_index, compute)``; the first forward of a prompt computes, later ones look up.
     """
 
-    def __init__(self, project: Callable[[], Tensor], store: dict[int, tuple[Tensor, Tensor]] | None) -> None:
+    def __init__(
+        self, project: Callable[[], Tensor], store: dict[int, tuple[Tensor, ...]] | None, image_tokens: int = 0
+    ) -> None:
         self._project = project
         self._store = store
         self._tokens: Tensor | None = None
+        self.image_tokens = image_tokens
+        """How many of the first tokens are an image's."""
 
     @property
     def tokens_BLD(self) -> Tensor:
@@ -115,8 +119,8 @@ class TextContext:
             self._tokens = self._project()
         return self._tokens
 
-    def keys_values(self, index: int, compute: Callable[[Tensor], tuple[Tensor, Tensor]]) -> tuple[Tensor, Tensor]:
-        """Keys and values [B, L, N, E] of block ``index``."""
+    def keys_values(self, index: int, compute: Callable[[Tensor], tuple[Tensor, ...]]) -> tuple[Tensor, ...]:
+        """Keys and values [B, L, N, E] of block ``index``; of text and image in turn where there is one."""
         if self._store is None:
             return compute(self.tokens_BLD)
         if index not in self._store:
@@ -163,6 +167,14 @@ class ResidualStream:
         out = self._settle(table, out_dtype, cast)
         assert out is not None
         return out if wanted is None or cast is None else wanted.finish(out, cast)
+
+    def normed_by(self, table: NormTable, row_of_token: Tensor, out_dtype: torch.dtype, eps: float) -> Tensor:
+        """LayerNorm of the stream with rows of the caller's own in place of the timestep's: [B, S, D]."""
+        run = residual_norm.fused if self._state.fused else residual_norm.eager
+        x = self.settled()
+        _, out = run(x, None, None, table, row_of_token, eps=eps, out_dtype=out_dtype, in_place=False)
+        assert isinstance(out, Tensor)
+        return out
 
     def settled(self) -> Tensor:
         """The stream [B, S, D] with everything added."""
@@ -267,14 +279,16 @@ class CrossAttention(Attention):
         """Normed queries [B, S, N, E] of the video."""
         return normed_heads(self.norm_q, self.q(x_BSD), None, state, self.head_dim, self.eps)
 
-    def keys_values(self, state: ForwardState, index: int) -> tuple[Tensor, Tensor]:
-        """Keys and values [B, L, N, E] of the text, from the cache after a prompt's first forward."""
+    def keys_values(self, context_BLD: Tensor, state: ForwardState) -> tuple[Tensor, ...]:
+        """Normed keys and values [B, L, N, E] of the text."""
+        k = normed_heads(self.norm_k, self.k(context_BLD), None, state, self.head_dim, self.eps)
+        return k, self.heads(self.v(context_BLD))
 
-        def compute(context_BLD: Tensor) -> tuple[Tensor, Tensor]:
-            k = normed_heads(self.norm_k, self.k(context_BLD), None, state, self.head_dim, self.eps)
-            return k, self.heads(self.v(context_BLD))
-
-        return state.context.keys_values(index, compute)
+    def attend_context(self, q_BSNE: Tensor, state: ForwardState, index: int) -> Tensor:
+        """What the video reads in its prompt: [B, S, N, E] -> [B, S, D]. Keys and values come from the cache after a
+        prompt's first forward."""
+        k, v = state.context.keys_values(index, lambda context: self.keys_values(context, state))
+        return self.attend(q_BSNE, k, v, state.options)
 
 
 class GELULinear(nn.Sequential):
@@ -309,13 +323,15 @@ class WanBlock(nn.Module):
     """Self-attention, cross-attention and FFN around a residual stream; one modulation table added to the timestep's
     rows."""
 
+    cross_attention_class: type[CrossAttention] = CrossAttention
+
     def __init__(self, spec: ModelSpec, index: int) -> None:
         super().__init__()
         self.index = index
         self.modulation = nn.Parameter(torch.empty(1, 6, spec.dim), requires_grad=False)
         self.self_attn = SelfAttention(spec, AttentionCore(index, spec.num_layers))
         self.norm3 = NormWeight(spec.dim, bias=True)
-        self.cross_attn = CrossAttention(spec, AttentionCore(index, spec.num_layers, always_exact=True))
+        self.cross_attn = self.cross_attention_class(spec, AttentionCore(index, spec.num_layers, always_exact=True))
         self.ffn = GELULinear(spec.dim, spec.ffn_dim, spec.dim)
 
     def forward(self, stream: ResidualStream, state: ForwardState) -> ResidualStream:
@@ -338,7 +354,7 @@ class WanBlock(nn.Module):
         del y
 
         q = state.run(self.cross_attention_queries, stream, table, state)
-        y = self.cross_attn.attend(q, *self.cross_attn.keys_values(state, self.index), state.options)
+        y = self.cross_attn.attend_context(q, state, self.index)
         del q
         stream.add(self.cross_attn.o(y), None)
         del y

@@ -23,7 +23,7 @@ from .layers import Linear
 
 log = logging.getLogger("wan_fp8")
 
-COMPUTED = ("blocks.", "text_embedding.")
+COMPUTED = ("blocks.", "text_embedding.", "img_emb.", "face_encoder.", "face_adapter.", "audio_injector.")
 """Beginnings of the names of linears that run in the model's compute type; the others run in its high one."""
 
 

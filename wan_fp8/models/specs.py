@@ -17,6 +17,13 @@ class Task(StrEnum):
     T2V = "t2v"
     I2V = "i2v"
     TI2V = "ti2v"
+    ANIMATE = "animate"
+    S2V = "s2v"
+
+    @property
+    def two_experts(self) -> bool:
+        """Whether one transformer works at high noise and another one at low noise."""
+        return self in (Task.T2V, Task.I2V)
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -56,6 +63,14 @@ class ModelSpec:
 T2V_A14B = ModelSpec(task=Task.T2V, dim=5120, ffn_dim=13824, num_heads=40, num_layers=40, in_dim=16, out_dim=16)
 I2V_A14B = ModelSpec(task=Task.I2V, dim=5120, ffn_dim=13824, num_heads=40, num_layers=40, in_dim=36, out_dim=16)
 TI2V_5B = ModelSpec(task=Task.TI2V, dim=3072, ffn_dim=14336, num_heads=24, num_layers=30, in_dim=48, out_dim=48)
+ANIMATE_14B = ModelSpec(task=Task.ANIMATE, dim=5120, ffn_dim=13824, num_heads=40, num_layers=40, in_dim=36, out_dim=16)
+S2V_14B = ModelSpec(task=Task.S2V, dim=5120, ffn_dim=13824, num_heads=40, num_layers=40, in_dim=16, out_dim=16)
 
-SPECS: dict[str, ModelSpec] = {"t2v-A14B": T2V_A14B, "i2v-A14B": I2V_A14B, "ti2v-5B": TI2V_5B}
+SPECS: dict[str, ModelSpec] = {
+    "t2v-A14B": T2V_A14B,
+    "i2v-A14B": I2V_A14B,
+    "ti2v-5B": TI2V_5B,
+    "animate-14B": ANIMATE_14B,
+    "s2v-14B": S2V_14B,
+}
 """Released models by the names that the official command line uses."""

@@ -15,10 +15,8 @@ from __future__ import annotations
 
 import logging
 import math
-import weakref
 from collections import OrderedDict
 from collections.abc import Callable, Hashable
-from dataclasses import dataclass
 from typing import Any, Protocol
 
 import torch
@@ -33,9 +31,10 @@ from ..precision import fp32_products
 from . import functional as wan
 from . import low_rank
 from .blocks import ForwardOptions, ForwardState, GELULinear, Modulation, ResidualStream, TextContext, WanBlock
+from .by_tensor import ByTensor
 from .functional import RopeOptions
 from .layers import HIGH_PRECISION, Linear, PatchEmbedding
-from .specs import ModelSpec
+from .specs import ModelSpec, Task
 
 log = logging.getLogger("wan_fp8")
 
@@ -59,6 +58,8 @@ class ForwardQuantization(Protocol):
         """After a forward."""
 
 
+Embedded = tuple[Tensor, tuple[int, int, int], Tensor | None, dict[str, Any]]
+"""What ``embed`` returns."""
 StackFunction = Callable[[Tensor, ForwardState], Tensor]
 """Residual stream before the first block -> after the last, [B, S, D]."""
 StackWrapper = Callable[[Tensor, ForwardState, StackFunction], Tensor]
@@ -68,16 +69,9 @@ once the stack runs; ``begin_run()`` is called between runs."""
 MAX_CACHED_PROMPTS = 4
 """Prompts (batches of prompts) whose text keys and values are kept: cond and uncond, twice. 0.4 GiB each at 14B in
 bf16."""
+MAX_CACHED_CONDITIONS = 4
+"""Encoded faces or sounds that are kept: cond and uncond, twice. A few MB each."""
 MAX_CACHED_ROPE_TABLES = 4
-
-
-@dataclass(frozen=True, slots=True)
-class _CachedText:
-    """Text keys and values by block, and the tensor they came from (it counts only where the caller gave no name)."""
-
-    owner: weakref.ref[Tensor]
-    version: int | None
-    blocks: dict[int, tuple[Tensor, Tensor]]
 
 
 class Head(nn.Module):
@@ -135,7 +129,9 @@ class WanModel(nn.Module):
         self._branches: low_rank.Placed | None = None
         self.stack_wrappers: OrderedDict[str, StackWrapper] = OrderedDict()
         """Named, ordered, removable: the first one added is the outermost."""
-        self._text_cache: OrderedDict[Hashable, _CachedText] = OrderedDict()
+        self._text_cache: ByTensor[dict[int, tuple[Tensor, ...]]] = ByTensor(MAX_CACHED_PROMPTS)
+        self._conditions: ByTensor[Tensor | tuple[Tensor, ...]] = ByTensor(MAX_CACHED_CONDITIONS)
+        """What a task makes of its inputs once for all steps."""
         self._rope_cache: OrderedDict[Hashable, tuple[Tensor, Tensor]] = OrderedDict()
 
     @property
@@ -200,7 +196,7 @@ class WanModel(nn.Module):
     ) -> Tensor:
         fused = kernels.select(self.fused_kernels, x.device, self.compute_dtype)
         self._place_lora(options.lora or self.lora, x.device, fused)
-        tokens, grid, positions, task = self.embed(x, task_inputs)
+        tokens, grid, positions, task = self.embed(x, task_inputs, options)
         tokens = tokens.to(options.stream_dtype or self.stream_dtype)
         embedding, modulation = self._time_rows(timestep, tokens.shape[:2], grid)
         state = ForwardState(
@@ -222,22 +218,23 @@ class WanModel(nn.Module):
         tokens = self._padded(tokens, state, multiple)
         if self.quantization is not None:
             self.quantization.padded(tokens.shape[1], state.num_tokens)
-        tokens = self._stack()(tokens, state)[:, : state.num_tokens]
+        video = math.prod(grid)  # what a task put behind the video ends here
+        tokens = self._stack()(tokens, state)[:, :video].contiguous()
         if self.quantization is not None:
             self.quantization.end(timestep)
         if state.modulation.row_of_token is not None:
-            state.modulation.row_of_token = state.modulation.row_of_token[:, : state.num_tokens]
+            state.modulation.row_of_token = state.modulation.row_of_token[:, :video].contiguous()
         return self.unpatchify(self.head(ResidualStream(tokens, state, self.spec.eps), embedding), grid)
 
-    def embed(
-        self, x: Tensor, task_inputs: dict[str, Any]
-    ) -> tuple[Tensor, tuple[int, int, int], Tensor | None, dict[str, Any]]:
+    def embed(self, x: Tensor, task_inputs: dict[str, Any], options: ForwardOptions) -> Embedded:
         """Latents -> tokens.
 
         Returns:
-            The tokens [B, S, D], in any floating type; the token grid (T, H, W) that the head's output is arranged in;
+            The tokens [B, S, D], in any floating type, those of the video first; the token grid (T, H, W) of the
+            video, which is what the head reads;
             token positions [S, 3] fp64, or None for the plain grid; and what ``after_block`` will need.
         """
+        del options
         if task_inputs:
             raise InputError(f"{self.spec.task} models take no input named {', '.join(sorted(task_inputs))}")
         tokens = self.patch_embedding(x.to(self.compute_dtype))
@@ -279,8 +276,10 @@ class WanModel(nn.Module):
     # ---- caches --------------------------------------------------------------------------------------------------
 
     def clear_text_cache(self) -> None:
-        """Forget the text keys and values of every prompt; call it when a run ends or text weights change."""
+        """Forget the text keys and values of every prompt, and what a task made of its inputs; call it when a run ends
+        or the weights of such encoders change."""
         self._text_cache.clear()
+        self._conditions.clear()
 
     def begin_run(self) -> None:
         """Forget what belongs to one sampling run: text keys and values, what the attention guard found, what a cache
@@ -313,20 +312,29 @@ class WanModel(nn.Module):
         def project() -> Tensor:
             return self.project_context(context, clip_fea)
 
+        image_tokens = 0 if clip_fea is None else clip_fea.shape[1]
         if not options.cache_text:
-            return TextContext(project, None)
-        named = options.text_key is not None
-        key: Hashable = (options.text_key if named else id(context), context.shape, context.device, options.tf32)
-        version = None if context.is_inference() else context._version
-        kept = self._text_cache.get(key)
-        if kept is not None and (named or (kept.owner() is context and kept.version == version)):
-            self._text_cache.move_to_end(key)
-            return TextContext(project, kept.blocks)
-        fresh = _CachedText(weakref.ref(context), version, {})
-        self._text_cache[key] = fresh
-        while len(self._text_cache) > MAX_CACHED_PROMPTS:
-            self._text_cache.popitem(last=False)
-        return TextContext(project, fresh.blocks)
+            return TextContext(project, None, image_tokens)
+        owners = (context,) if clip_fea is None else (context, clip_fea)
+        blocks = self._text_cache.get(owners, dict, also=(options.tf32,), name=options.text_key)
+        return TextContext(project, blocks, image_tokens)
+
+    def once(
+        self,
+        source: Tensor,
+        options: ForwardOptions,
+        make: Callable[[], Tensor | tuple[Tensor, ...]],
+        *,
+        also: Hashable = None,
+    ) -> Tensor | tuple[Tensor, ...]:
+        """What ``make`` makes of ``source``, in the first of the forwards that are given this very tensor.
+
+        Args:
+            also: what else the result depends on.
+        """
+        if not options.cache_text:
+            return make()
+        return self._conditions.get((source,), make, also=(options.tf32, self.compute_dtype, also))
 
     def _rope(
         self, positions: Tensor | None, grid: tuple[int, int, int], options: RopeOptions | None, device: torch.device
@@ -452,4 +460,17 @@ def _wrapped(wrapper: StackWrapper, inner: StackFunction) -> StackFunction:
 def build_model(spec: ModelSpec, *, model_class: type[WanModel] | None = None) -> WanModel:
     """An uninitialised model in eval mode on torch's current default device (use ``torch.device("meta")`` to fill it
     by assignment)."""
-    return (model_class or WanModel)(spec).eval()
+    return (model_class or _class_of(spec.task))(spec).eval()
+
+
+def _class_of(task: Task) -> type[WanModel]:
+    """The definition of a task; those with more than the common one are imported when first used."""
+    if task is Task.ANIMATE:
+        from .animate import AnimateModel
+
+        return AnimateModel
+    if task is Task.S2V:
+        from .s2v import S2VModel
+
+        return S2VModel
+    return WanModel
