@@ -52,10 +52,8 @@ LAYOUTS: dict[int, dict[str, ParallelDims]] = {
         "ulysses 3, sharded": ParallelDims(ulysses=3, shard=3),
     },
     4: {
-        "ulysses 4": ParallelDims(ulysses=4),
         "ulysses 2 x ring 2": ParallelDims(ulysses=2, ring=2),
         "cfg 2 x ulysses 2": ParallelDims(cfg=2, ulysses=2),
-        "cfg 2 x ring 2": ParallelDims(cfg=2, ring=2),
         "cfg 2 x ulysses 2, sharded": ParallelDims(cfg=2, ulysses=2, shard=4),
         "ulysses 4, sharded inside pairs": ParallelDims(ulysses=4, shard=2),
     },
@@ -65,7 +63,7 @@ LAYOUTS: dict[int, dict[str, ParallelDims]] = {
 def spec(task: Task) -> ModelSpec:
     channels = {Task.T2V: (16, 16), Task.I2V: (36, 16), Task.TI2V: (48, 48)}[task]
     return ModelSpec(
-        task=task, dim=WIDTH, ffn_dim=256, num_heads=HEADS, num_layers=3, in_dim=channels[0], out_dim=channels[1],
+        task=task, dim=WIDTH, ffn_dim=256, num_heads=HEADS, num_layers=2, in_dim=channels[0], out_dim=channels[1],
         text_dim=TEXT,
     )  # fmt: skip
 
@@ -171,7 +169,10 @@ def check_sharding_is_exact(dims: ParallelDims, recipe: str, dtype: torch.dtype)
     weight = parts.blocks[0].ffn[0].weight
     assert weight.dtype == (dtype if recipe == "none" else torch.float8_e4m3fn)
     assert weight.to_local().numel() * dims.shard <= 256 * WIDTH + WIDTH * dims.shard
-    for change in (lambda: remove_parallel(parts), lambda: wan_fp8.apply_recipe(parts, Recipe("rowwise", keep=("ffn",)))):
+    for change in (
+        lambda: remove_parallel(parts),
+        lambda: wan_fp8.apply_recipe(parts, Recipe("rowwise", keep=("ffn",))),
+    ):
         refused(change, "weights are sharded")
 
 
@@ -189,10 +190,12 @@ def check_cache(dims: ParallelDims, recipe: str, phase: str) -> None:
     """MagCache skips the same passes, with the same numbers."""
     cond = (1.0, *[0.99] * (STEPS - 1))
     uncond = (1.0, *[0.99, 0.94] * STEPS)[:STEPS]
-    curve = Curve("own", "t2v", SCHEDULE[:-1], cond, uncond, None, models=(("only", "x"),), shape=(WIDTH, 3))
+    curve = Curve("own", "t2v", SCHEDULE[:-1], cond, uncond, None, models=(("only", "x"),), shape=(WIDTH, 2))
     setting = MagCache(0.1, 2, 0.2, phase=phase, curve=curve)
     one = apply_magcache(model_of(Task.T2V, torch.float64, recipe), setting)
-    many = apply_magcache(parallelize(model_of(Task.T2V, torch.float64, recipe), dims), setting)  # added after the split
+    many = apply_magcache(
+        parallelize(model_of(Task.T2V, torch.float64, recipe), dims), setting
+    )  # added after the split
     video = Video(Task.T2V, 2)
     for step in range(STEPS):
         ours = video.forward(many, step, slice(None), COND, UNCOND)
@@ -214,7 +217,7 @@ def check_cache(dims: ParallelDims, recipe: str, phase: str) -> None:
 def check_skipped_pass_is_silent(dims: ParallelDims) -> None:
     """A pass that is skipped sends nothing between the ranks of a sequence."""
     cond = (1.0, *[0.99] * (STEPS - 1))
-    curve = Curve("own", "t2v", SCHEDULE[:-1], cond, None, None, models=(("only", "x"),), shape=(WIDTH, 3))
+    curve = Curve("own", "t2v", SCHEDULE[:-1], cond, None, None, models=(("only", "x"),), shape=(WIDTH, 2))
     many = parallelize(model_of(Task.T2V, torch.float32), dims)
     apply_magcache(many, MagCache(0.1, 2, 0.2, curve=curve))
     video, sent = Video(Task.T2V, 1), []
@@ -252,7 +255,9 @@ def check_lora(dims: ParallelDims) -> None:
 
 def check_fp8_attention(dims: ParallelDims) -> None:
     """Casts and guard see whole sequences; with Ulysses a head's scale is one GPU's."""
-    setting = Attention("reference-fp8", skip_first_steps=0, skip_last_steps=0, skip_first_blocks=0, bound=1.0)
+    setting = Attention(
+        "reference-fp8", skip_first_steps=0, skip_last_steps=0, skip_first_blocks=0, skip_last_blocks=0, bound=1.0
+    )
     models = [model_of(Task.T2V, torch.float64), parallelize(model_of(Task.T2V, torch.float64), dims)]
     for model in models:
         wan_fp8.set_attention(model, setting)
@@ -317,7 +322,7 @@ def refused(action: Callable[[], object], words: str) -> None:
 
 def check_refusals(ranks: int) -> None:
     model = model_of(Task.T2V, torch.float32)
-    refused(lambda: parallelize(model, ParallelDims(ulysses=ranks + 1)), f"the process group has {ranks}")
+    refused(lambda: parallelize(model, ParallelDims(ulysses=6)), f"the process group has {ranks}")
     odd = model_of(Task.T2V, torch.float32)
     odd.spec = dataclasses.replace(odd.spec, num_heads=1)
     refused(lambda: parallelize(odd, ParallelDims(ulysses=ranks)), "does not divide the 1 heads")
@@ -352,41 +357,44 @@ def cases(ranks: int) -> dict[str, Callable[[], None]]:
 
 
 def _cases(ranks: int) -> Iterator[tuple[str, Callable[[], None]]]:
+    few = ranks > 2  # two ranks go through everything, more of them through what may depend on their number
     for name, dims in LAYOUTS[ranks].items():
-        batches = (1, 2) if dims.shard == 1 else (2,)
+        sharded = dims.shard > 1
         for number, recipe in enumerate(("none", "rowwise", *PER_TENSOR)):
-            for batch in batches:
+            for batch in (2,) if sharded or few else (1, 2):
+                if sharded and recipe in ("rowwise", "Float8CurrentScaling"):
+                    continue
                 task = list(Task)[(number + batch) % 3]
-                yield f"{name}: {task} {recipe} batch {batch} fp64", partial(
-                    check, dims, task, recipe, torch.float64, batch
+                yield (
+                    f"{name}: {task} {recipe} batch {batch} fp64",
+                    partial(check, dims, task, recipe, torch.float64, batch),
                 )
-        yield f"{name}: live LoRA", partial(check_lora, dims)
-        yield f"{name}: MagCache DelayedScaling", partial(check_cache, dims, "DelayedScaling", "in_phase")
-        yield from (_sharded if dims.shard > 1 else _replicated)(name, dims)
-        if dims.sequence > 1:
+        if not few or not sharded:
+            yield f"{name}: MagCache DelayedScaling", partial(check_cache, dims, "DelayedScaling", "in_phase")
+        if dims.sequence > 1 and not sharded:
             for recipe in PER_TENSOR:
                 yield f"{name}: padding {recipe}", partial(check_padding, dims, recipe)
-        if dims.sequence == ranks and dims.shard == 1:
-            yield f"{name}: a skipped pass is silent", partial(check_skipped_pass_is_silent, dims)
+        if sharded:
+            for recipe, dtype in (("rowwise", torch.bfloat16), ("DelayedScaling", torch.float32)):
+                yield f"{name}: exact, {recipe}", partial(check_sharding_is_exact, dims, recipe, dtype)
+            continue
+        yield f"{name}: traffic", partial(check_traffic, dims)
+        yield f"{name}: t2v fp32", partial(check, dims, Task.T2V, "none", torch.float32, 2, 1)
+        yield f"{name}: i2v DelayedScaling bf16", partial(check, dims, Task.I2V, "DelayedScaling", torch.bfloat16, 1, 1)
+        if not few:
+            yield from _two_ranks(name, dims)
     if ranks % 2 == 0:
         yield "prompts of a half are kept", partial(check_twin, ranks)
     yield "refusals", partial(check_refusals, ranks)
 
 
-def _replicated(name: str, dims: ParallelDims) -> Iterator[tuple[str, Callable[[], None]]]:
-    for task, dtype in ((Task.T2V, torch.float32), (Task.TI2V, torch.bfloat16)):
-        for recipe in ("none", "DelayedScaling"):
-            yield f"{name}: {task} {recipe} {dtype}", partial(check, dims, task, recipe, dtype, 2, 1)
+def _two_ranks(name: str, dims: ParallelDims) -> Iterator[tuple[str, Callable[[], None]]]:
+    yield f"{name}: live LoRA", partial(check_lora, dims)
     yield f"{name}: MagCache none", partial(check_cache, dims, "none", "in_phase")
     yield f"{name}: MagCache Float8CurrentScaling", partial(check_cache, dims, "Float8CurrentScaling", "in_phase")
     yield f"{name}: MagCache as published", partial(check_cache, dims, "DelayedScaling", "published")
     yield f"{name}: undone", partial(check_undone, dims)
-    yield f"{name}: traffic", partial(check_traffic, dims)
     if dims.sequence > 1:
         yield f"{name}: FP8 attention", partial(check_fp8_attention, dims)
         yield f"{name}: NaN", partial(check_nan, dims)
-
-
-def _sharded(name: str, dims: ParallelDims) -> Iterator[tuple[str, Callable[[], None]]]:
-    for recipe, dtype in (("none", torch.bfloat16), ("rowwise", torch.bfloat16), ("DelayedScaling", torch.float32)):
-        yield f"{name}: exact, {recipe}", partial(check_sharding_is_exact, dims, recipe, dtype)
+        yield f"{name}: a skipped pass is silent", partial(check_skipped_pass_is_silent, dims)

@@ -75,7 +75,7 @@ def parallelize(model: WanModel, dims: ParallelDims, *, device_type: str | None 
         model.token_multiple = dims.sequence
         model.stack_wrappers[NAME] = split
         for attention in _self_attentions(model):
-            attention.inner_attention = ParallelCore(attention.inner_attention, split)
+            attention.inner_attention = ParallelCore(attention.get_submodule("inner_attention"), split)
     handles = GuidanceParallel(groups, traffic).attach(model) if dims.cfg > 1 else ()
     _reduce_with(model, SharedMaxima(groups) if dims.world > 1 else None)
     model.layout = Layout(dims, groups, traffic, tuple(handles))

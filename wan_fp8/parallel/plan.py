@@ -191,7 +191,10 @@ def _topology_reason(dims: ParallelDims, work: Workload) -> str:
     if dims.ulysses > 1:
         parts.append(f"{dims.ulysses} divides the {work.spec.num_heads} heads")
     if dims.ring > 1:
-        parts.append(f"{dims.sequence} does not, so that {dims.ring} groups gather keys and values")
+        parts.append(
+            f"{dims.sequence} does not divide the {work.spec.num_heads} heads, so that {dims.ring} groups gather keys "
+            "and values"
+        )
     sentence = ", ".join(parts)
     return f"{sentence[0].upper()}{sentence[1:]}."
 
