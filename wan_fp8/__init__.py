@@ -31,6 +31,9 @@ _EXPORTS = {
     "MagCache": "caching",
     "apply_magcache": "caching",
     "remove_magcache": "caching",
+    "ParallelDims": "parallel",
+    "parallelize": "parallel",
+    "remove_parallel": "parallel",
     "caching": "caching",
     "sampling": "sampling",
 }

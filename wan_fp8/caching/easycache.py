@@ -24,6 +24,7 @@ class EasyCache(Policy):
     """``threshold`` is the summed relative change of the output; the last step is always computed."""
 
     name: ClassVar[str] = "EasyCache"
+    looks_at_tokens: ClassVar[bool] = True
 
     def start(self, plan: RunPlan) -> EasyTracker:
         return EasyTracker(self, plan)

@@ -100,6 +100,8 @@ class Policy(ABC):
 
     name: ClassVar[str]
     """In reports and nodes."""
+    looks_at_tokens: ClassVar[bool] = False
+    """Decisions depend on what the passes hold, not on the schedule alone."""
     threshold: float = 0.12
     max_skips: int = 2
     """Skipped steps in a row."""

@@ -168,7 +168,7 @@ class StepCache:
         ]
         if len({part.key for part in parts}) < count:
             raise InputError(f"the {count} conditionings of one batch need {count} different keys")
-        self._kinds |= {min(part.kind, 1) for part in parts}
+        self._kinds |= {min(kind, 1) for kind in (*(part.kind for part in parts), *position.elsewhere)}
         return parts
 
     # ---- decisions ---------------------------------------------------------------------------------------------------

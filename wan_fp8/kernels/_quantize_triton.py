@@ -116,8 +116,8 @@ def finish(
         return out
     if row_amax is not None:
         assert cast.amax is not None
-        largest = reference.counted(row_amax, cast.padding, out.shape[-2]).amax().reshape(1)
-        torch.maximum(cast.amax, largest, out=cast.amax)
+        counted = reference.counted(row_amax, cast.padding, out.shape[-2])
+        torch.maximum(cast.amax, reference.largest(counted), out=cast.amax)
     if cast.granularity is None:
         return out
     scale = cast.dequant if scale is None else scale
@@ -155,4 +155,4 @@ def launch_amax(x: Tensor, gelu: bool, padding: tuple[int, int] | None) -> Tenso
         x, None, None, None, row_amax, rows, dim,
         GELU=gelu, MODE=NO_STORE, POWER_OF_2=False, COLLECT=True, **launch_shape(dim),
     )  # fmt: skip
-    return reference.counted(row_amax, padding, x.shape[-2]).amax().reshape(1)
+    return reference.largest(reference.counted(row_amax, padding, x.shape[-2]))

@@ -103,6 +103,13 @@ def counted(rows: Tensor, padding: tuple[int, int] | None, tokens: int) -> Tenso
     return rows.unflatten(0, (-1, padding[0]))[:, : padding[1]]
 
 
+def largest(magnitudes: Tensor) -> Tensor:
+    """[1] fp32: the largest of them; 0 where there are none (a rank that holds nothing but padding)."""
+    if magnitudes.numel() == 0:
+        return torch.zeros(1, dtype=torch.float32, device=magnitudes.device)
+    return magnitudes.amax().float().reshape(1)
+
+
 # ---- activations ---------------------------------------------------------------------------------------------------
 
 
@@ -149,7 +156,7 @@ def collect_amax(
     """[1] fp32: the largest magnitude of ``x`` [..., S, D], or of its GELU."""
     if not _use_triton(x, fused):
         values = counted(_activated(x, gelu).flatten(0, -2), padding, x.shape[-2])
-        return values.abs().amax().float().reshape(1)
+        return largest(values.abs())
     from ._quantize_triton import launch_amax
 
     return launch_amax(x, gelu, padding)
@@ -188,7 +195,7 @@ def emit(values: Tensor, cast: Cast | None, dtype: torch.dtype) -> Tensor | Quan
 def _raise_amax(cast: Cast | None, values: Tensor) -> None:
     if cast is not None and cast.amax is not None:
         values = counted(values.flatten(0, -2), cast.padding, values.shape[-2])
-        torch.maximum(cast.amax, values.abs().amax().float().reshape(1), out=cast.amax)
+        torch.maximum(cast.amax, largest(values.abs()), out=cast.amax)
 
 
 def _factors(amax: Tensor, power_of_2: bool, limit: float = E4M3_MAX) -> tuple[Tensor, Tensor]:

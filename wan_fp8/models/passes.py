@@ -36,6 +36,8 @@ class RunPosition:
     """One for each equal part of the batch, in order."""
     share: tuple[int, int] | None = None
     """First step of ``schedule`` that this model serves, and the one after its last; None: all of them."""
+    elsewhere: frozenset[int] = frozenset()
+    """Kinds of this step's conditionings that other ranks compute at the same time."""
     expert: str | None = None
     """``high_noise`` or ``low_noise`` where the caller knows which of two experts the model is."""
 

@@ -45,6 +45,9 @@ class ForwardQuantization(Protocol):
     compile_refusal: str | None
     """Why blocks with this recipe cannot be compiled; None where they can."""
 
+    def reduce_with(self, reduction: AmaxReduction | None) -> None:
+        """Agree on maxima with other ranks; None: there are none."""
+
     def begin_run(self) -> None:
         """A sampling run starts with the next forward."""
 
@@ -58,13 +61,25 @@ class ForwardQuantization(Protocol):
         """After a forward."""
 
 
+class AmaxReduction(Protocol):
+    """How ranks that share one forward agree on the maxima that FP8 scales are made of; both change fp32 ``amax`` in
+    place."""
+
+    def over_sequence(self, amax: Tensor) -> None:
+        """The largest over the ranks that hold parts of the same sequences."""
+
+    def over_all(self, amax: Tensor) -> None:
+        """The largest over all ranks, those with other conditionings included."""
+
+
 Embedded = tuple[Tensor, tuple[int, int, int], Tensor | None, dict[str, Any]]
 """What ``embed`` returns."""
 StackFunction = Callable[[Tensor, ForwardState], Tensor]
 """Residual stream before the first block -> after the last, [B, S, D]."""
 StackWrapper = Callable[[Tensor, ForwardState, StackFunction], Tensor]
 """Called with the stack it wraps. Attributes, both optional: ``keeps_input`` False says that it needs its input no more
-once the stack runs; ``begin_run()`` is called between runs."""
+once the stack runs; ``innermost`` True puts it inside all others, whenever it was added; ``begin_run()`` is called
+between runs."""
 
 MAX_CACHED_PROMPTS = 4
 """Prompts (batches of prompts) whose text keys and values are kept: cond and uncond, twice. 0.4 GiB each at 14B in
@@ -118,10 +133,16 @@ class WanModel(nn.Module):
         self.fused_kernels = "auto"
         """``auto``, ``triton`` or ``eager``: who runs norms, modulation and rotary turns."""
         self.token_multiple = 1
-        """The token axis is padded once per forward to a multiple of this (a parallel layout's need; a recipe's comes
-        on top)."""
+        """The token axis is padded once per forward, so that it falls into this many equal parts (a parallel layout's
+        need), each of a length that the recipe takes."""
         self.quantization: ForwardQuantization | None = None
         """Set by ``apply_recipe``."""
+        self.amax_reduction: AmaxReduction | None = None
+        """Set by ``parallelize``: how maxima are agreed on; whoever sets ``quantization`` hands it on."""
+        self.layout: object | None = None
+        """Set by ``parallelize``: what it attached."""
+        self.fixed_weights: str | None = None
+        """Why no recipe can make other weights of these (they are sharded); None where one can."""
         self.lora: low_rank.LiveLora | None = None
         """Set by ``set_lora``: LoRAs that run beside the weights."""
         self.merged_by_lora: dict[str, tuple[nn.Parameter, nn.Parameter]] = {}
@@ -213,8 +234,7 @@ class WanModel(nn.Module):
         )
         multiple = self.token_multiple
         if self.quantization is not None:
-            needed = self.quantization.begin(tokens.device, state.compute_dtype, state.fused)
-            multiple = math.lcm(multiple, needed)
+            multiple *= self.quantization.begin(tokens.device, state.compute_dtype, state.fused)
         tokens = self._padded(tokens, state, multiple)
         if self.quantization is not None:
             self.quantization.padded(tokens.shape[1], state.num_tokens)
@@ -427,7 +447,8 @@ class WanModel(nn.Module):
 
     def _stack(self) -> StackFunction:
         function: StackFunction = self.run_blocks
-        for wrapper in reversed(self.stack_wrappers.values()):
+        in_order = sorted(self.stack_wrappers.values(), key=lambda wrapper: getattr(wrapper, "innermost", False))
+        for wrapper in reversed(in_order):
             function = _wrapped(wrapper, function)
         return function
 

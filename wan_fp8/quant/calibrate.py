@@ -10,7 +10,7 @@ of 1, and so the same run gives the same bits again. Scales that were loaded fro
 from __future__ import annotations
 
 import json
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -71,6 +71,8 @@ class DelayedScales:
         self.entries = [Site() for _ in self.sites]
         """One for each of ``sites``; views of the tensors above."""
         self._bind()
+        self.reduce: Callable[[Tensor], None] | None = None
+        """Raises values to the largest of all ranks that run the same step, in place."""
         self._restart = False
         self._start: tuple[Tensor, Tensor] | None = None
 
@@ -112,9 +114,11 @@ class DelayedScales:
 
     def end(self, timestep: Tensor) -> None:
         """After a forward at ``timestep`` (any shape): enter what was collected, and set the scales of the next."""
-        if not any(site.touched for site in self.entries):
+        if self.frozen or (self.reduce is None and not any(site.touched for site in self.entries)):
             return  # every block was skipped, or scales are frozen
         now = timestep.detach().max().to(self._timestep)
+        if self.reduce is not None:
+            now = self._agree(now, self.reduce)
         same = now == self._timestep
         latest = torch.where(self.amax.isfinite(), self.amax, self.history[0])
         raised = torch.cat([torch.maximum(self.history[:1], latest[None]), self.history[1:]])
@@ -125,6 +129,17 @@ class DelayedScales:
         for site in self.entries:
             site.calibrated |= site.touched
         self._clear()
+
+    def _agree(self, now: Tensor, reduce: Callable[[Tensor], None]) -> Tensor:
+        """Raise the maxima to those of all ranks; returns their timestep.
+
+        Every rank takes part, whether it ran blocks or not: another one may have. Where none did, the step is taken for
+        the last one once more, which changes nothing.
+        """
+        shared = torch.cat([self.amax, now[None]]).nan_to_num(nan=float("inf"), posinf=float("inf"))
+        reduce(shared)
+        self.amax.copy_(shared[:-1])
+        return torch.where(self.amax.amax() > 0, shared[-1], self._timestep)
 
     def _clear(self) -> None:
         for site in self.entries:

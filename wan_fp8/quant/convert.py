@@ -60,6 +60,7 @@ def apply_recipe(
     wanted = {name: module for name, module in _block_linears(model) if recipe.converts(name)}
     if present == recipe and all(isinstance(module, FP8Linear) for module in wanted.values()):
         return model
+    _check_weights(model)
     _check_widths(wanted, recipe)
     _check_keep(model, recipe)
     if present is not None:
@@ -87,6 +88,8 @@ def remove_recipe(model: WanModel) -> WanModel:
         InputError: the original weights are gone; nothing was changed.
     """
     converted = [(name, module) for name, module in _block_linears(model) if isinstance(module, FP8Linear)]
+    if converted:
+        _check_weights(model)
     _require_originals(converted)
     for _, module in converted:
         _restore(module)
@@ -135,6 +138,11 @@ def _block_linears(model: nn.Module) -> Iterator[tuple[str, Linear]]:
     for index, block in enumerate(model.blocks):  # type: ignore[arg-type, var-annotated]
         for name in LINEARS:
             yield f"blocks.{index}.{name}", block.get_submodule(name)
+
+
+def _check_weights(model: WanModel) -> None:
+    if model.fixed_weights is not None:
+        raise InputError(f"the recipe cannot be changed: {model.fixed_weights}")
 
 
 def _check_widths(wanted: dict[str, Linear], recipe: Recipe) -> None:
@@ -263,9 +271,10 @@ def _wire(model: WanModel, recipe: Recipe) -> None:
     index = {name: number for number, name in enumerate(sites)}
     for name, modules in readers.items():
         site = index.get(name) if recipe.is_delayed else None
-        quantizer = None if recipe.is_weight_only else InputQuantizer(quantization, site)
+        quantizer = None if recipe.is_weight_only else InputQuantizer(quantization, site, text=name.endswith(_TEXT))
         for module in modules:
             module.quantization, module.input_quantizer = quantization, quantizer
+    quantization.reduce_with(model.amax_reduction)
     model.quantization = quantization
     _forget(model)
 

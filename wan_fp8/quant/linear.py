@@ -17,12 +17,14 @@ from ..kernels.quantize import (
     Cast,
     Granularity,
     QuantizedActivation,
+    collect_amax,
     current_multiplier,
     quantize,
     quantize_current,
     quantize_weight,
 )
 from ..models.layers import Linear
+from ..models.wan import AmaxReduction
 from ..registry import Resolution
 from .calibrate import DelayedScales, Site
 from .recipe import Recipe
@@ -53,6 +55,8 @@ class Quantization:
         """The Triton kernels or their eager references, as the running forward has it."""
         self.padding: tuple[int, int] | None = None
         """(tokens with padding, tokens) of the running forward; None where nothing is padded."""
+        self.reduction: AmaxReduction | None = None
+        """How maxima are agreed on with other ranks."""
         self._resolved: dict[tuple[torch.device, torch.dtype], Resolution[GemmRequest]] = {}
 
     def resolve(self, device: torch.device, dtype: torch.dtype) -> Resolution[GemmRequest]:
@@ -77,6 +81,12 @@ class Quantization:
     def backends(self) -> list[str]:
         """Who has multiplied so far."""
         return sorted({resolution.backend.name for resolution in self._resolved.values()})
+
+    def reduce_with(self, reduction: AmaxReduction | None) -> None:
+        """Agree on maxima with other ranks; None: there are none."""
+        self.reduction = reduction
+        if self.scales is not None:
+            self.scales.reduce = None if reduction is None else reduction.over_all
 
     def begin_run(self) -> None:
         """A sampling run starts with the next forward."""
@@ -104,9 +114,13 @@ class Quantization:
 class InputQuantizer:
     """How the input of one or several linears is cast: within the kernel that makes it, or by itself."""
 
-    def __init__(self, quantization: Quantization, site: int | None) -> None:
-        """``site``: index among the delayed scales; None: the scale comes from the tensor itself."""
-        self.quantization = quantization
+    def __init__(self, quantization: Quantization, site: int | None, *, text: bool = False) -> None:
+        """
+        Args:
+            site: index among the delayed scales; None: the scale comes from the tensor itself.
+            text: the input is the prompt: every rank has the whole of it, without the padding of video tokens.
+        """
+        self.quantization, self.text = quantization, text
         self.site: Site | None = None
         if site is not None:
             assert quantization.scales is not None
@@ -122,7 +136,7 @@ class InputQuantizer:
             return Cast(None)
         if granularity is Granularity.TENSOR:
             amax = torch.zeros(1, dtype=torch.float32, device=device)
-            return Cast(None, amax=amax, padding=self.quantization.padding)
+            return Cast(None, amax=amax, padding=self._padding)
         return Cast(granularity, power_of_2=True)
 
     def finish(self, made: Tensor | QuantizedActivation, cast: Cast) -> QuantizedActivation:
@@ -132,18 +146,23 @@ class InputQuantizer:
         if cast.amax is None:
             return self(made)
         self._record(cast.amax)
-        multiplier = current_multiplier(cast.amax)
+        multiplier = current_multiplier(self._agreed(cast.amax))
         fused = self.quantization.fused
         return quantize(made, Cast(Granularity.TENSOR, multiplier=multiplier, dequant=1 / multiplier), fused=fused)
 
     def __call__(self, x: Tensor, gelu: bool = False) -> QuantizedActivation:
         """Cast ``x`` [..., D], after a GELU (tanh form) where asked."""
         own = self.quantization.runner(x.device, x.dtype).quantize
-        fused, padding = self.quantization.fused, self.quantization.padding
+        fused, padding = self.quantization.fused, self._padding
         granularity = self.quantization.recipe.granularity
         if own is not None and padding is not None and granularity is Granularity.TENSOR and x.shape[1] == padding[0]:
             x[:, padding[1] :] = 0  # a maximum of its own making takes every row in
         static = self._static()
+        if static is None and granularity is Granularity.TENSOR and self._is_shared:
+            amax = collect_amax(x, gelu=gelu, fused=fused, padding=padding)
+            self._record(amax)
+            multiplier = current_multiplier(self._agreed(amax))
+            static = Cast(Granularity.TENSOR, multiplier=multiplier, dequant=1 / multiplier)
         if static is not None:
             return quantize(x, static, gelu=gelu, fused=fused) if own is None else own(x, static, gelu)
         if own is not None:
@@ -160,10 +179,30 @@ class InputQuantizer:
         site = self.site
         if site is None or not site.calibrated:
             return None
-        padding = self.quantization.padding
         return Cast(
-            Granularity.TENSOR, multiplier=site.multiplier, dequant=site.dequant, amax=self._cell(), padding=padding
+            Granularity.TENSOR,
+            multiplier=site.multiplier,
+            dequant=site.dequant,
+            amax=self._cell(),
+            padding=self._padding,
         )
+
+    @property
+    def _padding(self) -> tuple[int, int] | None:
+        return None if self.text else self.quantization.padding
+
+    @property
+    def _is_shared(self) -> bool:
+        """Whether other ranks hold the rest of this input."""
+        return self.quantization.reduction is not None and not self.text
+
+    def _agreed(self, amax: Tensor) -> Tensor:
+        """``amax`` [1], raised to that of the ranks that hold the rest; a first step agrees with all of them, since
+        delayed scales do."""
+        reduction = self.quantization.reduction
+        if reduction is not None and not self.text:
+            (reduction.over_sequence if self.site is None else reduction.over_all)(amax)
+        return amax
 
     def _cell(self) -> Tensor | None:
         scales = self.quantization.scales

@@ -1,0 +1,133 @@
+"""What ``auto`` chooses, as a table; the sizes that it goes by against the published ones."""
+
+from __future__ import annotations
+
+import dataclasses
+
+import pytest
+
+from wan_fp8.errors import InputError
+from wan_fp8.models.specs import I2V_A14B, TI2V_5B, ModelSpec
+from wan_fp8.models.wan import build_model
+from wan_fp8.parallel import Machine, ParallelDims, Workload, plan
+from wan_fp8.parallel.plan import sent_bytes, weight_bytes
+
+A14B = Workload(spec=I2V_A14B, tokens=75_600, experts=2)
+BF16 = dataclasses.replace(A14B, fp8=False)
+UNGUIDED = dataclasses.replace(A14B, guidance=False)
+SMALL = Workload(spec=TI2V_5B, tokens=27_280)
+
+
+@pytest.mark.parametrize(
+    ("gpus", "memory", "work", "dims"),
+    [
+        (1, 80, A14B, ParallelDims()),
+        (2, 80, A14B, ParallelDims(cfg=2)),
+        (2, 80, UNGUIDED, ParallelDims(ulysses=2)),
+        (3, 80, A14B, ParallelDims(ring=3)),  # 40 heads
+        (3, 80, SMALL, ParallelDims(ulysses=3)),  # 24 heads
+        (4, 80, A14B, ParallelDims(cfg=2, ulysses=2)),
+        (4, 80, UNGUIDED, ParallelDims(ulysses=4)),
+        (5, 80, SMALL, ParallelDims(ring=5)),
+        (6, 80, A14B, ParallelDims(cfg=2, ring=3)),
+        (6, 80, UNGUIDED, ParallelDims(ulysses=2, ring=3)),
+        (8, 80, A14B, ParallelDims(cfg=2, ulysses=4)),
+        (8, 80, UNGUIDED, ParallelDims(ulysses=8)),
+        (16, 80, A14B, ParallelDims(cfg=2, ulysses=8)),
+        (16, 80, UNGUIDED, ParallelDims(ulysses=8, ring=2)),
+        (4, 80, BF16, ParallelDims(cfg=2, ulysses=2)),
+        (4, 48, A14B, ParallelDims(cfg=2, ulysses=2)),
+        (4, 32, A14B, ParallelDims(cfg=2, ulysses=2, shard=2)),
+        (4, 18, A14B, ParallelDims(cfg=2, ulysses=2, shard=4)),
+        (4, 48, BF16, ParallelDims(cfg=2, ulysses=2, shard=2)),
+    ],
+)  # fmt: skip
+def test_choice(gpus: int, memory: float, work: Workload, dims: ParallelDims) -> None:
+    chosen = plan(Machine(gpus=gpus, memory_gib=memory), work)
+    assert chosen.dims == dims, str(chosen)
+    assert chosen.weights_gib + chosen.activations_gib < memory
+
+
+def test_hosts_shard_inside_themselves() -> None:
+    chosen = plan(Machine(gpus=16, memory_gib=40, gpus_per_host=8), BF16)
+    assert chosen.dims.shard in (2, 4, 8)
+    tight = plan(Machine(gpus=16, memory_gib=12, gpus_per_host=8), BF16)
+    assert tight.dims.shard == 16, str(tight)
+
+
+def test_the_reason_is_told() -> None:
+    text = str(plan(Machine(gpus=4, memory_gib=80), A14B))
+    assert text.startswith("cfg 2 x ulysses 2 x ring 1, weights replicated: The two halves of guidance share nothing")
+    assert "2 divides the 40 heads" in text and "2 experts in FP8 take" in text and "fit the 80 GiB" in text
+    text = str(plan(Machine(gpus=3, memory_gib=28), A14B))
+    assert "3 does not divide the 40 heads, so that 3 groups gather keys and values" in text
+    assert "do not fit the 28 GiB of a GPU: weights are sharded over 3" in text
+
+
+def test_the_choice_is_the_least_to_send() -> None:
+    """Against every layout there is, not only those that the planner looks at."""
+    for gpus in (2, 4, 6, 8, 12, 16):
+        for work in (A14B, UNGUIDED, SMALL):
+            chosen = plan(Machine(gpus=gpus, memory_gib=80), work).dims
+            for cfg in (1, 2):
+                for ulysses in (1, 2, 3, 4, 6, 8, 12, 16):
+                    if gpus % (cfg * ulysses) or work.spec.num_heads % ulysses or (cfg == 2 and not work.guidance):
+                        continue
+                    other = ParallelDims(cfg=cfg, ulysses=ulysses, ring=gpus // cfg // ulysses)
+                    assert sent_bytes(chosen, work) <= sent_bytes(other, work)
+
+
+def test_what_is_sent_takes_the_link_s_time() -> None:
+    nvlink, pcie = (plan(Machine(gpus=2, memory_gib=80, link=link), UNGUIDED) for link in ("nvlink", "pcie"))
+    measured = plan(Machine(gpus=2, memory_gib=80, link="pcie", link_gbs=10), UNGUIDED)
+    # by hand: q, k, v and the output, half of each rank's half, 40 blocks; the fp32 stream once
+    by_hand = 40 * 4 * 37_800 * 5120 * 2 // 2 + 37_800 * 5120 * 4
+    assert nvlink.sent_gib == pcie.sent_gib == by_hand / 2**30
+    assert nvlink.exchange_seconds == pytest.approx(by_hand / 250e9)
+    assert pcie.exchange_seconds == pytest.approx(by_hand / 20e9)
+    assert measured.exchange_seconds == pytest.approx(by_hand / 10e9)
+    assert plan(Machine(gpus=2, memory_gib=80), A14B).sent_gib == 0
+
+
+@pytest.mark.parametrize("spec", [I2V_A14B, TI2V_5B])
+def test_weights_are_those_of_the_model(spec: ModelSpec) -> None:
+    import torch
+
+    with torch.device("meta"):
+        model = build_model(spec)
+    blocks = sum(parameter.numel() for parameter in model.blocks.parameters())
+    everything = sum(parameter.numel() for parameter in model.parameters())
+    exact = blocks + 2 * (everything - blocks)
+    assert weight_bytes(Workload(spec=spec, tokens=1), 1) == pytest.approx(exact, rel=5e-3)
+
+
+@pytest.mark.parametrize(
+    ("make", "words"),
+    [
+        (lambda: plan(Machine(gpus=2, memory_gib=12), BF16), "take more GPUs, FP8 weights, or a smaller video"),
+        (lambda: Machine(gpus=0, memory_gib=80), "at least one GPU"),
+        (lambda: Machine(gpus=2, memory_gib=80, link="string"), "link is one of nvlink, pcie"),
+        (lambda: Machine(gpus=6, memory_gib=80, gpus_per_host=4), "must divide the 6 GPUs"),
+        (lambda: Workload(spec=I2V_A14B, tokens=0), "at least one token"),
+        (lambda: ParallelDims(cfg=3), "cfg is 1 or 2"),
+        (lambda: ParallelDims(ulysses=0), "ulysses counts ranks from 1"),
+        (lambda: ParallelDims(ring=1.5), "ring counts ranks from 1"),  # type: ignore[arg-type]
+        (lambda: ParallelDims(ulysses=4, shard=3), "shard must divide the 4 ranks"),
+        (lambda: ParallelDims(ulysses=3).check(I2V_A14B), "does not divide the 40 heads"),
+    ],
+)
+def test_refusals(make, words: str) -> None:
+    with pytest.raises(InputError, match=words):
+        make()
+
+
+def test_there_has_to_be_a_process_group() -> None:
+    import torch
+
+    from wan_fp8.parallel import parallelize
+
+    with torch.device("meta"):
+        model = build_model(TI2V_5B)
+    with pytest.raises(InputError, match="init_process_group"):
+        parallelize(model, ParallelDims(ulysses=2))
+    assert model.layout is None

@@ -1,0 +1,209 @@
+"""Which layout to use, from numbers alone; the answer says why.
+
+The arithmetic is the same in every layout, so the choice goes by what has to be sent and by what has to fit. All of it
+is an estimate for choosing, not a measurement.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass, replace
+
+from ..errors import InputError
+from ..models.specs import ModelSpec
+from .dims import ParallelDims
+
+GIB = 2**30
+LINKS = {"nvlink": 250.0, "pcie": 20.0}
+"""GB/s that one GPU sends to others while all of them do, where nobody measured."""
+USABLE = 0.92
+"""Share of a GPU's memory that may be planned with: the rest is the CUDA context, NCCL and fragments."""
+COMPUTE_BYTES = 2
+"""bf16 activations."""
+STREAM_BYTES = 4
+"""fp32 residual stream."""
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Machine:
+    """What there is."""
+
+    gpus: int
+    memory_gib: float
+    """Of the smallest GPU."""
+    link: str = "nvlink"
+    """``nvlink`` or ``pcie``: how the GPUs of a host reach each other."""
+    link_gbs: float | None = None
+    """Measured GB/s that one GPU sends while all do; None: what is usual for ``link``."""
+    gpus_per_host: int | None = None
+    """None: all on one host. Weights are sharded inside a host."""
+
+    def __post_init__(self) -> None:
+        if self.link not in LINKS:
+            raise InputError(f"link is one of {', '.join(LINKS)}; got {self.link!r}")
+        if self.gpus < 1 or self.memory_gib <= 0 or (self.link_gbs is not None and self.link_gbs <= 0):
+            raise InputError("a machine has at least one GPU, and memory and a link of more than nothing")
+        if self.gpus_per_host is not None and (self.gpus_per_host < 1 or self.gpus % self.gpus_per_host):
+            raise InputError(f"gpus_per_host must divide the {self.gpus} GPUs; got {self.gpus_per_host}")
+
+    @property
+    def gbs(self) -> float:
+        """GB/s of the link."""
+        return LINKS[self.link] if self.link_gbs is None else self.link_gbs
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Workload:
+    """What is to run."""
+
+    spec: ModelSpec
+    tokens: int
+    """Of one video: latent frames x rows x columns / patch."""
+    guidance: bool = True
+    """Conditional and unconditional passes in every step."""
+    experts: int = 1
+    """Models that are resident together: 2 for A14B."""
+    fp8: bool = True
+    """Block weights of one byte; False: two."""
+
+    def __post_init__(self) -> None:
+        if self.tokens < 1 or self.experts < 1:
+            raise InputError("a workload has at least one token and one expert")
+
+
+@dataclass(frozen=True, slots=True)
+class Plan:
+    """A choice and its reason."""
+
+    dims: ParallelDims
+    reason: str
+    weights_gib: float
+    """Of each GPU, at rest."""
+    activations_gib: float
+    sent_gib: float
+    """By each GPU in one step, both conditionings included."""
+    exchange_seconds: float
+    """The same at the link's rate, none of it hidden behind compute."""
+
+    def __str__(self) -> str:
+        return (
+            f"{self.dims}: {self.reason} Weights {self.weights_gib:.1f} GiB and activations about "
+            f"{self.activations_gib:.1f} GiB a GPU; about {self.exchange_seconds:.2f} s of exchange a step."
+        )
+
+
+def plan(machine: Machine, work: Workload) -> Plan:
+    """The layout with the least to send; weights replicated where they fit, else sharded over as few ranks as fit.
+
+    Raises:
+        InputError: the model does not fit, however it is split.
+    """
+    layouts = list(_layouts(machine.gpus, work))
+    dims = min(layouts, key=lambda dims: (sent_bytes(dims, work), -dims.ulysses))
+    room = machine.memory_gib * USABLE
+    activations = activation_bytes(dims, work) / GIB
+    shard = next(
+        (n for n in _shards(machine) if weight_bytes(work, n) / GIB + activations <= room),
+        None,
+    )
+    if shard is None:
+        least = min(weight_bytes(work, n) for n in _shards(machine)) / GIB
+        raise InputError(
+            f"{work.experts} x {work.spec.task} needs {least + activations:.1f} GiB a GPU when its weights are shared "
+            f"by {max(_shards(machine))} GPUs, and {room:.1f} of {machine.memory_gib:g} GiB can be used: take more "
+            "GPUs, FP8 weights, or a smaller video"
+        )
+    dims = replace(dims, shard=shard)
+    sent = sent_bytes(dims, work)
+    return Plan(
+        dims=dims,
+        reason=f"{_topology_reason(dims, work)} {_weights_reason(dims, work, machine, activations)}",
+        weights_gib=weight_bytes(work, shard) / GIB,
+        activations_gib=activations,
+        sent_gib=sent / GIB,
+        exchange_seconds=sent / (machine.gbs * 1e9),
+    )
+
+
+def sent_bytes(dims: ParallelDims, work: Workload) -> int:
+    """What each rank sends in one step, but for gathers of sharded weights."""
+    spec, dims_u, dims_r = work.spec, dims.ulysses, dims.ring
+    share = _padded(work.tokens, dims.sequence) // dims.sequence
+    row = share * spec.dim * COMPUTE_BYTES
+    heads = 4 * row * (dims_u - 1) // dims_u
+    keys = 2 * row * (dims_r - 1)  # a rank holds the keys of its heads for as many tokens as its Ulysses group has
+    stream = share * spec.dim * STREAM_BYTES * (dims.sequence - 1)
+    passes = (2 if work.guidance else 1) // dims.cfg
+    return passes * (spec.num_layers * (heads + keys) + stream)
+
+
+def weight_bytes(work: Workload, shard: int) -> int:
+    """Weights of each rank at rest, and the two blocks that are gathered at a time where they are sharded."""
+    spec = work.spec
+    block = (8 * spec.dim**2 + 2 * spec.dim * spec.ffn_dim) * (1 if work.fp8 else 2)
+    time = spec.freq_dim * spec.dim + spec.dim**2 + 6 * spec.dim**2
+    text = spec.text_dim * spec.dim + spec.dim**2
+    rest = 2 * (time + text)
+    blocks = -(-spec.num_layers * block // shard)
+    return work.experts * (blocks + rest) + (2 * block if shard > 1 else 0)
+
+
+def activation_bytes(dims: ParallelDims, work: Workload) -> int:
+    """About what a forward needs beside the weights: the stream of every token before and after the blocks, and on each
+    rank's own q, k, v and output with their copies for the exchange, or the FFN's hidden layer."""
+    spec = work.spec
+    samples = 2 // dims.cfg if work.guidance else 1
+    share = -(-work.tokens // dims.sequence)
+    stream = 2 * work.tokens * spec.dim * STREAM_BYTES
+    inside = share * COMPUTE_BYTES * max(8 * spec.dim, 2 * spec.dim + 2 * spec.ffn_dim)
+    gathered = 2 * share * dims.ring * spec.dim * COMPUTE_BYTES if dims.ring > 1 else 0
+    return samples * (stream + inside + gathered)
+
+
+def _layouts(gpus: int, work: Workload) -> Iterator[ParallelDims]:
+    for cfg in (1, 2) if work.guidance and gpus % 2 == 0 else (1,):
+        ranks = gpus // cfg
+        for ulysses in range(1, ranks + 1):
+            if ranks % ulysses == 0 and work.spec.num_heads % ulysses == 0:
+                yield ParallelDims(cfg=cfg, ulysses=ulysses, ring=ranks // ulysses)
+
+
+def _shards(machine: Machine) -> list[int]:
+    host = machine.gpus_per_host or machine.gpus
+    inside = [n for n in range(1, host + 1) if host % n == 0]
+    return inside if host == machine.gpus else [*inside, machine.gpus]
+
+
+def _padded(tokens: int, multiple: int) -> int:
+    return tokens + -tokens % multiple
+
+
+def _topology_reason(dims: ParallelDims, work: Workload) -> str:
+    if dims.world == 1:
+        return "There is one GPU."
+    parts = []
+    if dims.cfg == 2:
+        parts.append("the two halves of guidance share nothing until the end")
+    elif not work.guidance:
+        parts.append("without guidance there are no halves to split")
+    else:
+        parts.append(f"{dims.world} GPUs do not fall into two halves")
+    if dims.ulysses > 1:
+        parts.append(f"{dims.ulysses} divides the {work.spec.num_heads} heads")
+    if dims.ring > 1:
+        parts.append(
+            f"{dims.sequence} does not divide the {work.spec.num_heads} heads, so that {dims.ring} groups gather keys "
+            "and values"
+        )
+    sentence = ", ".join(parts)
+    return f"{sentence[0].upper()}{sentence[1:]}."
+
+
+def _weights_reason(dims: ParallelDims, work: Workload, machine: Machine, activations: float) -> str:
+    kind = "FP8" if work.fp8 else "16-bit"
+    models = "one model" if work.experts == 1 else f"{work.experts} experts"
+    whole = weight_bytes(work, 1) / GIB
+    fits = f"{models} in {kind} take {whole:.1f} GiB beside {activations:.1f} GiB of activations"
+    if dims.shard == 1:
+        return f"{fits} and fit the {machine.memory_gib:g} GiB of a GPU: weights are replicated."
+    return f"{fits} and do not fit the {machine.memory_gib:g} GiB of a GPU: weights are sharded over {dims.shard}."
