@@ -265,6 +265,8 @@ def test_text_of_any_length() -> None:
     x, context = inputs("t2v", tokens=13)
     plain, padded = (Recorder(multiple).attach(fp8_model(reference("Float8CurrentScaling"))) for multiple in (1, 16))
     assert relative(padded(x, torch.tensor([900]), context), plain(x, torch.tensor([900]), context)) < 1e-5
+    keys = padded.blocks[0].cross_attn.k(torch.randn(2, 13, TINY["t2v"].dim))
+    assert keys.shape[1] == 13 and keys.is_contiguous(), "the fused norm reads rows that lie side by side"
 
 
 @pytest.mark.parametrize("name", ["rowwise", "Float8BlockScaling"])

@@ -235,7 +235,7 @@ class FP8Linear(Linear):
             runner = self.quantization.runner(x.device, x.dtype)
             extra = -x.shape[1] % token_multiple(runner, self.quantization.recipe.granularity)
             if extra:
-                return self.forward(F.pad(x, (0, 0, 0, extra)), gelu)[:, :-extra]
+                return self.forward(F.pad(x, (0, 0, 0, extra)), gelu)[:, :-extra].contiguous()
         if isinstance(x, Tensor) and self.input_quantizer is not None:
             x = self.input_quantizer(x)
         stored = x if isinstance(x, Tensor) else x.qdata
