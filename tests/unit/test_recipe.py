@@ -15,7 +15,7 @@ from torch import Tensor
 from wan_fp8 import compile_blocks
 from wan_fp8.checkpoint.load import load_transformer
 from wan_fp8.errors import BackendUnavailableError, CheckpointError, InputError
-from wan_fp8.gemm import GEMM, GemmRunner
+from wan_fp8.gemm import GEMM, GemmRunner, register_backends
 from wan_fp8.kernels.quantize import Granularity, QuantizedActivation, quantize, quantize_current
 from wan_fp8.models.blocks import ForwardOptions
 from wan_fp8.models.layers import Linear
@@ -204,6 +204,7 @@ class Recorder:
     def __init__(self, multiple: int = 1, own_cast: bool = False) -> None:
         """``own_cast``: with a cast of its own, as Transformer Engine has, which knows nothing of padding."""
         self.inputs: list[QuantizedActivation] = []
+        register_backends()
         runner = GEMM.backend("reference").run
 
         def multiply(x, weight, scale, bias):
