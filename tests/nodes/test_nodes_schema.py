@@ -128,8 +128,10 @@ def test_every_node_has_its_help_page(schemas, name):
 
 
 def test_defaults_are_the_published_ones(schemas):
-    sampling, task = nodes_kit.module("wan_fp8.sampling"), nodes_kit.module("wan_fp8.models.specs").Task
-    for name in task:
+    sampling = nodes_kit.module("wan_fp8.sampling")
+    sampled = {f"WanFP8Sample{name.upper()}" for name in sampling.DEFAULTS}
+    assert sampled == {name for name in schemas if name.startswith("WanFP8Sample")}
+    for name in sampling.DEFAULTS:
         defaults = sampling.DEFAULTS[name]
         node = schemas[f"WanFP8Sample{name.upper()}"]
         boxes = {i.id: getattr(i, "default", None) for i in node.inputs}
