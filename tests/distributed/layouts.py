@@ -331,7 +331,7 @@ def check_refusals(ranks: int) -> None:
     video = Video(Task.T2V, 1)
     refused(lambda: video.forward(model, 0, attention_override=lambda *_: None), "remove it, or use cfg alone")
     refused(lambda: video.forward(model, 0, block_replace={0: lambda *_: None}), "remove it, or use cfg alone")
-    model.embed = lambda x, task: (*type(model).embed(model, x, task)[:3], {"motion": 1})
+    model.embed = lambda *given: (*type(model).embed(model, *given)[:3], {"motion": 1})
     refused(lambda: video.forward(model, 0), "adds motion between its blocks")
     if ranks % 2 == 0:
         halves = parallelize(model_of(Task.T2V, torch.float32), ParallelDims(cfg=2, ulysses=ranks // 2))
