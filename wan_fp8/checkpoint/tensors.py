@@ -94,29 +94,6 @@ class TensorSource(ABC):
             ) from None
 
 
-class RenamedSource(TensorSource):
-    """Another source under other names; tensors without a new name are left out."""
-
-    def __init__(self, source: TensorSource, names: Mapping[str, str]) -> None:
-        """``names``: new name -> name in ``source``."""
-        self.label, self.metadata = source.label, source.metadata
-        self._source, self._names = source, dict(names)
-        self.tensors = {new: source.info(old) for new, old in names.items()}
-
-    def read(
-        self,
-        name: str,
-        dtype: torch.dtype | None = None,
-        device: torch.device | str = "cpu",
-        scale: Tensor | None = None,
-    ) -> Tensor:
-        self.info(name)
-        return self._source.read(self._names[name], dtype, device, scale)
-
-    def close(self) -> None:
-        self._source.close()
-
-
 class DictSource(TensorSource):
     """Tensors that are in memory (or mapped) already."""
 
