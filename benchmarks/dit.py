@@ -52,6 +52,8 @@ from wan_fp8.kernels.quantize import QuantizedActivation
 from wan_fp8.models.specs import SPECS, ModelSpec, Task
 from wan_fp8.models.wan import WanModel, build_model
 from wan_fp8.parallel import ParallelDims, parallelize
+from wan_fp8.parallel.ulysses import NAME as ULYSSES
+from wan_fp8.parallel.ulysses import SequenceParallel
 from wan_fp8.quant import RECIPES, recipe_of
 from wan_fp8.quant.linear import FP8Linear, Quantization
 from wan_fp8.quant.recipe import LINEARS
@@ -303,6 +305,7 @@ def measure(
     recipe: Recipe | None = None,
     lora_rank: int = 0,
     dims: ParallelDims | None = None,
+    overlap: bool = True,
     with_floor: bool = True,
 ) -> dict:
     """One row of results."""
@@ -326,6 +329,9 @@ def measure(
         compile_blocks(model, mode=compiled)
     if dims.world > 1:
         parallelize(model, dims)
+    split = model.stack_wrappers.get(ULYSSES)
+    if isinstance(split, SequenceParallel):
+        split.overlap = overlap
     x, timestep, context = model_inputs(spec, grid, device, dtype, batch)
     every_block = model.blocks
     began = time.perf_counter()
@@ -389,6 +395,7 @@ def measure(
         "cache": None,
         "world_size": dims.world,
         "topology": ranks.name_of(dims),
+        "overlap": overlap if dims.ulysses > 1 else None,
         "layer_ms": round(layer_ms, 3),
         "fixed_ms": round(fixed_ms, 3),
         "host_ms_per_block": round(queued / layers[0], 3),
@@ -520,6 +527,9 @@ def main(
     topologies: Annotated[
         str, typer.Option(help="In place of the four: several with commas, as one,cfg2,ulysses2+fsdp.")
     ] = "",
+    overlap: Annotated[
+        str, typer.Option(help="Ulysses: on sends v and k while the next is projected; off; or both with a comma.")
+    ] = "on",
     floor: Annotated[bool, typer.Option(help="Measure the floor of the single-GPU rows.")] = True,
     device: Annotated[str, typer.Option(help="cuda or cpu; empty picks.")] = "",
     json: Annotated[str, typer.Option(help="Where to write the results file.")] = "",
@@ -538,19 +548,36 @@ def main(
             raise typer.BadParameter(f"{dims} takes {dims.world} ranks; torchrun started {ranks.world()}")
     first, second = (int(n) for n in layers.split(","))
     rows: list[dict] = []
-    for name, stored, mode, scaling, rank, dims in itertools.product(
+    for name, stored, mode, scaling, rank, dims, early in itertools.product(
         attention.split(","),
         stream.split(","),
         compiled.split(","),
         recipes(recipe, backend, device, dtype),
         (int(number) for number in lora_rank.split(",")),
         layouts,
+        overlap.split(","),
     ):
+        if early == "off" and dims.ulysses == 1 and "on" in overlap:
+            continue  # the same again
         with torch.inference_mode():
             types = getattr(torch, dtype), getattr(torch, stored)
             counts = first, second
             row = measure(
-                model, size, frames, counts, name, types[0], device, kernels, types[1], mode, scaling, rank, dims, floor
+                model,
+                size,
+                frames,
+                counts,
+                name,
+                types[0],
+                device,
+                kernels,
+                types[1],
+                mode,
+                scaling,
+                rank,
+                dims,
+                early == "on",
+                floor,
             )
         rows.append(row | efficiency(rows, row))
         show(rows[-1])

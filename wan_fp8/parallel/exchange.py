@@ -66,29 +66,37 @@ def all_gather(received: Tensor, send: Tensor, group: dist.ProcessGroup) -> None
     _gather_single(received, send, group=group)
 
 
-class HeadsForTokens:
-    """One all-to-all on its way: [B, C, N, E] of this rank's tokens -> [B, P * C, h, E] of its heads."""
+class HeadExchange:
+    """All-to-alls on their way, tokens for heads: one for each tensor and sample, so that what arrives lies as
+    attention reads it, whatever the batch."""
 
-    def __init__(self, x_BCNE: Tensor, group: dist.ProcessGroup) -> None:
-        ranks = group.size()
-        self._send = x_BCNE.unflatten(2, (ranks, -1)).permute(2, 0, 1, 3, 4).contiguous()  # [P, B, C, h, E]
-        self._received = torch.empty_like(self._send)
-        self._work = all_to_all(self._received, self._send, group)
-        self.sent = sent(self._send[0], ranks)
+    def __init__(self, group: dist.ProcessGroup, traffic: Traffic) -> None:
+        self.ranks, self._group, self._traffic = group.size(), group, traffic
+        self._under_way: list[Work] = []
 
-    def wait(self) -> Tensor:
-        """The result; with one sample it is what was received, not a copy."""
-        self._work.wait()
-        return self._received.transpose(0, 1).flatten(1, 2)
+    def send(self, x_BPCnE: Tensor) -> Tensor:
+        """[B, P, C, h, E] of this rank's tokens -> [B, P * C, h, E] of its heads, there after ``wait``."""
+        received = torch.empty_like(x_BPCnE)
+        for theirs, mine in zip(received, x_BPCnE, strict=True):
+            self._under_way.append(all_to_all(theirs, mine, self._group))
+        self._traffic.heads += sent(x_BPCnE[:, 0], self.ranks)
+        return received.flatten(1, 2)
 
+    def wait(self) -> None:
+        """What was sent may be used by what the caller queues next."""
+        for work in self._under_way:
+            work.wait()
+        self._under_way.clear()
 
-def tokens_for_heads(x_BSHE: Tensor, group: dist.ProcessGroup) -> tuple[Tensor, int]:
-    """The way back: [B, P * C, h, E] -> [B, C, N, E], and the bytes sent. With one sample nothing is copied before."""
-    ranks = group.size()
-    send = x_BSHE.unflatten(1, (ranks, -1)).transpose(0, 1).contiguous()  # [P, B, C, h, E]
-    received = torch.empty_like(send)
-    all_to_all(received, send, group).wait()
-    return received.permute(1, 2, 0, 3, 4).flatten(2, 3), sent(send[0], ranks)
+    def back(self, x_BSHE: Tensor) -> Tensor:
+        """The way back, at once: [B, P * C, h, E] -> [B, C, N, E]."""
+        send = x_BSHE.contiguous().unflatten(1, (self.ranks, -1))
+        received = torch.empty_like(send)
+        for theirs, mine in zip(received, send, strict=True):
+            self._under_way.append(all_to_all(theirs, mine, self._group))
+        self._traffic.heads += sent(send[:, 0], self.ranks)
+        self.wait()
+        return received.transpose(1, 2).flatten(2, 3)
 
 
 def gather(x: Tensor, group: dist.ProcessGroup, dim: int) -> tuple[Tensor, int]:
