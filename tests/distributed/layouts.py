@@ -12,6 +12,7 @@ import functools
 import math
 from collections.abc import Callable, Iterator
 from functools import partial
+from unittest import mock
 
 import torch
 from torch import Tensor
@@ -23,9 +24,12 @@ from wan_fp8.errors import InputError
 from wan_fp8.models.blocks import ForwardOptions
 from wan_fp8.models.low_rank import LiveLora, LiveTerm
 from wan_fp8.models.specs import ModelSpec, Task
+from wan_fp8.models.vae import VAESpec, WanVAE
 from wan_fp8.models.wan import WanModel, build_model
 from wan_fp8.parallel import ParallelDims, layout_of, parallelize, remove_parallel
+from wan_fp8.parallel import vae as vae_groups
 from wan_fp8.parallel.plan import Workload, sent_bytes
+from wan_fp8.parallel.vae import SplitVAE
 from wan_fp8.quant import Recipe
 from wan_fp8.sampling import sigmas
 
@@ -316,6 +320,25 @@ def check_twin(ranks: int) -> None:
     assert len(calls) == 1
 
 
+def check_vae(ranks: int, frames: int) -> None:
+    """Rows that do not divide, and frames in groups, are the whole clip at once; on this rank alone as well."""
+    import torch.distributed as dist
+
+    with torch.inference_mode(False):
+        vae = WanVAE(VAESpec(dim=4)).double()
+        generator = torch.Generator().manual_seed(4)
+        for parameter in vae.parameters():
+            size = math.sqrt(parameter[0].numel()) if parameter.ndim > 1 else 1
+            parameter.data.copy_(torch.randn(parameter.shape, generator=generator) / size)
+    video = torch.randn(2, 3, frames, 40, 24, dtype=torch.float64, generator=generator)
+    latents = torch.randn(2, 16, (frames - 1) // 4 + 1, 5, 3, dtype=torch.float64, generator=generator)
+    for split in (SplitVAE(vae), SplitVAE(vae, dist.group.WORLD)):
+        for most in (vae_groups.MOST_VALUES, 1):
+            with mock.patch.object(vae_groups, "MOST_VALUES", most):
+                close([split.encode(video), split.decode(latents)], [vae.encode(video), vae.decode(latents)], 1e-12)
+    refused(lambda: split.decode(latents[..., : ranks - 1, :]), f"{ranks - 1} latent rows cannot be shared")
+
+
 def refused(action: Callable[[], object], words: str) -> None:
     try:
         action()
@@ -390,6 +413,8 @@ def _cases(ranks: int) -> Iterator[tuple[str, Callable[[], None]]]:
             yield from _two_ranks(name, dims)
     if ranks % 2 == 0:
         yield "prompts of a half are kept", partial(check_twin, ranks)
+    for frames in (1, 13):
+        yield f"VAE, {frames} frames", partial(check_vae, ranks, frames)
     yield "refusals", partial(check_refusals, ranks)
 
 
