@@ -22,7 +22,7 @@ import torch.distributed as dist
 from wan_fp8.models.specs import ModelSpec
 from wan_fp8.parallel import ParallelDims, exchange
 
-_PART = re.compile(r"(cfg|ulysses|ring|fsdp)(\d*)")
+_PART = re.compile(r"(cfg|ulysses|ring|merge|fsdp)(\d*)")
 
 
 def start(device: str = "") -> str:
@@ -87,7 +87,8 @@ def milliseconds(function: Callable[[], Any], device: str, *, repeats: int = 5, 
 
 
 def topology(name: str) -> ParallelDims:
-    """``cfg2+ulysses4+ring2+fsdp``, any of the parts; ``fsdp8`` shards inside groups of 8; ``one``: a single GPU.
+    """``cfg2+ulysses4+ring2+fsdp``, any of the parts; ``ring2+merge`` passes keys around; ``fsdp8`` shards inside
+    groups of 8; ``one``: a single GPU.
 
     Raises:
         ValueError: another name.
@@ -97,17 +98,20 @@ def topology(name: str) -> ParallelDims:
     given: dict[str, int] = {}
     for part in name.split("+"):
         match = _PART.fullmatch(part)
-        if match is None or (match[1] != "fsdp" and not match[2]) or match[1] in given:
+        if match is None or (match[1] not in ("fsdp", "merge") and not match[2]) or match[1] in given:
             raise ValueError(f"a topology is made of cfg2, ulysses4, ring2 and fsdp, joined by +; got {name!r}")
         given[match[1]] = int(match[2] or 0)
-    shard = given.pop("fsdp", None)
-    dims = ParallelDims(**given)
+    shard, merge = given.pop("fsdp", None), "merge" in given
+    given.pop("merge", None)
+    dims = ParallelDims(**given, merge=merge)
     return dims if shard is None else dataclasses.replace(dims, shard=shard or dims.world)
 
 
 def name_of(dims: ParallelDims) -> str | None:
     """The name that ``topology`` reads; None for a single GPU."""
     parts = [f"{part}{count}" for part in ("cfg", "ulysses", "ring") if (count := getattr(dims, part)) > 1]
+    if dims.merge:
+        parts.append("merge")
     if dims.shard > 1:
         parts.append("fsdp" if dims.shard == dims.world else f"fsdp{dims.shard}")
     return "+".join(parts) or None
@@ -130,13 +134,14 @@ def chosen(names: str, ulysses: int, ring: int, cfg: bool, fsdp: bool) -> list[P
 def silent() -> Iterator[None]:
     """Exchanges of tokens, heads and keys that move nothing: what is left is what a block would take if they were free.
     The copies around them stay. The numbers are garbage."""
-    kept = exchange.all_to_all, exchange.all_gather
+    kept = exchange.all_to_all, exchange.all_gather, exchange.ring_step
     exchange.all_to_all = lambda received, send, group: exchange.Nothing()
     exchange.all_gather = lambda received, send, group: None
+    exchange.ring_step = lambda received, send, before, after, group: ()
     try:
         yield
     finally:
-        exchange.all_to_all, exchange.all_gather = kept
+        exchange.all_to_all, exchange.all_gather, exchange.ring_step = kept
 
 
 def exchange_alone(

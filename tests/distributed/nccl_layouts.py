@@ -6,6 +6,7 @@ fp64 says that the layout is right, to 1e-7; bf16 that its kernels are.
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Callable, Iterator
 from functools import partial
 
@@ -22,6 +23,7 @@ from wan_fp8.parallel import ParallelDims
 def topologies(ranks: int) -> dict[str, ParallelDims]:
     """Every kind of split that the ranks allow."""
     found = {f"ulysses {ranks}": ParallelDims(ulysses=ranks), f"ring {ranks}": ParallelDims(ring=ranks)}
+    found[f"ring {ranks}, passed around"] = ParallelDims(ring=ranks, merge=True)
     if ranks % 2 == 0:
         found["cfg 2" + (f" x ulysses {ranks // 2}" if ranks > 2 else "")] = ParallelDims(cfg=2, ulysses=ranks // 2)
     if ranks % 4 == 0:
@@ -39,7 +41,7 @@ def cases(ranks: int) -> dict[str, Callable[[], None]]:
 def _cases(ranks: int) -> Iterator[tuple[str, Callable[[], None]]]:
     fp8_attention, dtype = _fp8_attention()
     for name, dims in topologies(ranks).items():
-        sharded = ParallelDims(cfg=dims.cfg, ulysses=dims.ulysses, ring=dims.ring, shard=ranks)
+        sharded = dataclasses.replace(dims, shard=ranks)
         for recipe, task in (("none", Task.T2V), ("DelayedScaling", Task.TI2V)):
             yield f"{name}: {task} {recipe} fp64", partial(layouts.check, dims, task, recipe, torch.float64, 2)
         for recipe, task in (
@@ -52,7 +54,7 @@ def _cases(ranks: int) -> Iterator[tuple[str, Callable[[], None]]]:
         cache = partial(layouts.check_cache, dims, "DelayedScaling", "in_phase", torch.bfloat16)
         yield f"{name}: MagCache DelayedScaling bf16", cache
         yield f"{name}: live LoRA", partial(layouts.check_lora, dims)
-        if dims.sequence > 1:
+        if dims.sequence > 1 and not dims.merge:
             yield f"{name}: FP8 attention", partial(layouts.check_fp8_attention, dims, fp8_attention, dtype)
         for recipe in ("none", "rowwise", "DelayedScaling"):
             yield (

@@ -5,6 +5,7 @@ P ranks, B batch, C tokens of one rank, N heads, h = N / P heads of one rank, E 
 
 from __future__ import annotations
 
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Protocol
 
@@ -72,19 +73,20 @@ class HeadExchange:
 
     def __init__(self, group: dist.ProcessGroup, traffic: Traffic) -> None:
         self.ranks, self._group, self._traffic = group.size(), group, traffic
-        self._under_way: list[Work] = []
+        self._under_way: list[tuple[Work, Tensor]] = []
+        """With what is being sent, which must live until then."""
 
     def send(self, x_BPCnE: Tensor) -> Tensor:
         """[B, P, C, h, E] of this rank's tokens -> [B, P * C, h, E] of its heads, there after ``wait``."""
         received = torch.empty_like(x_BPCnE)
         for theirs, mine in zip(received, x_BPCnE, strict=True):
-            self._under_way.append(all_to_all(theirs, mine, self._group))
+            self._under_way.append((all_to_all(theirs, mine, self._group), mine))
         self._traffic.heads += sent(x_BPCnE[:, 0], self.ranks)
         return received.flatten(1, 2)
 
     def wait(self) -> None:
         """What was sent may be used by what the caller queues next."""
-        for work in self._under_way:
+        for work, _ in self._under_way:
             work.wait()
         self._under_way.clear()
 
@@ -93,7 +95,7 @@ class HeadExchange:
         send = x_BSHE.contiguous().unflatten(1, (self.ranks, -1))
         received = torch.empty_like(send)
         for theirs, mine in zip(received, send, strict=True):
-            self._under_way.append(all_to_all(theirs, mine, self._group))
+            self._under_way.append((all_to_all(theirs, mine, self._group), mine))
         self._traffic.heads += sent(send[:, 0], self.ranks)
         self.wait()
         return received.transpose(1, 2).flatten(2, 3)
@@ -106,3 +108,26 @@ def gather(x: Tensor, group: dist.ProcessGroup, dim: int) -> tuple[Tensor, int]:
     received = x.new_empty(ranks * x.shape[0], *x.shape[1:])
     all_gather(received, x, group)
     return received.unflatten(0, (ranks, -1)).movedim(0, dim).flatten(dim, dim + 1), sent(x, ranks)
+
+
+def pass_on(x: Tensor, group: dist.ProcessGroup) -> Callable[[], Tensor]:
+    """Begin to hand ``x`` to the next rank of ``group``; the answer waits for what the one before hands over, of the
+    same shape. ``x`` must not change until then."""
+    ranks, rank = group.size(), group.rank()
+    after, before = (dist.get_global_rank(group, (rank + step) % ranks) for step in (1, -1))
+    received = torch.empty_like(x)
+    works = ring_step(received, x, before, after, group)
+
+    def wait() -> Tensor:
+        for work in works:
+            work.wait()
+        return received
+
+    return wait
+
+
+def ring_step(received: Tensor, send: Tensor, before: int, after: int, group: dist.ProcessGroup) -> Sequence[Work]:
+    """Begin to receive from one rank and to send to another (global numbers)."""
+    return dist.batch_isend_irecv(
+        [dist.P2POp(dist.isend, send, after, group), dist.P2POp(dist.irecv, received, before, group)]
+    )

@@ -10,10 +10,12 @@ global order and enters no softmax.
 from __future__ import annotations
 
 import dataclasses
+import functools
 
 from torch import Tensor, nn
 
-from ..attention import Attention, Step
+from ..attention import Attention, AttentionCore, Step
+from ..attention.partial import part_of
 from ..compile import run_plainly
 from ..errors import InputError
 from ..kernels.rms_rope import in_parts
@@ -22,7 +24,7 @@ from ..models.wan import StackFunction, WanModel
 from ..quant.linear import Quantization
 from .dims import Groups
 from .exchange import HeadExchange, Traffic, gather
-from .ring import whole_keys
+from .ring import attend_around, whole_keys
 
 NAME = "sequence_parallel"
 """Of the wrapper in ``WanModel.stack_wrappers``."""
@@ -87,11 +89,17 @@ class ParallelCore(nn.Module):
                     for x in (v, k, q)
                 )
             exchange.wait()
-        if groups.dims.ring > 1:
-            k, v, sent = whole_keys(k, v, groups.ring)
-            traffic.keys += sent
         count = self.split.num_tokens
-        out = self.core(q, k[:, :count], v[:, :count], setting, step)
+        if groups.dims.merge:
+            assert isinstance(self.core, AttentionCore)
+            part = part_of(self.core, q, k, setting)
+            out, sent = attend_around(functools.partial(part, q), k, v, count, groups.ring)
+            traffic.keys += sent
+        else:
+            if groups.dims.ring > 1:
+                k, v, sent = whole_keys(k, v, groups.ring)
+                traffic.keys += sent
+            out = self.core(q, k[:, :count], v[:, :count], setting, step)
         if groups.dims.ulysses > 1:
             out = self.split.exchange.back(out)
         return out
