@@ -12,8 +12,8 @@ where GB is what a rank sends (``wan_fp8/parallel/plan.py`` counts it), a forwar
 (``benchmarks/dit.py`` under torchrun), none below zero; ``overhead`` is what does not shrink with the tokens: launches,
 tails of kernels. What leaves a host travels at the network's rate times the share of its own rate that the measured
 link reached, and hides behind compute as much as measured. The layout of each number of GPUs is the fastest by this
-model. A size without a measured row is a prediction, and is drawn as one. Rows with keys passed around (``merge``) or without
-overlap are left out.
+model. A size without a measured row is a prediction, and is drawn as one. Rows with keys passed around (``merge``) or
+without overlap are left out.
 """
 
 from __future__ import annotations
