@@ -9,8 +9,8 @@ starts when prompts are token ids and the image is a tensor on the GPU, and stop
 encoder runs on every rank alike, the VAE over the ranks' rows (``wan_fp8/parallel/vae.py``) in bf16. A row is the
 median of ``--repeats`` runs.
 
-``--steps N`` runs N of the 40 steps only: the last ones of the high-noise expert, and as many from the middle of the
-low-noise one's. ``dit_s`` is then not measured but the sum of all passes of the 40 steps, each as long as the median of
+``--steps N`` runs N of the 40 steps only, half of them with each expert, a skipped one among them where there is any.
+``dit_s`` is then not measured but the sum of all passes of the 40 steps, each as long as the median of
 its kind (computed with exact or FP8 attention, or skipped), and the solver's; ``dit_predicted`` says so.
 """
 
@@ -150,8 +150,9 @@ class Loop:
         self.schedule = tuple(sigmas(STEPS, defaults.shift, "unipc").tolist())
         self.timesteps = timesteps(STEPS, defaults.shift, "unipc").tolist()
         self.switch = high_noise_steps(self.timesteps, defaults.boundary)
-        self.steps = _chosen_steps(steps, self.switch)
         self.policy = _policy(setting, spec, phase)
+        self.skips = self._skips()
+        self.steps = self._chosen(steps)
         for model in models:
             set_attention(model, Attention(fp8, exact=exact) if setting.fp8_attention else Attention(exact))
             apply_cache(model, self.policy)
@@ -175,8 +176,8 @@ class Loop:
             self.solver_marks.append((began, self._mark()))
         return x
 
-    def velocities(self, x: Tensor, given: Tensor, step: int) -> tuple[Tensor, Tensor]:
-        """Cond and uncond: one forward with both where ranks share them, else one each."""
+    def velocities(self, x: Tensor, given: Tensor, step: int, *, both: bool = True) -> tuple[Tensor, Tensor]:
+        """Cond and uncond: one forward with both where ranks share them, else one each; not ``both``: one forward."""
         latents = torch.cat([x.to(given), given], dim=1)
         if self.dims.cfg == 2:
             cond, uncond = self._forward(latents.expand(2, -1, -1, -1, -1), self.prompts[0], step, COND, UNCOND).chunk(
@@ -184,7 +185,7 @@ class Loop:
             )
             return cond, uncond
         cond = self._forward(latents, self.prompts[1], step, COND)
-        return cond, self._forward(latents, self.prompts[2], step, UNCOND)
+        return cond, self._forward(latents, self.prompts[2], step, UNCOND) if both else cond
 
     def _forward(self, latents: Tensor, prompts: Tensor, step: int, *parts) -> Tensor:
         high = step < self.switch
@@ -226,23 +227,39 @@ class Loop:
         """Median of each kind of pass in the last run; with cfg 2 a pass is cond and uncond together."""
         return {kind: round(self._ms(marks), 3) for kind, marks in self.marks.items()}
 
+    def _skips(self) -> list[tuple[bool, bool]]:
+        """Whether cond and uncond of each step are skipped."""
+        found: list[tuple[bool, bool]] = []
+        for first, end, expert in ((0, self.switch, "high_noise"), (self.switch, STEPS, "low_noise")):
+            if self.policy is None:
+                found += [(False, False)] * (end - first)
+                continue
+            plan = RunPlan(spec=self.spec, schedule=self.schedule, first=first, end=end, expert=expert, per_frame=False)
+            tracker, nothing, kinds = self.policy.start(plan), torch.empty(0), frozenset({0, 1})
+            for step in range(first, end):
+                cond, uncond = (tracker.decide(step, kind, None, nothing, kinds).skip for kind in (0, 1))
+                found.append((cond, uncond))
+        return found
+
+    def _chosen(self, count: int) -> list[int]:
+        """All steps, or as many in a row from each expert: such as begin with a computed step and a skipped one where
+        there are any, else the middle ones."""
+        if count >= STEPS:
+            return list(range(STEPS))
+        found: list[int] = []
+        for begin, end, number in ((0, self.switch, count // 2), (self.switch, STEPS, count - count // 2)):
+            last = max(begin, end - number)
+            pairs = (at for at in range(begin, last) if not any(self.skips[at]) and all(self.skips[at + 1]))
+            start = next(pairs, (begin + last) // 2)
+            found += range(start, min(start + number, end))
+        return found
+
     def passes(self) -> dict[str, int]:
         """How many passes of each kind 40 steps have; with cfg 2 a step has one, skipped if both its halves are."""
         found: dict[str, int] = defaultdict(int)
-        for first, end, expert in ((0, self.switch, "high_noise"), (self.switch, STEPS, "low_noise")):
-            tracker = None
-            if self.policy is not None:
-                plan = RunPlan(
-                    spec=self.spec, schedule=self.schedule, first=first, end=end, expert=expert, per_frame=False
-                )
-                tracker = self.policy.start(plan)
-            for step in range(first, end):
-                skips = [
-                    tracker is not None and tracker.decide(step, kind, None, torch.empty(0), frozenset({0, 1})).skip
-                    for kind in (0, 1)
-                ]
-                for skip in [all(skips)] if self.dims.cfg == 2 else skips:
-                    found["skipped" if skip else self._computed_kind(step)] += 1
+        for step, skips in enumerate(self.skips):
+            for skip in [all(skips)] if self.dims.cfg == 2 else skips:
+                found["skipped" if skip else self._computed_kind(step)] += 1
         return dict(found)
 
     def predicted_seconds(self, missing: Callable[[str], float]) -> float:
@@ -250,15 +267,6 @@ class Loop:
         ms = self.pass_ms()
         passes = sum(count * (ms.get(kind) or missing(kind)) for kind, count in self.passes().items())
         return (passes + STEPS * self._ms(self.solver_marks)) / 1000
-
-
-def _chosen_steps(count: int, switch: int) -> list[int]:
-    if count >= STEPS:
-        return list(range(STEPS))
-    high = min(count // 2, switch)
-    low = min(count - high, STEPS - switch)
-    middle = switch + (STEPS - switch - low) // 2
-    return [*range(switch - high, switch), *range(middle, middle + low)]
 
 
 def _policy(setting: Setting, spec: ModelSpec, phase: str) -> Policy | None:
@@ -321,16 +329,17 @@ class Pipeline:
         return ((pixels.clamp_(-1, 1) + 1) * 127.5).to(torch.uint8)
 
 
-def measure(name: str, loop: Loop, pipeline: Pipeline, repeats: int, device: str) -> dict[str, Any]:
-    """One row of results."""
+def measure(name: str, loop: Loop, pipeline: Pipeline, repeats: int, warm: bool, device: str) -> dict[str, Any]:
+    """One row of results. ``warm``: nothing of its kind has run before."""
     cuda = device.startswith("cuda")
     given = pipeline._condition()
     loop.prompts = (prompts := pipeline._text()), prompts[:1], prompts[1:]
     for model in loop.models:
         model.begin_run()
-    for step in (0, loop.switch, 10, STEPS - 10):  # scales, graphs and kernels of both experts and both attentions
-        loop.velocities(pipeline.noise, given, step)
-    pipeline._pixels(pipeline.noise)
+    if warm:  # scales and kernels of both experts; the VAE decodes what no later step needs
+        for step in (10, STEPS - 10):
+            loop.velocities(pipeline.noise, given, step, both=False)
+        pipeline._pixels(pipeline.noise)
     if cuda:
         torch.cuda.reset_peak_memory_stats()
     runs = [pipeline(loop) for _ in range(repeats)]
@@ -343,8 +352,7 @@ def measure(name: str, loop: Loop, pipeline: Pipeline, repeats: int, device: str
         if kind == "skipped":
             raise typer.BadParameter("no pass was skipped in so few steps: raise --steps")
         loop.marks.clear()
-        for _ in range(3):
-            loop.velocities(pipeline.noise, given, 0)
+        loop.velocities(pipeline.noise, given, 0)
         pass_ms[kind] = loop.pass_ms()[kind]
         return pass_ms[kind]
 
@@ -355,7 +363,7 @@ def measure(name: str, loop: Loop, pipeline: Pipeline, repeats: int, device: str
         loop.marks.update(measured)
     for model in loop.models:
         model.begin_run()
-    used = kernels_used(lambda: loop.velocities(pipeline.noise, given, 10), device)
+    used = kernels_used(lambda: loop.velocities(pipeline.noise, given, 10, both=False), device)
     dims, setting, tokens = loop.dims, loop.setting, pipeline.grid[0] * pipeline.grid[1] * pipeline.grid[2] // 4
     return {
         "row": name,
@@ -461,6 +469,7 @@ def main(
         raise typer.BadParameter("--phase published skips the halves of cfg2 apart: run all 40 steps, or no cfg2")
     width, height = (int(n) for n in size.split("x"))
     found: list[dict] = []
+    warmed: set[tuple[str, bool]] = set()
     with torch.inference_mode():
         pipeline = Pipeline(spec, (width, height), frames, dims, 96 if model == "i2v-A14B" else 8, device)
         for recipe in dict.fromkeys(ROWS[name].recipe for name in names):
@@ -468,7 +477,9 @@ def main(
             models = random_experts(spec, layers or spec.num_layers, Recipe(recipe, backend=backend), dims, device)
             for name in mine:
                 loop = Loop(models, ROWS[name], dims, phase, steps, exact, fp8_attention)
-                found.append(measure(name, loop, pipeline, repeats, device))
+                kernels = recipe, ROWS[name].fp8_attention
+                found.append(measure(name, loop, pipeline, repeats, kernels not in warmed, device))
+                warmed.add(kernels)
                 show(found)
                 if json and ranks.is_first():
                     common.write_results(json, found, device)

@@ -133,11 +133,12 @@ def chosen(names: str, ulysses: int, ring: int, cfg: bool, fsdp: bool) -> list[P
 @contextmanager
 def silent() -> Iterator[None]:
     """Exchanges of tokens, heads and keys that move nothing: what is left is what a block would take if they were free.
-    The copies around them stay. The numbers are garbage."""
+    The copies around them stay. Every rank gets its own values back, so that the kernels work on numbers like the real
+    ones (a GPU at its power limit is faster on zeros)."""
     kept = exchange.all_to_all, exchange.all_gather, exchange.ring_step
-    exchange.all_to_all = lambda received, send, group: exchange.Nothing()
-    exchange.all_gather = lambda received, send, group: None
-    exchange.ring_step = lambda received, send, before, after, group: ()
+    exchange.all_to_all = lambda send, group: (send, [])
+    exchange.all_gather = lambda send, group: send.expand(group.size(), *send.shape)
+    exchange.ring_step = lambda send, group: (send, [])
     try:
         yield
     finally:
@@ -160,35 +161,31 @@ def exchange_alone(
         found[f"{name}_ms"] = round(calls * best, 3)
         found[f"{name}_gbs"] = round(sent / best / 1e6, 1)
 
-    def buffers(*shape: int, ranks: int, kind: torch.dtype = dtype) -> tuple[torch.Tensor, torch.Tensor]:
-        return tuple(torch.zeros(*size, device=device, dtype=kind) for size in ((ranks, *shape), shape))  # type: ignore
+    def values(*shape: int, kind: torch.dtype = dtype) -> torch.Tensor:
+        return torch.zeros(*shape, device=device, dtype=kind)
 
+    def all_to_all(send: torch.Tensor) -> None:
+        for work in exchange.all_to_all(send, groups.ulysses)[1]:
+            work.wait()
+
+    def size(part: torch.Tensor, others: int) -> int:
+        return part.numel() * part.element_size() * others
+
+    heads = spec.num_heads // dims.ulysses
     if dims.ulysses > 1:
-        heads = spec.num_heads // dims.ulysses
-        whole, part = buffers(batch, share, heads, spec.head_dim, ranks=dims.ulysses)
-        target = torch.empty_like(whole)
-        size = part.numel() * part.element_size() * (dims.ulysses - 1)
-        timed("all_to_all", 4, size, lambda: exchange.all_to_all(target, whole, groups.ulysses).wait())
+        send = values(batch, dims.ulysses, share, heads, spec.head_dim)
+        timed("all_to_all", 4, size(send[:, 0], dims.ulysses - 1), lambda: all_to_all(send))
     if dims.ring > 1:
-        whole, part = buffers(
-            batch, share * dims.ulysses, spec.num_heads // dims.ulysses, spec.head_dim, ranks=dims.ring
-        )
-        size = part.numel() * part.element_size() * (dims.ring - 1)
-        timed("keys_gather", 2, size, lambda: exchange.all_gather(whole.flatten(0, 1), part, groups.ring))
+        keys = values(batch, share * dims.ulysses, heads, spec.head_dim)
+        timed("keys_gather", 2, size(keys, dims.ring - 1), lambda: exchange.all_gather(keys, groups.ring))
     if dims.sequence > 1:
-        whole, part = buffers(batch, share, spec.dim, ranks=dims.sequence, kind=torch.float32)
-        size = part.numel() * part.element_size() * (dims.sequence - 1)
-        timed(
-            "stream_gather_per_forward",
-            1,
-            size,
-            lambda: exchange.all_gather(whole.flatten(0, 1), part, groups.sequence),
-        )
+        stream = values(batch, share, spec.dim, kind=torch.float32)
+        sent = size(stream, dims.sequence - 1)
+        timed("stream_gather_per_forward", 1, sent, lambda: exchange.all_gather(stream, groups.sequence))
     if dims.shard > 1:
         parameters = 8 * spec.dim**2 + 2 * spec.dim * spec.ffn_dim
-        whole, part = buffers(parameters // dims.shard, ranks=dims.shard, kind=torch.uint8)
-        group, size = groups.weights.get_group("shard"), part.numel() * (dims.shard - 1)
-        timed("weights_gather_fp8", 1, size, lambda: exchange.all_gather(whole.flatten(), part, group))
+        group, weights = groups.weights.get_group("shard"), values(parameters // dims.shard, kind=torch.uint8)
+        timed("weights_gather_fp8", 1, size(weights, dims.shard - 1), lambda: exchange.all_gather(weights, group))
     return found
 
 

@@ -288,6 +288,21 @@ def check_merge_refuses(dims: ParallelDims) -> None:
     refused(lambda: ParallelDims(ulysses=2, merge=True), "ring is 1")
 
 
+def check_compiled(dims: ParallelDims) -> None:
+    """Compiled parts of a block send nothing from inside; nor does a layout that was told so."""
+    velocities = []
+    for how in ("as made", "at once", "compiled"):
+        model = parallelize(model_of(Task.TI2V, torch.float64, "rowwise"), dims)
+        if how == "at once":
+            model.stack_wrappers["sequence_parallel"].overlap = False
+        if how == "compiled":
+            wan_fp8.compile_blocks(model, backend="eager")
+        velocities.append(Video(Task.TI2V, 2).forward(model, 0))
+        assert layout_of(model).traffic.heads > 0
+    assert torch.equal(velocities[0], velocities[1])
+    close(velocities[2:], velocities[:1], 1e-7)
+
+
 def check_undone(dims: ParallelDims) -> None:
     """Attaching changes no weight and leaves nothing behind; attaching twice is attaching once."""
     model = model_of(Task.T2V, torch.float32, "DelayedScaling")
@@ -396,8 +411,9 @@ def cases(ranks: int) -> dict[str, Callable[[], None]]:
 
 
 def _cases(ranks: int) -> Iterator[tuple[str, Callable[[], None]]]:
-    few = ranks > 2  # two ranks go through everything, more of them through what may depend on their number
     for name, dims in LAYOUTS[ranks].items():
+        # two ranks go through everything, more of them, or another way to attend, through what may depend on that
+        few = ranks > 2 or dims.merge
         sharded = dims.shard > 1
         for number, recipe in enumerate(("none", "rowwise", *PER_TENSOR)):
             for batch in (2,) if sharded or few else (1, 2):
@@ -408,7 +424,7 @@ def _cases(ranks: int) -> Iterator[tuple[str, Callable[[], None]]]:
                     f"{name}: {task} {recipe} batch {batch} fp64",
                     partial(check, dims, task, recipe, torch.float64, batch),
                 )
-        if not few or not sharded:
+        if (not sharded and not dims.merge) or not few:
             yield f"{name}: MagCache DelayedScaling", partial(check_cache, dims, "DelayedScaling", "in_phase")
         if dims.sequence > 1 and not sharded:
             for recipe in PER_TENSOR:
@@ -420,8 +436,8 @@ def _cases(ranks: int) -> Iterator[tuple[str, Callable[[], None]]]:
         yield f"{name}: traffic", partial(check_traffic, dims)
         yield f"{name}: t2v fp32", partial(check, dims, Task.T2V, "none", torch.float32, 2, 1)
         yield f"{name}: i2v DelayedScaling bf16", partial(check, dims, Task.I2V, "DelayedScaling", torch.bfloat16, 1, 1)
-        if not few:
-            yield from _two_ranks(name, dims)
+        if ranks == 2:
+            yield from (_two_ranks(name, dims) if not few else _merged(name, dims))
     if ranks % 2 == 0:
         yield "prompts of a half are kept", partial(check_twin, ranks)
     for frames in (1, 13):
@@ -435,10 +451,14 @@ def _two_ranks(name: str, dims: ParallelDims) -> Iterator[tuple[str, Callable[[]
     yield f"{name}: MagCache Float8CurrentScaling", partial(check_cache, dims, "Float8CurrentScaling", "in_phase")
     yield f"{name}: MagCache as published", partial(check_cache, dims, "DelayedScaling", "published")
     yield f"{name}: undone", partial(check_undone, dims)
-    if dims.merge:
-        yield f"{name}: FP8 attention is refused", partial(check_merge_refuses, dims)
-    elif dims.sequence > 1:
-        yield f"{name}: FP8 attention", partial(check_fp8_attention, dims)
+    if dims.ulysses > 1:
+        yield f"{name}: compiled", partial(check_compiled, dims)
     if dims.sequence > 1:
+        yield f"{name}: FP8 attention", partial(check_fp8_attention, dims)
         yield f"{name}: NaN", partial(check_nan, dims)
         yield f"{name}: a skipped pass is silent", partial(check_skipped_pass_is_silent, dims)
+
+
+def _merged(name: str, dims: ParallelDims) -> Iterator[tuple[str, Callable[[], None]]]:
+    yield f"{name}: FP8 attention is refused", partial(check_merge_refuses, dims)
+    yield f"{name}: NaN", partial(check_nan, dims)
