@@ -9,6 +9,10 @@ starts when prompts are token ids and the image is a tensor on the GPU, and stop
 encoder runs on every rank alike, the VAE over the ranks' rows (``wan_fp8/parallel/vae.py``) in bf16. A row is the
 median of ``--repeats`` runs.
 
+``--pool N``, started by ``python``, runs the transformers in a pool of N worker processes, as the node Wan2.2 Multi-GPU
+does, and the text encoder and the VAE in this process on the first GPU. ``first_passes_s`` is then from nothing to the
+first pass of both experts: processes, reading the files (just written: they are in memory), kernels.
+
 ``--steps N`` runs N of the 40 steps only, half of them with each expert, a skipped one among them where there is any.
 ``dit_s`` is then not measured but the sum of all passes of the 40 steps, each as long as the median of
 its kind (computed with exact or FP8 attention, or skipped), and the solver's; ``dit_predicted`` says so.
@@ -21,6 +25,7 @@ import time
 from collections import defaultdict
 from collections.abc import Callable
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Annotated, Any
 
 import common
@@ -28,7 +33,8 @@ import ranks
 import torch
 import typer
 from cache import COND, UNCOND, policy_of
-from dit import MODELS, STEPS, console, kernels_used, latent_grid, local, random_model
+from dit import MODELS, STEPS, console, kernels_used, latent_grid, random_model
+from pooled import pooled_experts
 from rich.table import Table
 from torch import Tensor
 
@@ -140,12 +146,24 @@ class Loop:
     """The sampling loop of one setting, and the time of each of its passes."""
 
     def __init__(
-        self, models: list[WanModel], setting: Setting, dims: ParallelDims, phase: str, steps: int, exact: str, fp8: str
+        self,
+        models: list[WanModel],
+        setting: Setting,
+        dims: ParallelDims,
+        phase: str,
+        steps: int,
+        exact: str,
+        fp8: str,
+        device: str,
+        pooled: bool = False,
     ):
+        """``pooled``: the forwards run in other processes and are waited for."""
         spec = models[0].spec
         defaults = DEFAULTS[spec.task]
         self.models, self.spec, self.setting, self.dims = models, spec, setting, dims
-        self.device = next(iter(local(p) for p in models[0].parameters())).device
+        self.local = not pooled
+        self.events = device.startswith("cuda") and not pooled
+        self.attention = Attention(fp8, exact=exact) if setting.fp8_attention else Attention(exact)
         self.guidance = defaults.guidance
         self.schedule = tuple(sigmas(STEPS, defaults.shift, "unipc").tolist())
         self.timesteps = timesteps(STEPS, defaults.shift, "unipc").tolist()
@@ -154,7 +172,7 @@ class Loop:
         self.skips = self._skips()
         self.steps = self._chosen(steps)
         for model in models:
-            set_attention(model, Attention(fp8, exact=exact) if setting.fp8_attention else Attention(exact))
+            set_attention(model, self.attention)
             apply_cache(model, self.policy)
         self.marks: dict[str, list[tuple[Any, Any]]] = defaultdict(list)
         """By kind of pass: where it began and ended."""
@@ -192,6 +210,7 @@ class Loop:
         model = self.models[0 if high else 1]
         options = ForwardOptions(
             text_key=tuple(part.key for part in parts),
+            attention=self.attention,
             step=Step(step, STEPS),
             position=RunPosition(
                 sigma=self.schedule[step],
@@ -213,15 +232,14 @@ class Loop:
         return "fp8-attention" if self.setting.fp8_attention and 2 <= step < STEPS - 2 else "exact"
 
     def _mark(self) -> Any:
-        if self.device.type != "cuda":
+        if not self.events:
             return time.perf_counter()
         event = torch.cuda.Event(enable_timing=True)
         event.record()
         return event
 
     def _ms(self, marks: list[tuple[Any, Any]]) -> float:
-        cuda = self.device.type == "cuda"
-        return statistics.median(a.elapsed_time(b) if cuda else 1000 * (b - a) for a, b in marks)
+        return statistics.median(a.elapsed_time(b) if self.events else 1000 * (b - a) for a, b in marks)
 
     def pass_ms(self) -> dict[str, float]:
         """Median of each kind of pass in the last run; with cfg 2 a pass is cond and uncond together."""
@@ -336,10 +354,15 @@ def measure(name: str, loop: Loop, pipeline: Pipeline, repeats: int, warm: bool,
     loop.prompts = (prompts := pipeline._text()), prompts[:1], prompts[1:]
     for model in loop.models:
         model.begin_run()
+    first_s = None
     if warm:  # scales and kernels of both experts; the VAE decodes what no later step needs
+        pipeline._pixels(pipeline.noise)
+        ranks.barrier()
+        began = time.perf_counter()
         for step in (10, STEPS - 10):
             loop.velocities(pipeline.noise, given, step, both=False)
-        pipeline._pixels(pipeline.noise)
+        ranks.barrier()
+        first_s = round(time.perf_counter() - began, 2)
     if cuda:
         torch.cuda.reset_peak_memory_stats()
     runs = [pipeline(loop) for _ in range(repeats)]
@@ -363,7 +386,7 @@ def measure(name: str, loop: Loop, pipeline: Pipeline, repeats: int, warm: bool,
         loop.marks.update(measured)
     for model in loop.models:
         model.begin_run()
-    used = kernels_used(lambda: loop.velocities(pipeline.noise, given, 10, both=False), device)
+    used = kernels_used(lambda: loop.velocities(pipeline.noise, given, 10, both=False), device) if loop.local else {}
     dims, setting, tokens = loop.dims, loop.setting, pipeline.grid[0] * pipeline.grid[1] * pipeline.grid[2] // 4
     return {
         "row": name,
@@ -383,6 +406,8 @@ def measure(name: str, loop: Loop, pipeline: Pipeline, repeats: int, warm: bool,
         "repeats": repeats,
         **{part: round(value, 3) for part, value in seconds.items()},
         "total_s": round(sum(seconds.values()), 3),
+        "pool": not loop.local,
+        "first_passes_s": first_s,
         "dit_predicted": predicted,
         "dit_spread_s": None if predicted else [round(run["dit_s"], 3) for run in runs],
         "pass_ms": pass_ms,
@@ -451,6 +476,10 @@ def main(
     size: Annotated[str, typer.Option(help="Pixels, width x height.")] = "1280x720",
     frames: Annotated[int, typer.Option(help="Pixel frames, 4n+1.")] = 81,
     device: Annotated[str, typer.Option(help="cuda or cpu; empty picks.")] = "",
+    pool: Annotated[int, typer.Option(help="Without torchrun: a pool of so many worker processes.")] = 0,
+    folder: Annotated[Path, typer.Option(help="With --pool: where the experts' files are written, or lie.")] = Path(
+        "/dev/shm"
+    ),
     json: Annotated[str, typer.Option(help="Where to write the results file.")] = "",
 ) -> None:
     """Time whole videos, prompt to pixels."""
@@ -461,9 +490,9 @@ def main(
     device = ranks.start(device)
     console.quiet = not ranks.is_first()
     spec = MODELS[model]
-    dims = ranks.topology(topology) if topology else usual_topology(ranks.world(), spec.num_heads)
+    dims = ranks.topology(topology) if topology else usual_topology(pool or ranks.world(), spec.num_heads)
     dims.check(spec)
-    if dims.world != ranks.world():
+    if dims.world != (pool or ranks.world()) or (pool and ranks.world() > 1):
         raise typer.BadParameter(f"{dims} takes {dims.world} ranks; torchrun started {ranks.world()}")
     if dims.cfg == 2 and phase == "published" and steps < STEPS:
         raise typer.BadParameter("--phase published skips the halves of cfg2 apart: run all 40 steps, or no cfg2")
@@ -471,12 +500,17 @@ def main(
     found: list[dict] = []
     warmed: set[tuple[str, bool]] = set()
     with torch.inference_mode():
-        pipeline = Pipeline(spec, (width, height), frames, dims, 96 if model == "i2v-A14B" else 8, device)
+        here = ParallelDims() if pool else dims
+        pipeline = Pipeline(spec, (width, height), frames, here, 96 if model == "i2v-A14B" else 8, device)
         for recipe in dict.fromkeys(ROWS[name].recipe for name in names):
             mine = [name for name in names if ROWS[name].recipe == recipe]
-            models = random_experts(spec, layers or spec.num_layers, Recipe(recipe, backend=backend), dims, device)
+            made, count = Recipe(recipe, backend=backend), layers or spec.num_layers
+            if pool:
+                models = pooled_experts(spec, count, made, dims, pool, folder, device)
+            else:
+                models = random_experts(spec, count, made, dims, device)
             for name in mine:
-                loop = Loop(models, ROWS[name], dims, phase, steps, exact, fp8_attention)
+                loop = Loop(models, ROWS[name], dims, phase, steps, exact, fp8_attention, device, bool(pool))
                 kernels = recipe, ROWS[name].fp8_attention
                 found.append(measure(name, loop, pipeline, repeats, kernels not in warmed, device))
                 warmed.add(kernels)
