@@ -351,17 +351,17 @@ def check_vae(ranks: int, frames: int) -> None:
     import torch.distributed as dist
 
     with torch.inference_mode(False):
-        vae = WanVAE(VAESpec(dim=4)).double()
+        vae = WanVAE(VAESpec(dim=4)).to(DEVICE, torch.float64)
         generator = torch.Generator().manual_seed(4)
         for parameter in vae.parameters():
             size = math.sqrt(parameter[0].numel()) if parameter.ndim > 1 else 1
             parameter.data.copy_(torch.randn(parameter.shape, generator=generator) / size)
-    video = torch.randn(2, 3, frames, 40, 24, dtype=torch.float64, generator=generator)
-    latents = torch.randn(2, 16, (frames - 1) // 4 + 1, 5, 3, dtype=torch.float64, generator=generator)
+    video = torch.randn(2, 3, frames, 40, 24, dtype=torch.float64, generator=generator).to(DEVICE)
+    latents = torch.randn(2, 16, (frames - 1) // 4 + 1, 5, 3, dtype=torch.float64, generator=generator).to(DEVICE)
     for split in (SplitVAE(vae), SplitVAE(vae, dist.group.WORLD)):
         for most in (vae_groups.MOST_VALUES, 1):
             with mock.patch.object(vae_groups, "MOST_VALUES", most):
-                close([split.encode(video), split.decode(latents)], [vae.encode(video), vae.decode(latents)], 1e-12)
+                close([split.encode(video), split.decode(latents)], [vae.encode(video), vae.decode(latents)], 1e-9)
     refused(lambda: split.decode(latents[..., : ranks - 1, :]), f"{ranks - 1} latent rows cannot be shared")
 
 

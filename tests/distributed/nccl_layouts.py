@@ -62,6 +62,8 @@ def _cases(ranks: int) -> Iterator[tuple[str, Callable[[], None]]]:
                 partial(layouts.check_sharding_is_exact, sharded, recipe, torch.bfloat16),
             )
 
+    yield "VAE", partial(layouts.check_vae, ranks, 13)
+
 
 def _fp8_attention() -> tuple[str, torch.dtype]:
     """FlashAttention 3 where this GPU has it."""
