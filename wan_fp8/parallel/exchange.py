@@ -123,7 +123,9 @@ def ring_step(send: Tensor, group: dist.ProcessGroup) -> tuple[Tensor, list[Work
     ranks, rank = group.size(), group.rank()
     after, before = (dist.get_global_rank(group, (rank + step) % ranks) for step in (1, -1))
     received = torch.empty_like(send)
-    works = dist.batch_isend_irecv(
-        [dist.P2POp(dist.isend, send, after, group), dist.P2POp(dist.irecv, received, before, group)]
-    )
+    works: list[Work] = [
+        *dist.batch_isend_irecv(
+            [dist.P2POp(dist.isend, send, after, group), dist.P2POp(dist.irecv, received, before, group)]
+        )
+    ]
     return received, works
