@@ -129,13 +129,14 @@ def scores_of_gaussian_blocks(device: torch.device, dtype: torch.dtype, fused: b
     x = middles + spread * torch.randn(2, 1, blocks, BLOCK, 1, width, generator=generator)
     q, k = (t.flatten(1, 2).to(dtype).to(device) for t in x)
     tokens = blocks * BLOCK
-    statistics = (BlockStatistics.of(t, tokens, BLOCK, fused) for t in (q, k))
-    estimated = torch.softmax(estimated_scores(*statistics), dim=-1)
+    of_q, of_k = (BlockStatistics.of(t, tokens, BLOCK, fused) for t in (q, k))
+    estimated = torch.softmax(estimated_scores(of_q, of_k), dim=-1)
     exact = torch.softmax(q[:, :, 0].double() @ k[:, :, 0].double().transpose(1, 2) / math.sqrt(width), -1)
     exact = exact.view(1, blocks, BLOCK, blocks, BLOCK).sum(4).mean(2)
-    assert float((estimated[:, 0].double() - exact).abs().sum(-1).max()) < 0.5, f"total variation {(estimated[:, 0].double() - exact).abs().sum(-1)}"
-    plain = torch.softmax(torch.einsum("bnme,bnle->bnml", *(BlockStatistics.of(t, tokens, BLOCK, fused).mean for t in (q, k)))
-                          / math.sqrt(width), -1)  # fmt: skip
+    assert float((estimated[:, 0].double() - exact).abs().sum(-1).max()) < 0.5, (
+        f"total variation {(estimated[:, 0].double() - exact).abs().sum(-1)}"
+    )
+    plain = torch.softmax(of_q.mean @ of_k.mean.transpose(2, 3) / math.sqrt(width), -1)
     distance = [float((p[:, 0].double() - exact).abs().sum()) for p in (estimated, plain)]
     assert distance[0] < 0.7 * distance[1], f"the correction for blocks that vary inside is worth having: {distance}"
 
@@ -143,12 +144,12 @@ def scores_of_gaussian_blocks(device: torch.device, dtype: torch.dtype, fused: b
 def chosen_blocks(device: torch.device, dtype: torch.dtype, fused: bool) -> None:
     """By mass the fewest blocks that hold the share, by number the best ones; own blocks and ranges always."""
     del dtype
-    every = 13 if INTERPRETED else 37
+    every, batch = (8, 1) if INTERPRETED else (37, 2)
     tokens = every * BLOCK - 50
     layout = BlockLayout(tokens, ((0, 1), (every - 1, every)))
     generator = torch.Generator().manual_seed(5)
-    scores = 3 * torch.randn(2, 3, every + 1, every, generator=generator).to(device)
-    amount, none = torch.tensor([0.8, 0.5, 0.3], device=device), torch.zeros(3, dtype=torch.int32, device=device)
+    scores = 3 * torch.randn(batch, 3, every + 1, every, generator=generator).to(device)
+    amount, none = torch.tensor([0.8, 0.5, 0.4], device=device), torch.zeros(3, dtype=torch.int32, device=device)
     kept = always_kept(layout, every + 1, BLOCK, device)
     assert kept[5].nonzero().flatten().tolist() == [0, 5, every - 1] and kept[every, every - 1]
     mass = torch.softmax(scores.double(), -1)
@@ -160,7 +161,7 @@ def chosen_blocks(device: torch.device, dtype: torch.dtype, fused: bool) -> None
         assert bool((mask | ~kept).all())
         if rule == "count":
             want = torch.ceil(amount * every).int().view(1, 3, 1)
-            assert torch.equal(rows.sum(-1), want.expand(2, 3, every))
+            assert torch.equal(rows.sum(-1), want.expand(batch, 3, every))
             least = scores[:, :, :every].masked_fill(~rows | kept[:every], math.inf).amin(-1)
             assert bool((scores[:, :, :every].masked_fill(rows, -math.inf).amax(-1) <= least).all())
             continue
@@ -169,13 +170,13 @@ def chosen_blocks(device: torch.device, dtype: torch.dtype, fused: bool) -> None
         removable = mass[:, :, :every].masked_fill(~rows | kept[:every], math.inf).amin(-1)
         spare = held - removable >= amount.view(1, 3, 1) + 1e-5
         assert not bool((spare & removable.isfinite()).any()), "no block could be left out"
-    assert torch.equal(mask[:, :, every], kept[every].expand(2, 3, every)), "padding asks for nothing"
+    assert torch.equal(mask[:, :, every], kept[every].expand(batch, 3, every)), "padding asks for nothing"
 
 
 def heads_that_keep_everything(device: torch.device, dtype: torch.dtype, fused: bool) -> None:
     """Flat scores, heads marked dense, and equal scores by number."""
     del dtype
-    every = 12
+    every = 6 if INTERPRETED else 12
     layout = BlockLayout(every * BLOCK)
     flat = torch.zeros(1, 1, every, every, device=device)
     none = torch.zeros(2, dtype=torch.int32, device=device)
@@ -187,7 +188,7 @@ def heads_that_keep_everything(device: torch.device, dtype: torch.dtype, fused: 
     sharp = torch.arange(every, device=device).float().expand(1, 2, every, every).contiguous()
     found = choose(sharp, amount, torch.tensor([0, 1], dtype=torch.int32, device=device), "mass", layout, every * BLOCK,
                    BLOCK, fused)  # fmt: skip
-    assert bool((found.counts[:, 0] < 5).all()) and bool((found.counts[:, 1] == every).all())
+    assert bool((found.counts[:, 0] < 6).all()) and bool((found.counts[:, 1] == every).all())
     wide = choose(sharp[:, :, : every // 2], amount, none, "count", layout, every * BLOCK, 2 * BLOCK, fused)
     mask = wide.mask()[0, 1]
     assert all(bool(mask[row, [2 * row, 2 * row + 1]].all()) for row in range(every // 2)), "own blocks of 256 rows"
@@ -276,11 +277,20 @@ CASES = [
     structured_heads,
 ]
 
+
+def runs() -> list[tuple]:
+    """Cases and types; the interpreter takes minutes for some, and tries others in one type only."""
+    every = list(itertools.product(CASES, DTYPES))
+    if not INTERPRETED:
+        return every
+    once = (chosen_blocks, heads_that_keep_everything, measured_is_exact)
+    return [(c, t) for c, t in every if c is not structured_heads and not (c in once and t != torch.float32)]
+
+
 if __name__ == "__main__":
     if INTERPRETED:
         mend_interpreter()
     where = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    cases = [case for case in CASES if not INTERPRETED or case is not structured_heads]  # minutes there
-    for one_case, one_dtype in itertools.product(cases, DTYPES):
+    for one_case, one_dtype in runs():
         one_case(where, one_dtype, fused=True)
         print("ok", one_case.__name__, one_dtype)

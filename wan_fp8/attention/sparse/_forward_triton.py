@@ -29,11 +29,11 @@ def _forward_kernel(
     columns = tl.arange(0, WIDTH)
     lanes = tl.arange(0, TILE)
     q_base = q_ptr + batch.to(tl.int64) * q_b + head * q_n
-    q = tl.load(
-        q_base + rows.to(tl.int64)[:, None] * q_s + columns[None, :], mask=(rows < queries)[:, None], other=0.0
-    )
+    q = tl.load(q_base + rows.to(tl.int64)[:, None] * q_s + columns[None, :], mask=(rows < queries)[:, None], other=0.0)
     k_base = k_ptr + batch.to(tl.int64) * k_b + head * k_n
     v_base = v_ptr + batch.to(tl.int64) * v_b + head * v_n
+    k_place = lanes[None, :] * k_s + columns[:, None]
+    v_place = lanes[:, None] * v_s + columns[None, :]
     row = (batch * heads + head).to(tl.int64) * tl.num_programs(0) + tile
     count = tl.load(counts_ptr + row)
     list_ptr = blocks_ptr + row * key_blocks
@@ -41,19 +41,16 @@ def _forward_kernel(
     total = tl.zeros((ROWS,), dtype=tl.float32)
     acc = tl.zeros((ROWS, WIDTH), dtype=tl.float32)
     for step in range(0, count * PARTS):
-        block = tl.load(list_ptr + step // PARTS)
-        key = block * (PARTS * TILE) + (step % PARTS) * TILE + lanes
-        inside = key < keys
-        k = tl.load(
-            k_base + key.to(tl.int64)[None, :] * k_s + columns[:, None], mask=inside[None, :], other=0.0
-        )
+        first = tl.load(list_ptr + step // PARTS) * (PARTS * TILE) + (step % PARTS) * TILE
+        inside = first + lanes < keys
+        k = tl.load(k_base + first.to(tl.int64) * k_s + k_place, mask=inside[None, :], other=0.0)
         scores = tl.dot(q, k, input_precision=PRECISION) * scale
         scores = tl.where(inside[None, :], scores, -1.0e30)
         higher = tl.maximum(best, tl.max(scores, axis=1))
         p = tl.where(inside[None, :], tl.exp2(scores - higher[:, None]), 0.0)
         shrink = tl.exp2(best - higher)
         total = total * shrink + tl.sum(p, axis=1)
-        v = tl.load(v_base + key.to(tl.int64)[:, None] * v_s + columns[None, :], mask=inside[:, None], other=0.0)
+        v = tl.load(v_base + first.to(tl.int64) * v_s + v_place, mask=inside[:, None], other=0.0)
         acc = tl.dot(p.to(v.dtype), v, acc * shrink[:, None], input_precision=PRECISION)
         best = higher
     out = tl.where(total[:, None] > 0, acc / total[:, None], 0.0)

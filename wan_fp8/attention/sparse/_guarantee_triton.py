@@ -32,24 +32,24 @@ def _attend_kernel(
     q = tl.load(q_ptr + (number * ROWS + row)[:, None] * WIDTH + columns[None, :])
     k_base = k_ptr + batch.to(tl.int64) * k_b + head * k_n
     v_base = v_ptr + batch.to(tl.int64) * v_b + head * v_n
+    k_place = lanes[None, :] * k_s + columns[:, None]
+    v_place = lanes[:, None] * v_s + columns[None, :]
     best = tl.full((ROWS,), -1.0e30, dtype=tl.float32)
     sum_kept = tl.zeros((ROWS,), dtype=tl.float32)
     sum_dropped = tl.zeros((ROWS,), dtype=tl.float32)
     kept_acc = tl.zeros((ROWS, WIDTH), dtype=tl.float32)
     dropped_acc = tl.zeros((ROWS, WIDTH), dtype=tl.float32)
-    first = part * blocks_each
-    for step in range(first * PARTS, tl.minimum(first + blocks_each, every) * PARTS):
+    start = part * blocks_each
+    for step in range(start * PARTS, tl.minimum(start + blocks_each, every) * PARTS):
         kept = tl.load(kept_ptr + number * every + step // PARTS).to(tl.float32)
-        key = step * TILE + lanes
-        inside = key < keys
-        k = tl.load(
-            k_base + key.to(tl.int64)[None, :] * k_s + columns[:, None], mask=inside[None, :], other=0.0
-        )
+        first = step * TILE
+        inside = first + lanes < keys
+        k = tl.load(k_base + first.to(tl.int64) * k_s + k_place, mask=inside[None, :], other=0.0)
         scores = tl.where(inside[None, :], tl.dot(q, k, input_precision=PRECISION) * scale, -1.0e30)
         higher = tl.maximum(best, tl.max(scores, axis=1))
         p = tl.where(inside[None, :], tl.exp2(scores - higher[:, None]), 0.0)
         shrink = tl.exp2(best - higher)
-        v = tl.load(v_base + key.to(tl.int64)[:, None] * v_s + columns[None, :], mask=inside[:, None], other=0.0)
+        v = tl.load(v_base + first.to(tl.int64) * v_s + v_place, mask=inside[:, None], other=0.0)
         held = tl.sum(p, axis=1)
         sum_kept = sum_kept * shrink + held * kept
         sum_dropped = sum_dropped * shrink + held * (1.0 - kept)

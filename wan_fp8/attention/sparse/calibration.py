@@ -68,7 +68,9 @@ class Calibration:
         try:
             data = json.loads(text)
             if data["format"] != FORMAT or data["version"] != VERSION:
-                raise InputError(f"{name} is not a table of densities of version {VERSION}: save one after a sparse run")
+                raise InputError(
+                    f"{name} is not a table of densities of version {VERSION}: save one after a sparse run"
+                )
             rows = [(int(r["step"]), int(r["block"]), tuple(float(x) for x in r["heads"])) for r in data["densities"]]
             return cls(int(data["steps"]), tuple(sorted(rows)))
         except (ValueError, KeyError, TypeError, IndexError) as error:

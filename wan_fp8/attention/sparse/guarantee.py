@@ -32,8 +32,10 @@ GOLDEN = 0.6180339887498949
 AIM = 0.7
 """A head above the bound is sent to this share of it."""
 ROOM = 0.5
-"""Below this share of the bound a head may keep less."""
-EASE = 1.15
+"""A head whose errors of late all lie below this share of the bound may keep less."""
+EASE = 1.1
+FADE = 0.9
+"""What is left of an error at the head's next look: blocks differ, and one easy block says little."""
 STRIKES = 3
 """Measurements above the bound, one after the other, after which a head goes dense for the rest of the run."""
 
@@ -71,7 +73,13 @@ def sample(call: int, num_heads: int, query_blocks: int, device: torch.device, *
 
 
 def measure(
-    q_BSNE: Tensor, k_BLNE: Tensor, v_BLNE: Tensor, out_BSNE: Tensor | None, selection: Selection, at: Sample, fused: bool
+    q_BSNE: Tensor,
+    k_BLNE: Tensor,
+    v_BLNE: Tensor,
+    out_BSNE: Tensor | None,
+    selection: Selection,
+    at: Sample,
+    fused: bool,
 ) -> Measured:
     """Look at the samples. Without an output the one that an exact kernel would make of the selection is judged."""
     rows = query_rows_of(at, selection)
@@ -127,6 +135,8 @@ class HeadControl:
         self.bound, self.least = bound, least
         self.slack = torch.ones(num_heads, device=device)
         """What a head leaves out is this many times what the policy would leave out."""
+        self.level = torch.zeros(num_heads, device=device)
+        """Largest error of late."""
         self.strikes = torch.zeros(num_heads, device=device)
         self.dense = torch.zeros(num_heads, dtype=torch.int32, device=device)
         """1: every block is kept for the rest of the run."""
@@ -142,11 +152,20 @@ class HeadControl:
         if self.bound is None:
             return
         error = found.error.amax(0)
+        level = torch.maximum(error, FADE * self.level[at.heads]).clamp_max_(1e3)
         over = error > self.bound
         aim = (AIM * self.bound / error.clamp_min(1e-9)).clamp(0.2, 1.0)
-        factor = torch.where(over, aim, torch.where(error < ROOM * self.bound, EASE, 1.0))
+        # where nothing was dropped, that nothing is wrong does not say that something could be
+        ease = (level < ROOM * self.bound) & (found.dropped.amax(0) > 0)
+        factor = torch.where(over, aim, torch.where(ease, EASE, 1.0))
+        self.level.index_copy_(0, at.heads, level)
         strikes = torch.where(over, self.strikes[at.heads] + 1, 0.0)
         self.slack.index_copy_(0, at.heads, (self.slack[at.heads] * factor).clamp_max_(10.0))
         self.strikes.index_copy_(0, at.heads, strikes)
         dense = torch.maximum(self.dense[at.heads], (strikes >= STRIKES).int())
         self.dense.index_copy_(0, at.heads, dense)
+
+    def forgive(self) -> None:
+        """Forget what was found of choices that were never used."""
+        for state in (self.level, self.strikes, self.dense):
+            state.zero_()

@@ -124,27 +124,43 @@ class SparseRun:
             layout: Where the tokens lie; None: nothing is known, and each block keeps its own only.
             share: Which part of the transformer block's heads these are: (rank, ranks).
         """
+        began = self.times.start(q_BSNE.device)
+        backend, selection = self.selected(q_BSNE, k_BLNE, v_BLNE, step, layout, share)
+        out = backend.run(q_BSNE, k_BLNE, v_BLNE, selection)
+        at = self._look(q_BSNE, selection)
+        found = measure(q_BSNE, k_BLNE, v_BLNE, out, selection, at, use_fused(q_BSNE))
+        assert self.control is not None
+        self.control.learn(at, found)
+        self.calls.append(Call(0 if step is None else step.index, selection.density(), at, found))
+        self.times.stop("sparse", began)
+        self.answered[backend.name] += 1
+        return out
+
+    def selected(
+        self,
+        q_BSNE: Tensor,
+        k_BLNE: Tensor,
+        v_BLNE: Tensor,
+        step: Any,
+        layout: BlockLayout | None,
+        share: tuple[int, int] = (0, 1),
+    ) -> tuple[Backend[SparseRequest], Selection]:
+        """Who will attend, and to which blocks; as ``sparse``.
+
+        Raises:
+            InputError: some of the tokens are missing.
+        """
         layout = layout or BlockLayout(k_BLNE.shape[1])
         if layout.num_tokens != k_BLNE.shape[1] or q_BSNE.shape[1] < k_BLNE.shape[1]:
             raise InputError(
                 f"sparsity needs all {layout.num_tokens} tokens as queries and as keys; got {q_BSNE.shape[1]} and "
                 f"{k_BLNE.shape[1]}: split heads (ulysses), not tokens (ring)"
             )
-        began = self.times.start(q_BSNE.device)
         backend = self.backend(q_BSNE, k_BLNE)
         index, total = (0, 1) if step is None else (step.index, step.total)
-        fused = use_fused(q_BSNE)
         if self.control is None:
             self.control = HeadControl(q_BSNE.shape[2], self.sparsity.bound, self.sparsity.least, q_BSNE.device)
-        selection = self._selection(q_BSNE, k_BLNE, v_BLNE, backend.name, index, total, layout, share, fused)
-        out = backend.run(q_BSNE, k_BLNE, v_BLNE, selection)
-        at = self._look(q_BSNE, selection)
-        found = measure(q_BSNE, k_BLNE, v_BLNE, out, selection, at, fused)
-        self.control.learn(at, found)
-        self.calls.append(Call(index, selection.density(), at, found))
-        self.times.stop("sparse", began)
-        self.answered[backend.name] += 1
-        return out
+        return backend, self._selection(q_BSNE, k_BLNE, v_BLNE, backend.name, index, total, layout, share)
 
     def backend(self, q_BSNE: Tensor, k_BLNE: Tensor) -> Backend[SparseRequest]:
         """Who computes tensors like these."""
@@ -168,9 +184,9 @@ class SparseRun:
         total: int,
         layout: BlockLayout,
         share: tuple[int, int],
-        fused: bool,
     ) -> Selection:
         """The blocks of this call: chosen now, or in one of the last steps."""
+        fused = use_fused(q)
         self._place = (step, self._place[1] + 1 if self._place[0] == step else 0)
         key = (self._place[1], tuple(q.shape))
         chosen = self._kept.get(key)
@@ -185,8 +201,7 @@ class SparseRun:
                 at = self._look(q, selection, every_head=True)
                 self.control.learn(at, measure(q, k, v, None, selection, at, fused))
                 selection = chooser()
-            self.control.strikes.zero_()  # trials move a head; only what was used can make it dense
-            self.control.dense.zero_()
+            self.control.forgive()  # trials move a head; only what was used can make it dense
         if self.sparsity.reuse > 1:
             self._kept[key] = (step, selection)
         return selection

@@ -10,7 +10,6 @@ from ....errors import InputError
 from ..order import BLOCK, BlockLayout
 from . import Asked, Choice
 
-
 FAR = 1e3
 
 
@@ -24,7 +23,9 @@ def distances(layout: BlockLayout, query_blocks: int, query_rows: int) -> Tensor
     """[Mq, Mk] between the middles of blocks, in tokens; blocks without a token of the video are ``FAR`` (and are kept
     for what they hold)."""
     if layout.places is None:
-        raise InputError("sparsity 'window' needs to know where tokens lie: it runs inside a model, not on bare q and k")
+        raise InputError(
+            "sparsity 'window' needs to know where tokens lie: it runs inside a model, not on bare q and k"
+        )
     keys = _middles(layout.places, BLOCK, layout.key_blocks)
     queries = _middles(layout.places, query_rows, query_blocks)
     return torch.cdist(queries, keys).nan_to_num(nan=FAR)
