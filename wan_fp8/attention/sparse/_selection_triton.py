@@ -64,7 +64,7 @@ def _choose_kernel(
     own = tl.minimum(row * STEP, every - 1)
     kept = ((lane >= own) & (lane < own + STEP)) | ((lane >= first_0) & (lane < end_0))
     kept = (kept | ((lane >= first_1) & (lane < end_1))) & valid
-    free = valid & (kept == 0)
+    free = valid & (tl.where(kept, 0, 1) != 0)
     top = tl.max(score, axis=0)
     amount = tl.load(amount_ptr + head)
     if MASS:
@@ -85,7 +85,7 @@ def _choose_kernel(
         taken = free & (score >= low)
     else:  # of equal scores as many as are wanted, the first ones
         above = free & (score >= high)
-        tied = free & (score >= low) & (above == 0)
+        tied = free & (score >= low) & (score < high)
         left = wanted - tl.sum(tl.where(above, 1.0, 0.0), axis=0)
         taken = above | (tied & (tl.cumsum(tl.where(tied, 1.0, 0.0), axis=0) <= left))
     asks = tl.where(wanted > 0, 1, 0) * tl.where(row * STEP * BLOCK < tokens, 1, 0)
