@@ -23,7 +23,7 @@ import torch
 from torch import Tensor, nn
 
 from ...wan_fp8 import kernels
-from ...wan_fp8.attention import attention_report
+from ...wan_fp8.attention import attention_report, sparsity_report
 from ...wan_fp8.caching import StepCache
 from ...wan_fp8.checkpoint.quantized import COMFY_SUFFIX, format_name
 from ...wan_fp8.checkpoint.save import comfy_mark
@@ -301,8 +301,10 @@ def _around_run(executor: Any, *args: Any, **kwargs: Any) -> Any:
 
 
 def _report_attention(net: HostedModel) -> None:
-    """Tell the user what a low-precision attention did in the run that ends."""
-    for report in attention_report(net):
+    """Tell the user what a low-precision or sparse attention did in the run that ends."""
+    sparse = sparsity_report(net)
+    net.sparse_facts = tuple(report.facts() for report in sparse)
+    for report in (*attention_report(net), *sparse):
         say("\n".join(report.lines()), level=logging.INFO if report.as_asked else logging.WARNING, keep=True)
 
 
