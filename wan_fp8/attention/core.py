@@ -137,6 +137,8 @@ class AttentionCore(nn.Module):
         """Where the tokens of the forward that is running lie; set by the model while its setting is sparse."""
         self.share = (0, 1)
         """Which part of the block's heads come here: (rank, ranks)."""
+        self.sparse_refusal: str | None = None
+        """Why attention cannot be sparse here (its tokens are split); None where it can."""
         self.sparse_runs: dict[Sparsity, SparseRun] = {}
         """What sparse attention did in this run, by setting."""
         self._resolved: dict[tuple[str, AttentionRequest], Resolution[AttentionRequest]] = {}

@@ -452,6 +452,8 @@ class WanModel(nn.Module):
         setting = options.attention or cores[0].setting
         if setting.sparsity is None:
             return None
+        if cores[0].sparse_refusal is not None:
+            raise InputError(cores[0].sparse_refusal)
         if options.attention_override is not None:
             raise InputError(
                 "another node replaces the attention of this model, which would then not be sparse: remove it, or turn "

@@ -94,7 +94,8 @@ def measure(
         exact, chosen, dropped = _attend(q, k_BLNE, v_BLNE, kept, at.heads)
     ours = chosen if out_BSNE is None else out_BSNE[:, rows, index].to(exact.dtype)
     error = (ours - exact).flatten(2).norm(dim=2) / exact.flatten(2).norm(dim=2).clamp_min(1e-20)
-    return Measured(dropped.mean(2), dropped.amax(2), torch.nan_to_num(error, nan=math.inf, posinf=math.inf))
+    error = torch.nan_to_num(error, nan=math.inf, posinf=math.inf)
+    return Measured(dropped.mean(2).float(), dropped.amax(2).float(), error.float())
 
 
 def query_rows_of(at: Sample, selection: Selection) -> Tensor:
