@@ -308,7 +308,7 @@ LARGER = {"width": 96, "height": 96, "length": 17}
 def test_sparsity_presets_are_the_engines(t2v, pack):
     sparse = nodes_kit.module("wan_fp8.attention.sparse")
     settings_of = nodes_kit.module("nodes.bridge").settings_of
-    assert nodes_kit.module("nodes.settings").SPARSITIES == ("off", *sparse.presets())
+    assert ("off", *sparse.presets()) == nodes_kit.module("nodes.settings").SPARSITIES
     output = call("WanFP8Attention", model=t2v[0], sparsity="fast", sparsity_bound=0.07)
     chosen = settings_of(output.args[0]).attention.sparsity
     assert (chosen.bound, chosen.coverage) == (0.07, sparse.presets()["fast"].coverage)

@@ -3,17 +3,21 @@ run reports is what happened."""
 
 from __future__ import annotations
 
+import json
+
 import pytest
 import test_model_animate
 import test_model_s2v
 import torch
 from test_model_parity import inputs, relative, tiny_model
 
-from wan_fp8 import Attention, Recipe, apply_recipe, compile_blocks, set_attention
-from wan_fp8.attention import Step, attention_cores
+from wan_fp8 import Attention, Lora, Recipe, apply_magcache, apply_recipe, compile_blocks, set_attention, set_lora
+from wan_fp8.attention import Step, attention_cores, sparsity_report
 from wan_fp8.attention.sparse import Sparsity
+from wan_fp8.caching import Conditioning, Curve, MagCache, RunPosition, cache_of
 from wan_fp8.errors import InputError
 from wan_fp8.models.blocks import ForwardOptions
+from wan_fp8.sampling import sigmas
 
 EVERYWHERE = {"skip_first": 0.0, "skip_last": 0.0, "skip_first_blocks": 0, "skip_last_blocks": 0}
 ALL_BLOCKS = Attention(sparsity=Sparsity(policy="density", density=1.0, bound=None, **EVERYWHERE))
@@ -119,6 +123,72 @@ def test_with_recipe_and_compile() -> None:
     plain = model(x, torch.tensor([900.0]), context)
     compile_blocks(set_attention(model, ALL_BLOCKS), backend="eager")
     assert relative(model(x, torch.tensor([900.0]), context), plain) < 1e-5
+
+
+def test_with_a_cache_of_steps() -> None:
+    """Residuals are kept in the order of the blocks, in dense and sparse steps alike."""
+    steps = 8
+    schedule = tuple(sigmas(steps, 3.0, "euler").tolist())
+    curve = Curve(
+        "own", "t2v", schedule[:-1], (1.0, *[0.99] * (steps - 1)), None, None, models=(("only", "x"),), shape=(256, 2)
+    )
+    window = Sparsity(policy="density", density=1.0, bound=None, skip_first=0.4, skip_last=0.1, skip_first_blocks=0)
+    results = []
+    for setting in (None, Attention(sparsity=window)):
+        model = set_attention(tiny_model("t2v", torch.float64), setting)
+        apply_magcache(model, MagCache(0.12, 2, 0.2, curve=curve))
+        x, context = (t.double() for t in inputs("t2v", frames=4, rows=16, columns=24))
+        for index in range(steps):
+            position = RunPosition(sigma=schedule[index], schedule=schedule, conditionings=(Conditioning("c", 0),))
+            options = ForwardOptions(position=position, step=Step(index, steps))
+            x = x + 0.1 * model(x, torch.tensor([1000 * schedule[index]]), context, options=options)
+        cache = cache_of(model)
+        assert cache is not None and cache.report.skipped > 1
+        results.append(x)
+    assert relative(results[1], results[0]) < 1e-10
+    ran = [run for core in attention_cores(model) for run in core.sparse_runs.values()]
+    assert 0 < len(ran[0].calls) < 4, "skipped passes look at nothing"
+    report = sparsity_report(model)
+    assert len(report) == 1 and report[0].sparse_calls == sum(len(run.calls) for run in ran)
+
+
+def test_with_a_live_lora() -> None:
+    model = tiny_model("t2v")
+    x, context = inputs("t2v", frames=4, rows=16, columns=24)
+    generator = torch.Generator().manual_seed(0)
+    state = {
+        f"diffusion_model.blocks.0.self_attn.q.lora_{part}.weight": torch.randn(shape, generator=generator) / 16
+        for part, shape in (("A", (4, 256)), ("B", (256, 4)))
+    }
+    set_lora(model, Lora(state))
+    plain = model(x, torch.tensor([900.0]), context)
+    set_attention(model, ALL_BLOCKS)
+    assert relative(model(x, torch.tensor([900.0]), context), plain) < 1e-5
+
+
+def test_what_a_run_reports() -> None:
+    model = tiny_model("t2v")
+    x, context = inputs("t2v", frames=4, rows=16, columns=24)
+    window = Sparsity(policy="density", density=0.5, bound=1e-6, skip_first=0.5, skip_last=0.0, skip_last_blocks=0)
+    set_attention(model, Attention(sparsity=window))  # block 1 of two
+    for index in range(6):
+        model(x, torch.tensor([900.0]), context, options=ForwardOptions(step=Step(index, 6)))
+    (report,) = sparsity_report(model)
+    assert report.answered == {"dense": 9, "masked": 3} and report.sparse_calls == 3
+    assert list(report.density_by_step) == [3, 4, 5] and list(report.density_by_block) == [1]
+    assert report.heads == 2 and report.samples == 3
+    assert report.seconds_saved is not None and report.dense_ms is not None
+    text = "\n".join(report.lines())
+    assert "3 of 12 self-attentions" in text and "heads dense at the end" in text and "bound of 1e-06" in text
+    facts = json.loads(json.dumps(report.facts()))
+    assert facts["density_by_step"].keys() == {"4", "5", "6"} and facts["bound"] == 1e-6
+    table = report.calibration(6)
+    assert table.shares(4, 6, 1) == pytest.approx([c for c in facts["density_by_step"].values()][:1] * 2, abs=0.5)
+    model.begin_run()
+    assert sparsity_report(model) == []
+    model(x, torch.tensor([900.0]), context, options=ForwardOptions(step=Step(0, 6)))
+    (empty,) = sparsity_report(model)
+    assert empty.sparse_calls == 0 and "was not used" in empty.lines()[0] and not empty.as_asked
 
 
 def test_what_cannot_be_honoured_is_refused() -> None:

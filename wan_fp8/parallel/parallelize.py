@@ -18,8 +18,8 @@ from .guidance import GuidanceParallel
 from .ulysses import NAME, ParallelCore, SequenceParallel
 
 RING_AND_SPARSE = (
-    "sparse attention chooses blocks among all queries and keys of a head, which a ring splits: use ulysses alone, or turn "
-    "sparsity off"
+    "sparse attention chooses blocks among all queries and keys of a head, which a ring splits: use ulysses alone, or "
+    "turn sparsity off"
 )
 
 

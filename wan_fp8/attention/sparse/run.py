@@ -15,7 +15,7 @@ from ...errors import InputError
 from ...hardware import device_caps
 from ...registry import Backend
 from .guarantee import TRIALS, HeadControl, Measured, Sample, measure, sample
-from .order import BlockLayout
+from .order import BLOCK, BlockLayout
 from .policies import Asked, policy
 from .registry import SPARSE, Selection, SparseRequest, query_rows, register_backends
 from .selection import BlockStatistics, choose, use_fused
@@ -229,7 +229,7 @@ class Chooser:
         rows, tokens = self.rows, layout.num_tokens
 
         def statistics() -> tuple[BlockStatistics, BlockStatistics]:
-            return BlockStatistics.of(q, tokens, rows, fused), BlockStatistics.of(k, tokens, 128, fused)
+            return BlockStatistics.of(q, tokens, rows, fused), BlockStatistics.of(k, tokens, BLOCK, fused)
 
         asked = Asked(
             sparsity=run.sparsity,
