@@ -214,14 +214,14 @@ def test_bound_holds_and_diffuse_heads_keep_everything() -> None:
     order = token_order((8, 12, 16))
     q, k, v = structured_qkv(order.layout.places, ("local", "strided", "sink", "diffuse"), 64)
     run = SparseRun(Sparsity(bound=0.05, **EVERYWHERE), 0, 1)
-    for step in range(16):
+    for step in range(10):
         run.sparse(q, k, v, Step(step, 16), order.layout)
     density = run.calls[-1].density
     assert float(density[3]) == 1.0 and float(density[:3].max()) < 0.9, density
     errors = torch.cat([call.found.error.flatten() for call in run.calls])
     assert float((errors > 0.05).float().mean()) < 0.1
     loose = SparseRun(Sparsity(bound=0.3, **EVERYWHERE), 0, 1)
-    for step in range(16):
+    for step in range(6):
         loose.sparse(q, k, v, Step(step, 16), order.layout)
     assert float(loose.calls[-1].density.mean()) < float(density.mean()), "a looser bound keeps less"
 
