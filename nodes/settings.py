@@ -194,7 +194,8 @@ def _sparsity(name: str, bound: float) -> Sparsity | None:
     """The preset, with the user's own bound where there is one."""
     if name == OFF:
         return None
-    return dataclasses.replace(presets()[name], **({"bound": bound} if bound else {}))
+    preset = presets()[name]
+    return dataclasses.replace(preset, bound=bound) if bound else preset
 
 
 def _sparse_choice(sparsity: Sparsity, request: AttentionRequest) -> list[str]:

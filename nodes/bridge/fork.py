@@ -303,10 +303,16 @@ def _around_run(executor: Any, *args: Any, **kwargs: Any) -> Any:
 
 def _report_attention(net: HostedModel) -> None:
     """Tell the user what a low-precision or sparse attention did in the run that ends."""
+    for report in attention_report(net):
+        _tell(report.lines(), report.as_asked)
     sparse = sparsity_report(net)
     net.sparse_facts = tuple(report.facts() for report in sparse)
-    for report in (*attention_report(net), *sparse):
-        say("\n".join(report.lines()), level=logging.INFO if report.as_asked else logging.WARNING, keep=True)
+    for found in sparse:
+        _tell(found.lines(), found.as_asked)
+
+
+def _tell(lines: list[str], as_asked: bool) -> None:
+    say("\n".join(lines), level=logging.INFO if as_asked else logging.WARNING, keep=True)
 
 
 def _on_load(patcher: Any, *args: Any, **kwargs: Any) -> None:

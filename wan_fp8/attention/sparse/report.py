@@ -144,7 +144,8 @@ def sparse_report(runs: Iterable[SparseRun]) -> list[SparseReport]:
 def _report(sparsity: Sparsity, runs: list[SparseRun]) -> SparseReport:
     report = SparseReport(sparsity)
     density: dict[int, list[float]] = defaultdict(list)
-    dropped, error = defaultdict(list), defaultdict(list)
+    dropped: dict[int, list[float]] = defaultdict(list)
+    error: dict[int, list[float]] = defaultdict(list)
     of_heads: dict[tuple[int, int], list[torch.Tensor]] = defaultdict(list)
     times: dict[str, list[float]] = {"dense": [], "sparse": []}
     for run in runs:
