@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from comfy_api.latest import ComfyExtension, io
 
+from .animate import WanFP8SampleAnimate
 from .caching import WanFP8MagCache, WanFP8MagCacheCalibrate, WanFP8MagCacheSave
 from .curves import register_curve_folder
 from .loaders import WanFP8LoadCheckpoint
@@ -34,6 +35,7 @@ NODES: list[type[io.ComfyNode]] = [
     WanFP8SampleT2V,
     WanFP8SampleI2V,
     WanFP8SampleTI2V,
+    WanFP8SampleAnimate,
     WanFP8Sigmas,
     WanFP8Solver,
     WanFP8SaveCheckpoint,

@@ -14,7 +14,13 @@ PACK = Path(__file__).resolve().parent.parent
 ARTEFACTS = PACK / ".out"
 """Ignored by git; CI keeps what tests leave here."""
 SLOW_NODES = Path(__file__).resolve().parent / "slow_nodes"
-TASKS = {"t2v": "Wan2.2-T2V-A14B", "i2v": "Wan2.2-I2V-A14B", "ti2v": "Wan2.2-TI2V-5B"}
+TASKS = {
+    "t2v": "Wan2.2-T2V-A14B",
+    "i2v": "Wan2.2-I2V-A14B",
+    "ti2v": "Wan2.2-TI2V-5B",
+    "animate": "Wan2.2-Animate-14B",
+    "s2v": "Wan2.2-S2V-14B",
+}
 """Tasks, and the official folder name of each, under which ``models/wan`` holds a tiny checkpoint."""
 
 

@@ -77,9 +77,6 @@ def settings_of(patcher: Any) -> HostSettings:
 class HostedModel(WanModel):
     """Mixed in before the engine's class by ``hosted_class``; adds no parameters and no state that is saved."""
 
-    task_inputs: frozenset[str] = frozenset()
-    """Keyword inputs that this task's ``embed`` takes from core's conditioning."""
-
     settings_of_run: HostSettings = HostSettings()
     """Of the MODEL that is being sampled, or was loaded last: the forward's memory is estimated before any forward,
     and a file is saved without one."""
@@ -184,10 +181,11 @@ class HostedModel(WanModel):
         if time_dim_concat is not None:
             extra = comfy.ldm.common_dit.pad_to_patch_size(time_dim_concat, self.patch_size)
             x = torch.cat([x, extra.to(x)], dim=2)
+        compare = may_change_text(patcher, options)
         text_key = (
             None
             if patcher is not None and weights_change_mid_run(patcher)
-            else self._prompt_key(context, options, compare=may_change_text(patcher, options))
+            else self._prompt_key(context, options, compare=compare)
         )
         velocity = super().forward(
             x,
@@ -196,6 +194,7 @@ class HostedModel(WanModel):
             clip_fea,
             ForwardOptions(
                 text_key=text_key,
+                inputs_key=None if compare else text_key,
                 cache_text=text_key is not None,
                 attention=settings.attention,
                 step=None if settings.attention is None or settings.attention.is_exact else step_of_run(options),
@@ -454,7 +453,8 @@ def refuse_foreign_patches(patcher: Any) -> None:
 
 
 _SEE_TEXT = ("CALC_COND_BATCH", "PREDICT_NOISE", "APPLY_MODEL", "DIFFUSION_MODEL")
-"""Kinds of wrappers that text rows pass through on their way from core's conditioning to our forward."""
+"""Kinds of wrappers that text rows, faces and sounds pass through on their way from core's conditioning to our
+forward."""
 
 
 def may_change_text(patcher: Any, options: Mapping[str, Any]) -> bool:

@@ -206,6 +206,15 @@ def test_every_type_arrives_as_torch_would_convert_it(
             assert equal(source.read(name, dtype), expected if dtype is None else expected.to(dtype)), name
 
 
+def test_blocks_are_converted_under_inference_mode_too(values: tuple[Path, dict[str, torch.Tensor]]) -> None:
+    """As ComfyUI runs its nodes: what was made there may be written to by no thread outside of it."""
+    path, state = values
+    with torch.inference_mode(), open_source(path) as source:
+        for name in ("wide", "e4m3", "brain"):
+            for dtype in (torch.bfloat16, torch.float32):
+                assert equal(source.read(name, dtype), state[name].to(dtype))
+
+
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32, torch.float64])
 @pytest.mark.parametrize("name", ["e4m3", "e5m2", "int8", "wide", "odd"])
 def test_scales_multiply_in_fp32_before_the_one_rounding(

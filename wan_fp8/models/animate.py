@@ -136,6 +136,7 @@ class AnimateModel(WanModel):
     """
 
     block_class = AnimateBlock
+    task_inputs = frozenset({"clip_fea", *INPUTS})
 
     def __init__(self, spec: ModelSpec) -> None:
         if spec.num_layers % FUSER_EVERY:

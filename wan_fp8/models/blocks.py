@@ -35,6 +35,9 @@ class ForwardOptions:
     under it. None: the identity of ``context`` and ``clip_fea`` (torch
     does not count writes to a tensor made under inference mode: after writing over such a one,
     ``clear_text_cache``)."""
+    inputs_key: Hashable | None = None
+    """Names the faces or sounds of this batch: what is made of them is kept under it. None: the identity of the
+    tensor."""
     cache_text: bool = True
     """False while weights of text, image, face or audio may change between two forwards."""
     attention: AttentionSetting | None = None

@@ -170,6 +170,8 @@ class S2VModel(WanModel):
         control_video: [B, 16, F, H, W] latents of the pose video; None is a pose of zeros, as officially.
     """
 
+    task_inputs = frozenset(INPUTS)
+
     def __init__(self, spec: ModelSpec) -> None:
         super().__init__(spec)
         self.cond_encoder = PatchEmbedding(spec.out_dim, spec.dim, spec.patch_size)

@@ -109,6 +109,8 @@ class WanModel(nn.Module):
     """Wan2.2 transformer (T2V, I2V, TI2V). Returns the flow velocity."""
 
     block_class: type[WanBlock] = WanBlock
+    task_inputs: frozenset[str] = frozenset()
+    """Inputs beside latents, timestep and text that the task's forward takes, by name."""
 
     def __init__(self, spec: ModelSpec) -> None:
         super().__init__()
@@ -347,14 +349,16 @@ class WanModel(nn.Module):
         *,
         also: Hashable = None,
     ) -> Tensor | tuple[Tensor, ...]:
-        """What ``make`` makes of ``source``, in the first of the forwards that are given this very tensor.
+        """What ``make`` makes of ``source``, in the first of the forwards that are given this very tensor (or another
+        one of the name that the caller gives it).
 
         Args:
             also: what else the result depends on.
         """
         if not options.cache_text:
             return make()
-        return self._conditions.get((source,), make, also=(options.tf32, self.compute_dtype, also))
+        key = (options.tf32, self.compute_dtype, also)
+        return self._conditions.get((source,), make, also=key, name=options.inputs_key)
 
     def _rope(
         self, positions: Tensor | None, grid: tuple[int, int, int], options: RopeOptions | None, device: torch.device
@@ -481,10 +485,10 @@ def _wrapped(wrapper: StackWrapper, inner: StackFunction) -> StackFunction:
 def build_model(spec: ModelSpec, *, model_class: type[WanModel] | None = None) -> WanModel:
     """An uninitialised model in eval mode on torch's current default device (use ``torch.device("meta")`` to fill it
     by assignment)."""
-    return (model_class or _class_of(spec.task))(spec).eval()
+    return (model_class or class_of(spec.task))(spec).eval()
 
 
-def _class_of(task: Task) -> type[WanModel]:
+def class_of(task: Task) -> type[WanModel]:
     """The definition of a task; those with more than the common one are imported when first used."""
     if task is Task.ANIMATE:
         from .animate import AnimateModel
