@@ -14,6 +14,7 @@ from .loaders import WanFP8LoadCheckpoint
 from .lora import WanFP8LoadLora
 from .receipt import WanFP8QualityReceipt
 from .recipe import WanFP8Recipe
+from .s2v import WanFP8SampleS2V
 from .samplers import WanFP8SampleI2V, WanFP8SampleT2V, WanFP8SampleTI2V
 from .save import WanFP8SaveCheckpoint
 from .scales import WanFP8SaveScales
@@ -36,6 +37,7 @@ NODES: list[type[io.ComfyNode]] = [
     WanFP8SampleI2V,
     WanFP8SampleTI2V,
     WanFP8SampleAnimate,
+    WanFP8SampleS2V,
     WanFP8Sigmas,
     WanFP8Solver,
     WanFP8SaveCheckpoint,

@@ -1,5 +1,5 @@
-"""Sample Wan2.2 Animate on a tiny checkpoint: its loop against the published one written out, what each segment is told,
-what a cancelled run leaves, and what is refused."""
+"""Sample Wan2.2 Animate on a tiny checkpoint: its loop against the published one written out, what each segment is
+told, what a cancelled run leaves, and what is refused."""
 
 from __future__ import annotations
 
@@ -77,7 +77,14 @@ def video(frames: int, width: int, height: int, seed: int = 0) -> Tensor:
 
 def inputs(**more: Any) -> dict[str, Any]:
     driving = {"pose_video": video(LENGTH, 48, 32, 1), "face_video": video(LENGTH, 512, 512, 2)}
-    return {"reference_image": picture(90, 40), **driving, "segment": SEGMENT, "overlap": OVERLAP, "steps": STEPS, **more}
+    return {
+        "reference_image": picture(90, 40),
+        **driving,
+        "segment": SEGMENT,
+        "overlap": OVERLAP,
+        "steps": STEPS,
+        **more,
+    }
 
 
 def replacing() -> dict[str, Tensor]:
@@ -130,11 +137,11 @@ def published(parts: dict[str, Any], given: dict[str, Any], seed: int, guidance:
         sigmas, steps = sampling.sigmas(STEPS, 5.0), sampling.timesteps(STEPS, 5.0)
         solver, x = sampling.UniPC(sigmas), noise
         for index, t in enumerate(steps):
-            def velocity(context: Tensor, faces: Tensor, x: Tensor = x, t: Tensor = t, end: int = end) -> Tensor:
-                return net(
-                    torch.cat([x, y])[None], t[None].float(), context, rows, pose_latents=encode(pose[:, end - SEGMENT : end])[None],
-                    face_pixel_values=faces,
-                )[0]  # fmt: skip
+            told = {"clip_fea": rows, "pose_latents": encode(pose[:, start:end])[None]}
+            given_now = (torch.cat([x, y])[None], t[None].float())
+
+            def velocity(context: Tensor, faces: Tensor, now: Any = given_now, told: Any = told) -> Tensor:
+                return net(*now, context, **told, face_pixel_values=faces)[0]
 
             seen = face[None, :, start:end]
             v = velocity(parts["positive"][0][0], seen)
@@ -357,7 +364,7 @@ def test_other_models_and_parts_are_refused_by_name(parts: dict[str, Any]) -> No
     assert "'model' is a Wan2.2 T2V model" in refused({**parts, "model": t2v})
     assert "takes the Wan 2.1 VAE" in refused({**parts, "vae": nodes_kit.vae("2.2")})
     assert "clip_vision takes a CLIP_VISION" in refused({**parts, "clip_vision": object()})
-    with pytest.raises(nodes_kit.module("wan_fp8.errors").InputError, match="'Sample Wan2.2 Animate'"):
+    with pytest.raises(nodes_kit.module("wan_fp8.errors").InputError, match=r"'Sample Wan2\.2 Animate'"):
         call("WanFP8SampleTI2V", **{k: parts[k] for k in ("model", "positive", "negative")})
 
 

@@ -39,6 +39,11 @@ CONTRACT = {
         "overlap seed steps shift guidance solver scheduler noise face_video background_video character_mask fps",
         "images latent",
     ),
+    "WanFP8SampleS2V": (
+        "model positive negative vae reference_image size width height clips clip_frames seed steps shift guidance "
+        "solver scheduler noise audio audio_encoder audio_features pose_video pose_fps start_from_reference",
+        "images latent",
+    ),
     "WanFP8Sigmas": (
         "steps shift solver boundary model model_low",
         "sigmas sigmas_high sigmas_low model model_low",

@@ -42,7 +42,9 @@ def published_segments(real: int, clip: int, overlap: int) -> list[tuple[list[in
 def test_segments_are_the_published_ones(real: int, clip: int, overlap: int) -> None:
     ours = sampling.animate_segments(real, clip, overlap)
     driven = [[sampling.reflected(s.start + k, real) for k in range(clip)] for s in ours]
-    assert [(frames, s.known) for frames, s in zip(driven, ours, strict=True)] == published_segments(real, clip, overlap)
+    assert [(frames, s.known) for frames, s in zip(driven, ours, strict=True)] == published_segments(
+        real, clip, overlap
+    )
     shown = [s.start + k for s in ours for k in range(s.kept.start, s.kept.stop)]
     assert shown == list(range(real)), "every frame of the video is made once"
 
