@@ -100,23 +100,20 @@ class Workers:
         self._pool: ThreadPoolExecutor | None = None
 
     def run(self, fill: Fill, count: int, step: int) -> None:
-        """Call ``fill`` for every block of ``step`` elements of ``count``; the first error of a block is raised.
-
-        The threads have the caller's inference mode: tensors that were made under it can be written to nowhere else.
-        """
-        inference = torch.is_inference_mode_enabled()
-
-        def fill_there(first: int, last: int) -> None:
-            with torch.inference_mode(inference):
-                fill(first, last)
-
+        """Call ``fill`` for every block of ``step`` elements of ``count``; the first error of a block is raised."""
         if count <= step:
             fill(0, count)
             return
         if self._pool is None:
             threads = min(MAX_WORKERS, max(2, os.cpu_count() or 2))
             self._pool = ThreadPoolExecutor(threads, thread_name_prefix="wan-fp8-read")
-        futures = [self._pool.submit(fill_there, first, min(first + step, count)) for first in range(0, count, step)]
+        inference = torch.is_inference_mode_enabled()  # each thread has its own, and a tensor made in one is shut to others
+
+        def block(first: int) -> None:
+            with torch.inference_mode(inference):
+                fill(first, min(first + step, count))
+
+        futures = [self._pool.submit(block, first) for first in range(0, count, step)]
         try:
             for future in futures:
                 future.result()
