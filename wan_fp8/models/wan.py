@@ -155,7 +155,8 @@ class WanModel(nn.Module):
         self._text_cache: ByTensor[dict[int, tuple[Tensor, ...]]] = ByTensor(MAX_CACHED_PROMPTS)
         self._conditions: ByTensor[Tensor | tuple[Tensor, ...]] = ByTensor(MAX_CACHED_CONDITIONS)
         """What a task makes of its inputs once for all steps."""
-        self._rope_cache: OrderedDict[Hashable, tuple[Tensor, Tensor]] = OrderedDict()
+        self._rope_cache: OrderedDict[Hashable, tuple[Tensor, Tensor, Tensor | None]] = OrderedDict()
+        """Cosine and sine; and the positions that a task gave, which nobody else then takes the identity of."""
 
     @property
     def compute_dtype(self) -> torch.dtype:
@@ -365,16 +366,15 @@ class WanModel(nn.Module):
     ) -> tuple[Tensor, Tensor]:
         dtype = self.high_dtype
         build_on = device if device.type == "cuda" else torch.device("cpu")  # fp64 is not to be had everywhere
-        if positions is not None:
-            cos, sin = wan.rope_table(positions.to(build_on), self.spec.head_dim, dtype)
-            return cos.to(device), sin.to(device)
-        key = (grid, options, device, dtype)
+        key = (grid, options, device, dtype) if positions is None else (id(positions), device, dtype)
         if key not in self._rope_cache:
-            cos, sin = wan.rope_table(wan.grid_positions(grid, options).to(build_on), self.spec.head_dim, dtype)
-            self._rope_cache[key] = (cos.to(device), sin.to(device))
+            places = wan.grid_positions(grid, options) if positions is None else positions
+            cos, sin = wan.rope_table(places.to(build_on), self.spec.head_dim, dtype)
+            self._rope_cache[key] = (cos.to(device), sin.to(device), positions)
             while len(self._rope_cache) > MAX_CACHED_ROPE_TABLES:
                 self._rope_cache.popitem(last=False)
-        return self._rope_cache[key]
+        cos, sin, _ = self._rope_cache[key]
+        return cos, sin
 
     # ---- pieces of the forward -------------------------------------------------------------------------------------
 
