@@ -108,6 +108,7 @@ class SegmentSampler:
         noise_dtype: torch.dtype = torch.float32,
     ) -> None:
         (expert,) = prepare_models(task, model, None)
+        bridge.refuse_context_windows(expert)
         for name, conditioning in (("positive", positive), ("negative", negative)):
             conditions.check_text(conditioning, bridge.spec_of(expert).text_dim, name)
         if settings.noise == NOISE_CUDA and not torch.cuda.is_available():

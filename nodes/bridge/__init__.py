@@ -9,7 +9,7 @@ from .build import build_model_patcher
 from .caching import fingerprint, refuse_other_caches
 from .clip_vision import image_rows, lazy_clip_vision, load_clip_vision
 from .fork import expert_of, fork, hosted, is_hosted, spec_of
-from .hosted_model import HostSettings, settings_of
+from .hosted_model import HostSettings, refuse_context_windows, settings_of
 from .lora import WithLora, load_lora
 from .measure import Measured, in_float32, measured, plain
 from .memory import free_host_bytes
@@ -63,6 +63,7 @@ __all__ = [
     "plain",
     "raw_latents",
     "recipe_of",
+    "refuse_context_windows",
     "refuse_other_caches",
     "rounded_again",
     "run_stages",

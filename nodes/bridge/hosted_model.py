@@ -452,6 +452,16 @@ def refuse_foreign_patches(patcher: Any) -> None:
         )
 
 
+def refuse_context_windows(patcher: Any) -> None:
+    """Raise where core's context windows are on a MODEL whose video is made in segments: they cut latents along time,
+    and not the face, pose and sound that belong to them."""
+    if patcher.model_options.get("context_handler") is not None:
+        raise UnsupportedPatchError(
+            "this MODEL carries context windows, and this sampler makes long videos in segments of its own: remove the "
+            "node that adds context windows"
+        )
+
+
 _SEE_TEXT = ("CALC_COND_BATCH", "PREDICT_NOISE", "APPLY_MODEL", "DIFFUSION_MODEL")
 """Kinds of wrappers that text rows, faces and sounds pass through on their way from core's conditioning to our
 forward."""
