@@ -96,6 +96,8 @@ class ForwardState:
     """Calls the parts of a block: as they are, or compiled."""
     task: dict[str, Any] = field(default_factory=dict)
     """What a task's ``embed`` keeps for its ``after_block``."""
+    first_token: int = 0
+    """Which of all tokens the first one here is, where a parallel layout gives this rank a part of them."""
     owned: bool = True
     """Nobody needs the tokens before the first block as they are: sums may be written over them."""
 

@@ -90,16 +90,12 @@ def _part(state: ForwardState, mine: slice) -> ForwardState:
         state,
         rope=(cos[mine], sin[mine]),
         num_tokens=mine.stop - mine.start,
+        first_token=mine.start,
         modulation=Modulation(state.modulation.rows, None if rows is None else rows[:, mine].contiguous()),
     )
 
 
 def _refuse(state: ForwardState) -> None:
-    if state.task:
-        raise InputError(
-            f"this model adds {', '.join(sorted(state.task))} between its blocks, which needs every token: use cfg "
-            "alone, without ulysses and ring"
-        )
     if state.options.block_replace or state.options.attention_override is not None:
         raise InputError(
             "another node replaces blocks or the attention of this model, which needs every token: remove it, or use "
