@@ -106,12 +106,14 @@ class FaceFuser(nn.Module):
         here = frames_here(state.first_token, tokens, face_BFKD.shape[1], state.task["tokens_per_frame"])
         if not here.count:
             return torch.zeros_like(x_BSD)
-        q = here.grouped(self._normed(self.q_norm, self.linear1_q(x_BSD), state))
+        q = self._normed(self.q_norm, self.linear1_q(x_BSD), state)
+        q = here.grouped(state.video_in_frames(q, here.count))
         k, v = self.linear1_kv(face_BFKD[:, here.first : here.last]).chunk(2, dim=-1)
         k = self._normed(self.k_norm, k.flatten(0, 1).contiguous(), state)
         v = v.flatten(0, 1).unflatten(-1, (self.num_heads, self.head_dim))
         y = self.inner_attention(q, k, v, state.options.attention, state.options.step)
-        return self.linear2(here.back(y.flatten(2), tokens))
+        y = state.video_in_sequence(here.back(y.flatten(2)))
+        return self.linear2(F.pad(y, (0, 0, 0, tokens - here.count)) if tokens > here.count else y)
 
     def _normed(self, norm: NormWeight, x_BSD: Tensor, state: ForwardState) -> Tensor:
         """[B, S, D] -> [B, S, N, E], RMSNorm over E."""

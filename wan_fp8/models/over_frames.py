@@ -26,19 +26,16 @@ class FramesHere:
     per_frame: int
 
     def grouped(self, x_BSNE: Tensor) -> Tensor:
-        """[B, S, N, E] -> [B * frames, per_frame, N, E]; what is beyond the video is left out."""
+        """[B, count, N, E] in the frame order -> [B * frames, per_frame, N, E]."""
         frames = self.last - self.first
         behind = frames * self.per_frame - self.lead - self.count
-        x = x_BSNE[:, : self.count]
-        if self.lead or behind:
-            x = F.pad(x, (0, 0, 0, 0, self.lead, behind))
+        x = F.pad(x_BSNE, (0, 0, 0, 0, self.lead, behind)) if self.lead or behind else x_BSNE
         return x.unflatten(1, (frames, self.per_frame)).flatten(0, 1)
 
-    def back(self, x_GPD: Tensor, tokens: int) -> Tensor:
-        """[B * frames, per_frame, D] -> [B, tokens, D]; zeros beyond the video."""
+    def back(self, x_GPD: Tensor) -> Tensor:
+        """[B * frames, per_frame, D] -> [B, count, D]."""
         x = x_GPD.unflatten(0, (-1, self.last - self.first)).flatten(1, 2)
-        x = x[:, self.lead : self.lead + self.count]
-        return F.pad(x, (0, 0, 0, tokens - self.count)) if tokens > self.count else x
+        return x[:, self.lead : self.lead + self.count]
 
 
 def frames_here(first_token: int, tokens: int, frames: int, per_frame: int) -> FramesHere:

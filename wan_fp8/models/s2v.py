@@ -105,7 +105,7 @@ class Injector(Attention):
         k = normed_heads(self.norm_k, self.k(audio), None, state, self.head_dim, self.eps)
         v = self.heads(self.v(audio))
         y = self.inner_attention(here.grouped(q), k, v, state.options.attention, state.options.step)
-        return self.o(here.back(y.flatten(2), x_BSD.shape[1]))
+        return self.o(here.back(y.flatten(2)))
 
 
 class AudioInjector(nn.Module):
@@ -229,9 +229,10 @@ class S2VModel(WanModel):
         assert isinstance(injector, Injector)
         table = self.audio_injector.injector_adain_layers[number](whole, state.compute_dtype, self.high_dtype)
         row = frame_of_token.repeat_interleave(here.per_frame, dim=1)[:, first : first + here.count]
-        row = F.pad(row, (0, tokens - here.count))
-        x = stream.normed_by(table, row, state.compute_dtype, ADAIN_EPS)[:, : here.count].contiguous()
-        stream.add(F.pad(injector.hear(x, parts, here, state), (0, 0, 0, tokens - here.count)), None)
+        row = F.pad(state.video_in_sequence(row), (0, tokens - here.count))
+        normed = stream.normed_by(table, row, state.compute_dtype, ADAIN_EPS)
+        heard = injector.hear(state.video_in_frames(normed, here.count).contiguous(), parts, here, state)
+        stream.add(F.pad(state.video_in_sequence(heard), (0, 0, 0, tokens - here.count)), None)
         return stream
 
     def _time_rows(
