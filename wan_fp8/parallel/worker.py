@@ -1,0 +1,146 @@
+"""One rank of a pool: ``python -m wan_fp8.parallel.worker``, started by the pool's launcher, or under ``torchrun``.
+
+By the launcher: one line of JSON on standard input says who this is, and open file descriptors link it to the caller
+and to the other ranks. Under ``torchrun``, on one host or many::
+
+    torchrun --nproc-per-node 8 -m wan_fp8.parallel.worker --listen 10.0.0.1:7421 --token-file pool.token
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import socket
+import sys
+from datetime import timedelta
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+from ..errors import WanFP8Error
+from . import lifeline
+from .links import Hub, Member, Outcome, Place, failure_of
+from .serving import Serving
+from .wire import DTYPES, Channel, Json, Message
+
+COLLECTIVE_TIMEOUT = timedelta(minutes=30)
+ALIGN = 64
+"""Tensors lie at multiples of this in the buffer that goes to all ranks."""
+
+
+def main() -> None:
+    """Be one rank until the caller goes."""
+    config = json.loads(sys.stdin.buffer.readline())
+    lifeline.hold(config["parent"], config["folder"])
+    place = Place(config["rank"], config["names"][config["rank"]], socket.gethostname())
+    if config["rank"] == 0:
+        links: Hub | Member = Hub(place, config["watchdog"], config["world"], _memory)
+        for rank, number in enumerate(config["peers"], 1):
+            links.add_peer(Place(rank, config["names"][rank], place.host), _opened(number))
+        links.serve(_opened(config["caller"]), gone=lambda: os._exit(0))
+    else:
+        links = Member(place, config["watchdog"], _opened(config["hub"]), _memory)
+    run(links, config["device"], f"file://{config['folder']}/meeting", config["rank"], config["world"])
+
+
+def _opened(number: int) -> Channel:
+    return Channel(socket.socket(fileno=number))
+
+
+def _total_memory(device: torch.device) -> int:
+    return torch.cuda.mem_get_info(device)[1] if device.type == "cuda" else 0
+
+
+def _memory() -> int:
+    return torch.cuda.memory_allocated() if torch.cuda.is_initialized() else 0
+
+
+def run(links: Hub | Member, device_name: str, meeting: str, rank: int, world: int) -> None:
+    """Join the process group and serve requests."""
+    device = torch.device(device_name)
+    links.stage("joining the process group")
+    if device.type == "cuda":
+        torch.cuda.set_device(device)
+        torch.zeros(1, device=device)
+    dist.init_process_group(
+        "nccl" if device.type == "cuda" else "gloo",
+        init_method=meeting,
+        rank=rank,
+        world_size=world,
+        timeout=COLLECTIVE_TIMEOUT,
+        device_id=device if device.type == "cuda" else None,
+    )
+    control = dist.new_group(backend="gloo") if device.type == "cuda" else dist.group.WORLD
+    assert control is not None
+    announce = links.announce if isinstance(links, Hub) else (lambda text: None)
+    serving = Serving(device, control, stage=links.stage, announce=announce)
+    links.stage("idle")
+    if isinstance(links, Hub):
+        links.tell("ready", {"memory": _total_memory(device)})
+    while (message := links.next()) is not None:
+        _one(links, serving, message)
+        links.stage("idle")
+
+
+def _one(links: Hub | Member, serving: Serving, message: Message) -> None:
+    identity = message.fields["id"]
+    found: Json = {}
+    out: dict[str, Tensor] = {}
+    error: Json | None = None
+    try:
+        if isinstance(links, Hub):
+            listed = [_listed(name, value) for name, value in message.tensors.items()]
+            links.hand_on(message, listed)
+        else:
+            listed = message.fields["listed"]
+        with torch.inference_mode(message.kind not in ("load", "merge")):
+            tensors = spread(listed, message.tensors, serving.device)
+            found, out = serving.run(message.kind, message.fields, tensors)
+            out = {name: value.to("cpu") for name, value in out.items()}
+    except Exception as raised:
+        error = failure_of(raised)
+        if not isinstance(raised, WanFP8Error):
+            print("\n".join(error["lines"]), file=sys.stderr, flush=True)
+    outcome = Outcome(error, found)
+    if isinstance(links, Member):
+        links.finish(identity, outcome)
+        return
+    agreed, outcomes = links.finish(identity, outcome)
+    if agreed is not None:
+        links.tell("error", {"id": identity, **agreed})
+    else:
+        links.tell("answer", {"id": identity, "found": [each.found for each in outcomes]}, out)
+
+
+def _listed(name: str, value: Tensor) -> Json:
+    return {"name": name, "dtype": str(value.dtype).removeprefix("torch."), "shape": list(value.shape)}
+
+
+def spread(listed: list[Json], tensors: dict[str, Tensor], device: torch.device) -> dict[str, Tensor]:
+    """Rank 0's tensors on every rank and its device, in one broadcast of bytes."""
+    if not listed:
+        return {}
+    ends, total = [], 0
+    for entry in listed:
+        size = torch.Size(entry["shape"]).numel() * DTYPES[entry["dtype"]].itemsize
+        ends.append((total, size))
+        total += size + -size % ALIGN
+    whole = torch.empty(total, dtype=torch.uint8)
+    for (first, size), entry in zip(ends, listed, strict=True):
+        if entry["name"] in tensors:
+            whole[first : first + size] = tensors[entry["name"]].reshape(-1).view(torch.uint8)
+    whole = whole.to(device)
+    if dist.get_world_size() > 1:
+        dist.broadcast(whole, 0)
+    return {
+        entry["name"]: whole[first : first + size].view(DTYPES[entry["dtype"]]).view(entry["shape"])
+        for (first, size), entry in zip(ends, listed, strict=True)
+    }
+
+
+
+
+if __name__ == "__main__":
+    main()
