@@ -11,6 +11,7 @@ from .caching import WanFP8MagCache, WanFP8MagCacheCalibrate, WanFP8MagCacheSave
 from .curves import register_curve_folder
 from .loaders import WanFP8LoadCheckpoint
 from .lora import WanFP8LoadLora
+from .multigpu import WanFP8MultiGPU, WanFP8StopPool
 from .receipt import WanFP8QualityReceipt
 from .recipe import WanFP8Recipe
 from .samplers import WanFP8SampleI2V, WanFP8SampleT2V, WanFP8SampleTI2V
@@ -39,6 +40,8 @@ NODES: list[type[io.ComfyNode]] = [
     WanFP8SaveCheckpoint,
     WanFP8SaveScales,
     WanFP8QualityReceipt,
+    WanFP8MultiGPU,
+    WanFP8StopPool,
 ]
 
 

@@ -28,7 +28,12 @@ class Connection:
     """Requests to one pool. Thread-safe."""
 
     def __init__(
-        self, channel: Channel, watchdog: float, *, explain: Callable[[Json | None], errors.PoolError], idle: Callable[[], None]
+        self,
+        channel: Channel,
+        watchdog: float,
+        *,
+        explain: Callable[[Json | None], errors.PoolError],
+        idle: Callable[[], None],
     ) -> None:
         """
         Args:
@@ -89,7 +94,12 @@ class Connection:
                 log.debug("%s", error)
 
     def request(
-        self, kind: str, fields: Mapping[str, Any], tensors: Mapping[str, Tensor] | None = None, *, poll: Callable[[], None]
+        self,
+        kind: str,
+        fields: Mapping[str, Any],
+        tensors: Mapping[str, Tensor] | None = None,
+        *,
+        poll: Callable[[], None],
     ) -> tuple[list[Json], dict[str, Tensor]]:
         """Send a request and wait.
 
@@ -105,7 +115,9 @@ class Connection:
         try:
             while True:
                 with self._lock:
-                    self._lock.wait_for(lambda: self._failure is not None or self._answers[number] is not None, POLL_SECONDS)
+                    self._lock.wait_for(
+                        lambda: self._failure is not None or self._answers[number] is not None, POLL_SECONDS
+                    )
                     answer = self._answers[number]
                     if answer is None and self._failure is not None:
                         raise self._failure

@@ -25,7 +25,13 @@ from .wire import Channel, Json, paired
 ROOT = Path(__file__).resolve().parents[2]
 """The folder that ``wan_fp8`` is imported from, whatever name this module goes by here."""
 START_SECONDS = 180.0
-NOT_INHERITED = ("PYTORCH_CUDA_ALLOC_CONF", "PYTORCH_ALLOC_CONF", "PYTORCH_HIP_ALLOC_CONF", "PYTHONSAFEPATH", "PYTHONHOME")
+NOT_INHERITED = (
+    "PYTORCH_CUDA_ALLOC_CONF",
+    "PYTORCH_ALLOC_CONF",
+    "PYTORCH_HIP_ALLOC_CONF",
+    "PYTHONSAFEPATH",
+    "PYTHONHOME",
+)
 """ComfyUI may ask for an allocator whose memory NCCL cannot register; its Python settings are its own, too."""
 
 _starter = ThreadPoolExecutor(1, thread_name_prefix="wan-fp8-starter")
@@ -84,7 +90,9 @@ class LocalWorkers:
         """
         check_devices(devices)
         self.devices = list(devices)
-        self.names = [name.replace("cuda:", "GPU ") if name != "cpu" else f"CPU process {n}" for n, name in enumerate(devices)]
+        self.names = [
+            name.replace("cuda:", "GPU ") if name != "cpu" else f"CPU process {n}" for n, name in enumerate(devices)
+        ]
         self._folder = tempfile.mkdtemp(prefix="wan_fp8_pool_")
         self._workers: list[_Worker] = []
         self._ended = threading.Lock()
@@ -117,7 +125,13 @@ class LocalWorkers:
         caller, theirs = paired()
         pairs = [paired() for _ in range(1, world)]  # (the hub's end, the rank's end)
         visible, local = _visible(self.devices)
-        common = {"parent": os.getpid(), "folder": self._folder, "world": world, "watchdog": watchdog, "names": self.names}
+        common = {
+            "parent": os.getpid(),
+            "folder": self._folder,
+            "world": world,
+            "watchdog": watchdog,
+            "names": self.names,
+        }
         try:
             for rank in range(world):
                 ends = [theirs, *(hub for hub, _ in pairs)] if rank == 0 else [pairs[rank - 1][1]]
@@ -165,7 +179,11 @@ class LocalWorkers:
             place, what = self._place(rank, said), f"ended with {_status(status)}"
         elif said is not None and said.get("place"):
             rank = said["place"]["rank"]
-            place, what, lines = self._place(rank, said), said["what"], list(said["lines"]) or self._workers[rank].last_lines()
+            place, what, lines = (
+                self._place(rank, said),
+                said["what"],
+                list(said["lines"]) or self._workers[rank].last_lines(),
+            )
         else:
             place, what, lines = "the pool", (said or {}).get("what", "was stopped"), []
         words = "".join(f"\n    {line}" for line in lines)
@@ -203,7 +221,9 @@ def check_devices(devices: Sequence[str]) -> None:
     wrong = [name for name in devices if not name.startswith("cuda:") or int(name[5:]) >= count]
     if wrong or len(set(devices)) < len(devices):
         there = f"this machine has {count} (0 to {count - 1})" if count else "this machine has none"
-        raise InputError(f"GPUs {', '.join(name.removeprefix('cuda:') for name in devices)} were asked for, and {there}")
+        raise InputError(
+            f"GPUs {', '.join(name.removeprefix('cuda:') for name in devices)} were asked for, and {there}"
+        )
 
 
 def environment(visible: str | None) -> dict[str, str]:

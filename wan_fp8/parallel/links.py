@@ -277,7 +277,9 @@ class Hub(Links):
             now = time.monotonic()
             stood_still = now - before > 2 * self.beat_seconds + 1
             before = now
-            self.tell("beat", {"ranks": [self.place.plain(), *(p.place.plain() for _, p in sorted(self._peers.items()))]})
+            self.tell(
+                "beat", {"ranks": [self.place.plain(), *(p.place.plain() for _, p in sorted(self._peers.items()))]}
+            )
             for peer in list(self._peers.values()):
                 if stood_still:
                     peer.heard = now

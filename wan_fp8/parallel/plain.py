@@ -14,19 +14,25 @@ import torch
 from ..attention import Attention, Step
 from ..caching import Conditioning, Curve, EasyCache, MagCache, RunPosition, Taylor
 from ..compile import Compile
+from ..models.blocks import ForwardOptions
 from ..models.functional import RopeOptions
 from ..quant import Recipe
 from .dims import ParallelDims
-from .wire import DTYPES, WireError
+from .source import ModelSource
+from .wire import DTYPES, Json, WireError
 
 TYPES: dict[str, type] = {
     kind.__name__: kind
     for kind in (
         Attention, Step, Compile, RopeOptions, Recipe, MagCache, EasyCache, Taylor, Curve, RunPosition, Conditioning,
-        ParallelDims,
+        ParallelDims, ModelSource,
     )
 }  # fmt: skip
 """By name; whoever has another one adds it."""
+
+
+OPTIONS = ("cache_text", "attention", "step", "position", "rope", "compile", "stream_dtype", "tf32")
+"""Fields of ``ForwardOptions`` that travel as plain data."""
 
 
 def to_plain(value: Any) -> Any:
@@ -78,3 +84,9 @@ def from_plain(value: Any) -> Any:
             if value["fields"].keys() <= known:
                 return kind(**{name: from_plain(part) for name, part in value["fields"].items()})
     raise WireError(f"{str(value)[:100]} is no setting of ours")
+
+
+def option_fields(options: ForwardOptions) -> Json:
+    """The options of a forward that travel as plain data, those that differ from the defaults only."""
+    defaults = {field.name: field.default for field in dataclasses.fields(ForwardOptions)}
+    return {name: to_plain(getattr(options, name)) for name in OPTIONS if getattr(options, name) != defaults[name]}

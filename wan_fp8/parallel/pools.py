@@ -39,7 +39,9 @@ class PoolSpec:
 
     def overlaps(self, other: PoolSpec) -> bool:
         """Whether two pools want one device."""
-        return bool(set(self.devices) & set(other.devices)) or (self.address is not None and self.address == other.address)
+        return bool(set(self.devices) & set(other.devices)) or (
+            self.address is not None and self.address == other.address
+        )
 
 
 class Pool:

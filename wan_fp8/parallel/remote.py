@@ -32,7 +32,6 @@ from ..quant import Recipe
 from . import plain, pools
 from .dims import ParallelDims
 from .plan import Machine, Plan, Workload, plan, weight_bytes
-from .serving import option_fields
 from .source import ModelSource
 from .wire import Json
 
@@ -99,8 +98,16 @@ class Remote:
     """One model in a pool: where it comes from, what it is made into, and whether it is there already."""
 
     def __init__(
-        self, spec: ModelSpec, source: ModelSource, pool: pools.PoolSpec, topology: Topology, recipe: Recipe | None = None
+        self,
+        spec: ModelSpec,
+        source: ModelSource,
+        pool: pools.PoolSpec,
+        topology: Topology,
+        recipe: Recipe | None = None,
+        scales: str | None = None,
     ) -> None:
+        """``scales``: file of activation scales for the recipe."""
+        self.scales = scales
         self.spec, self.source, self.pool_spec, self.topology = spec, source, pool, topology
         self.recipe = recipe or Recipe("none")
         self.name = uuid.uuid4().hex
@@ -114,9 +121,9 @@ class Remote:
         self._dirty = False
         self._pool: pools.Pool | None = None
 
-    def with_recipe(self, recipe: Recipe) -> Remote:
+    def with_recipe(self, recipe: Recipe, scales: str | None = None) -> Remote:
         """The same checkpoint under another recipe: another model of the pool."""
-        return Remote(self.spec, self.source, self.pool_spec, self.topology, recipe)
+        return Remote(self.spec, self.source, self.pool_spec, self.topology, recipe, scales)
 
     def pool(self) -> pools.Pool:
         """The pool, started if need be."""
@@ -131,7 +138,9 @@ class Remote:
         """What the planner knows of the pool."""
         ready = pool.connection.ready or {}
         memory = ready.get("memory") or 0
-        return Machine(gpus=pool.world, memory_gib=memory / 2**30 if memory else 1024.0, link=ready.get("link") or "nvlink")
+        return Machine(
+            gpus=pool.world, memory_gib=memory / 2**30 if memory else 1024.0, link=ready.get("link") or "nvlink"
+        )
 
     def layout(self, pool: pools.Pool, tokens: int = USUAL_TOKENS) -> tuple[ParallelDims, Plan | None]:
         """How this model is laid out there."""
@@ -159,7 +168,7 @@ class Remote:
             options = dataclasses.replace(options, position=dataclasses.replace(position, conditionings=parts))
         fields = {
             "model": self.name,
-            "options": option_fields(options),
+            "options": plain.option_fields(options),
             "text_key": None if options.text_key is None else self._names.of(options.text_key),
             "lora": lora,
             "cache": plain.to_plain(policy),
@@ -201,6 +210,7 @@ class Remote:
             fields |= {
                 "source": plain.to_plain(self.source),
                 "recipe": plain.to_plain(self.recipe),
+                "scales": self.scales,
                 "dims": plain.to_plain(self.dims),
                 "bytes": weight_bytes(work, self.dims.shard),
             }
@@ -365,5 +375,3 @@ def _pair_to_plain(name: str, pair: LowRankPair, tensors: dict[str, Tensor]) -> 
 
 def _nothing() -> None:
     pass
-
-

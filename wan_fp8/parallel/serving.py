@@ -6,7 +6,6 @@ memory for the weights) is agreed on before anybody enters a collective, so that
 
 from __future__ import annotations
 
-import dataclasses
 import gc
 import logging
 from collections import OrderedDict
@@ -28,7 +27,7 @@ from ..errors import InputError, WanFP8Error
 from ..models.blocks import ForwardOptions
 from ..models.low_rank import LiveLora, LiveTerm
 from ..models.wan import WanModel
-from ..quant import Recipe
+from ..quant import Recipe, load_scales
 from . import plain
 from .dims import ParallelDims
 from .parallelize import parallelize
@@ -37,10 +36,6 @@ from .wire import Json
 
 log = logging.getLogger("wan_fp8")
 
-plain.TYPES["ModelSource"] = ModelSource
-
-OPTIONS = ("cache_text", "attention", "step", "position", "rope", "compile", "stream_dtype", "tf32")
-"""Fields of ``ForwardOptions`` that travel as plain data."""
 ROOM = 1.15
 """Free memory wanted for weights, as a multiple of them."""
 
@@ -106,6 +101,8 @@ class Serving:
             with self.agreed(f"read {source.label}"):
                 self._stage(f"reading {source.label}")
                 held = Held(self._read(source, recipe, dims), source, recipe, dims)
+                if fields["scales"] is not None:
+                    load_scales(held.model, fields["scales"])
                 if changes:
                     merge_changes(held.model, changes)
                 held.merged = merged
@@ -141,10 +138,13 @@ class Serving:
         held = self._held(fields)
         model = held.model
         self._stage(f"running {held.source.label}")
-        asked = {name: plain.from_plain(fields["options"][name]) for name in OPTIONS if name in fields["options"]}
+        asked = {name: plain.from_plain(fields["options"][name]) for name in plain.OPTIONS if name in fields["options"]}
         lora = fields["lora"]
         options = ForwardOptions(
-            **asked, text_key=fields["text_key"], announce=self._announce, lora=None if lora is None else self.loras[lora]
+            **asked,
+            text_key=fields["text_key"],
+            announce=self._announce,
+            lora=None if lora is None else self.loras[lora],
         )
         model.compute_dtype_override = plain.from_plain(fields["compute"])
         policy = plain.from_plain(fields["cache"])
@@ -208,7 +208,9 @@ class Serving:
         for module in model.modules():
             for name, parameter in list(module.named_parameters(recurse=False)):
                 if parameter.device.type != self.device.type:
-                    module._parameters[name] = torch.nn.Parameter(parameter.detach().to(self.device), requires_grad=False)
+                    module._parameters[name] = torch.nn.Parameter(
+                        parameter.detach().to(self.device), requires_grad=False
+                    )
 
     def _make_room(self, wanted: int) -> list[str]:
         """Drop the models that were used longest ago until ``wanted`` bytes are free, on the fullest rank."""
@@ -300,11 +302,3 @@ def _attention_found(model: WanModel, setting: Attention) -> Json:
             errors = [[block, plain.to_plain(verdict.error)] for block, verdict in report.verdicts.items()]
             return {"answered": dict(report.answered), "errors": errors}
     return {"answered": {}, "errors": []}
-
-
-def option_fields(options: ForwardOptions) -> Json:
-    """The options of a forward that travel as plain data, those that differ from the defaults only."""
-    defaults = {field.name: field.default for field in dataclasses.fields(ForwardOptions)}
-    return {
-        name: plain.to_plain(getattr(options, name)) for name in OPTIONS if getattr(options, name) != defaults[name]
-    }

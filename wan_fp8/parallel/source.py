@@ -22,7 +22,12 @@ class ModelSource:
 
     @classmethod
     def of(
-        cls, path: str | Path, expert: str | None = None, *, dtype: torch.dtype | None = torch.bfloat16, keep_fp8: bool = False
+        cls,
+        path: str | Path,
+        expert: str | None = None,
+        *,
+        dtype: torch.dtype | None = torch.bfloat16,
+        keep_fp8: bool = False,
     ) -> ModelSource:
         """The checkpoint as it lies there now."""
         whole = os.path.abspath(path)

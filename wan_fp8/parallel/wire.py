@@ -77,7 +77,9 @@ class Channel:
         self._sent = self._received = 0
         self._lock = threading.Lock()
 
-    def send(self, kind: str, fields: Mapping[str, Any] | None = None, tensors: Mapping[str, Tensor] | None = None) -> None:
+    def send(
+        self, kind: str, fields: Mapping[str, Any] | None = None, tensors: Mapping[str, Tensor] | None = None
+    ) -> None:
         """Send one message; tensors go as they are, in the order of the mapping.
 
         Raises:
@@ -87,7 +89,9 @@ class Channel:
         listed = [{"name": name, "dtype": _dtype_name(t), "shape": list(t.shape)} for name, t in plain.items()]
         header = json.dumps({"kind": kind, "fields": dict(fields or {}), "tensors": listed}, allow_nan=False).encode()
         if len(header) > MAX_HEADER:
-            raise WireError(f"a message of kind {kind!r} has a header of {len(header)} bytes, and {MAX_HEADER} are allowed")
+            raise WireError(
+                f"a message of kind {kind!r} has a header of {len(header)} bytes, and {MAX_HEADER} are allowed"
+            )
         with self._lock:
             prefix = PREFIX.pack(MAGIC, VERSION, len(header), self._sent)
             try:
@@ -182,7 +186,9 @@ def prove(connection: socket.socket, token: str, hello: Mapping[str, Any]) -> Ch
     except TimeoutError:
         raise Closed("nothing that speaks the pool's messages answers at this address") from None
     except Closed:
-        raise Closed("the pool closed the connection: check that the token is the one that it was started with") from None
+        raise Closed(
+            "the pool closed the connection: check that the token is the one that it was started with"
+        ) from None
     return Channel(connection, _digest(token, b"key", theirs, mine), sends_first=True)
 
 

@@ -13,7 +13,6 @@ import os
 import socket
 import sys
 from datetime import timedelta
-from typing import Any
 
 import torch
 import torch.distributed as dist
@@ -138,8 +137,6 @@ def spread(listed: list[Json], tensors: dict[str, Tensor], device: torch.device)
         entry["name"]: whole[first : first + size].view(DTYPES[entry["dtype"]]).view(entry["shape"])
         for (first, size), entry in zip(ends, listed, strict=True)
     }
-
-
 
 
 if __name__ == "__main__":
