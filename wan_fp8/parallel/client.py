@@ -53,7 +53,10 @@ class Connection:
         self.ranks: list[Json] = []
         """Place, stage and memory of every rank, as of the last heartbeat."""
         self.notice: Callable[[str], None] = log.info
-        threading.Thread(target=self._read, daemon=True, name="wan-fp8-pool-reader").start()
+        self.busy_with: str | None = None
+        """Kind of the request that is waited for."""
+        for body in (self._read, self._watch):
+            threading.Thread(target=body, daemon=True, name=f"wan-fp8-pool{body.__name__}").start()
 
     @property
     def failure(self) -> errors.PoolError | None:
@@ -112,6 +115,7 @@ class Connection:
             PoolError: the pool is gone.
         """
         number = self._send(kind, fields, tensors or {}, awaited=True)
+        self.busy_with = kind
         try:
             while True:
                 with self._lock:
@@ -124,12 +128,22 @@ class Connection:
                 if answer is not None:
                     return _result(answer)
                 poll()
-                silence = time.monotonic() - self._heard
-                if silence > self.watchdog:
-                    raise self._lost(f"rank 0 has not answered for {silence:.0f} s")
         finally:
             with self._lock:
                 del self._answers[number]
+                self.busy_with = None
+
+    def _watch(self) -> None:
+        """A pool that is silent is ended, whatever anybody waits for: a send to it would never return."""
+        before = time.monotonic()
+        while self._failure is None:
+            time.sleep(min(1.0, self.watchdog / 4))
+            now = time.monotonic()
+            if now - before > self.watchdog / 2:
+                self._heard = now  # this process itself stood still
+            before = now
+            if self.ranks and now - self._heard > self.watchdog:
+                self._lost(f"has not answered for {now - self._heard:.0f} s")
 
     def _lost(self, what: str) -> errors.PoolError:
         failure = self._explain({"place": self.ranks[0] if self.ranks else None, "what": what, "lines": []})

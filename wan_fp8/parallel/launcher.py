@@ -14,11 +14,11 @@ import threading
 import time
 from collections import deque
 from collections.abc import Callable, Sequence
-from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 from ..errors import InputError, PoolError
 from .client import Connection
+from .lifeline import MODULE, PIDS
 from .links import LAST_LINES, LEFT
 from .wire import Channel, Json, paired
 
@@ -33,9 +33,6 @@ NOT_INHERITED = (
     "PYTHONHOME",
 )
 """ComfyUI may ask for an allocator whose memory NCCL cannot register; its Python settings are its own, too."""
-
-_starter = ThreadPoolExecutor(1, thread_name_prefix="wan-fp8-starter")
-"""Workers are tied to the life of the thread that starts them: this one lives as long as the process."""
 
 
 class _Worker:
@@ -93,13 +90,13 @@ class LocalWorkers:
         self.names = [
             name.replace("cuda:", "GPU ") if name != "cpu" else f"CPU process {n}" for n, name in enumerate(devices)
         ]
-        self._folder = tempfile.mkdtemp(prefix="wan_fp8_pool_")
+        self.folder = tempfile.mkdtemp(prefix="wan_fp8_pool_")
         self._workers: list[_Worker] = []
         self._ended = threading.Lock()
         self._explained: PoolError | None = None
         self._explaining = threading.Lock()
         try:
-            caller = _starter.submit(self._start, watchdog).result()
+            caller = self._start(watchdog)
             self.connection = Connection(Channel(caller), watchdog, explain=self.explain, idle=idle)
             self.connection.wait_until_ready(START_SECONDS, poll)
         except BaseException:
@@ -118,7 +115,7 @@ class LocalWorkers:
                 worker.process.kill()  # all at once: each would wait for the next
             for worker in self._workers:
                 worker.end()
-            shutil.rmtree(self._folder, ignore_errors=True)
+            shutil.rmtree(self.folder, ignore_errors=True)
 
     def _start(self, watchdog: float) -> socket.socket:
         world = len(self.devices)
@@ -127,7 +124,7 @@ class LocalWorkers:
         visible, local = _visible(self.devices)
         common = {
             "parent": os.getpid(),
-            "folder": self._folder,
+            "folder": self.folder,
             "world": world,
             "watchdog": watchdog,
             "names": self.names,
@@ -141,7 +138,7 @@ class LocalWorkers:
                 else:
                     config["hub"] = pairs[rank - 1][1].fileno()
                 process = subprocess.Popen(
-                    [sys.executable, "-m", "wan_fp8.parallel.worker"],
+                    [sys.executable, "-m", MODULE],
                     cwd=ROOT,
                     env=environment(visible),
                     pass_fds=[end.fileno() for end in ends],
@@ -154,6 +151,8 @@ class LocalWorkers:
                 assert process.stdin is not None
                 process.stdin.write(json.dumps(config).encode() + b"\n")
                 process.stdin.flush()
+                with open(Path(self.folder) / PIDS, "a") as file:
+                    file.write(f"{process.pid}\n")
         finally:
             for end in (theirs, *(end for pair in pairs for end in pair)):
                 end.close()
@@ -197,11 +196,13 @@ class LocalWorkers:
         return [(rank, status) for rank, status in ended if status not in (None, 0, LEFT)]
 
     def _place(self, rank: int, said: Json | None) -> str:
-        ranks = getattr(getattr(self, "connection", None), "ranks", [])
+        connection: Connection | None = getattr(self, "connection", None)
+        ranks = [] if connection is None else connection.ranks
         stage = next((entry["stage"] for entry in ranks if entry["rank"] == rank), "starting")
         if said is not None and said.get("place") and said["place"]["rank"] == rank:
             stage = said["place"]["stage"]
-        return f"rank {rank} ({self.names[rank]}), {stage},"
+        asked = "" if connection is None or connection.busy_with is None else f" in a request to {connection.busy_with}"
+        return f"rank {rank} ({self.names[rank]}, {stage}){asked}"
 
 
 def check_devices(devices: Sequence[str]) -> None:

@@ -77,6 +77,7 @@ class Links:
         self.place, self.watchdog, self.memory = place, watchdog, memory
         self.requests: queue.SimpleQueue[Message | None] = queue.SimpleQueue()
         self.beat_seconds = min(1.0, watchdog / 4)
+        self._news = threading.Event()
 
     def next(self) -> Message | None:
         """The next request; None when there will be no more."""
@@ -85,6 +86,12 @@ class Links:
     def stage(self, text: str) -> None:
         """What this rank does from now on."""
         self.place.stage = text
+        self._news.set()
+
+    def _wait(self) -> None:
+        """Until the next heartbeat is due, or there is something to say."""
+        self._news.wait(self.beat_seconds)
+        self._news.clear()
 
     def _thread(self, target: Callable[..., None], *args: Any) -> None:
         threading.Thread(target=target, args=args, daemon=True, name=f"wan-fp8-{target.__name__}").start()
@@ -123,7 +130,7 @@ class Member(Links):
     def _beat(self) -> None:
         before = time.monotonic()
         while True:
-            time.sleep(self.beat_seconds)
+            self._wait()
             self._refresh()
             try:
                 self._hub.send("beat", self.place.plain())
@@ -257,8 +264,9 @@ class Hub(Links):
             while True:
                 message = peer.channel.receive()
                 peer.heard = time.monotonic()
-                for name in ("stage", "memory"):
-                    setattr(peer.place, name, message.fields.get(name))
+                if message.fields["stage"] != peer.place.stage:
+                    self._news.set()
+                peer.place.stage, peer.place.memory = message.fields["stage"], message.fields["memory"]
                 if message.kind == "done":
                     outcome = Outcome(message.fields["error"], message.fields["found"])
                     with self._lock:
@@ -272,7 +280,7 @@ class Hub(Links):
     def _beat(self) -> None:
         before = time.monotonic()
         while True:
-            time.sleep(self.beat_seconds)
+            self._wait()
             self._refresh()
             now = time.monotonic()
             stood_still = now - before > 2 * self.beat_seconds + 1

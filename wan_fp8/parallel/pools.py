@@ -71,6 +71,11 @@ class Pool:
         """Of its processes on this machine."""
         return self._workers.pids
 
+    @property
+    def folder(self) -> str:
+        """Where its workers meet."""
+        return self._workers.folder
+
     def stop(self, reason: str = "was stopped") -> None:
         """End it, and free its GPUs."""
         self.connection.close(PoolError(f"the pool {reason}"))

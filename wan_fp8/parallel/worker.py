@@ -9,10 +9,10 @@ and to the other ranks. Under ``torchrun``, on one host or many::
 from __future__ import annotations
 
 import json
-import os
 import socket
 import sys
 from datetime import timedelta
+from pathlib import Path
 
 import torch
 import torch.distributed as dist
@@ -38,7 +38,7 @@ def main() -> None:
         links: Hub | Member = Hub(place, config["watchdog"], config["world"], _memory)
         for rank, number in enumerate(config["peers"], 1):
             links.add_peer(Place(rank, config["names"][rank], place.host), _opened(number))
-        links.serve(_opened(config["caller"]), gone=lambda: os._exit(0))
+        links.serve(_opened(config["caller"]), gone=lambda: lifeline.leave(Path(config["folder"])))
     else:
         links = Member(place, config["watchdog"], _opened(config["hub"]), _memory)
     run(links, config["device"], f"file://{config['folder']}/meeting", config["rank"], config["world"])
