@@ -36,9 +36,9 @@ class WanFP8MultiGPU(io.ComfyNode):
             category=SETTINGS,
             is_experimental=True,
             description="Runs the transformer of a Wan2.2 MODEL on several GPUs, one process each, which read the "
-            "checkpoint themselves. Samplers, previews, cancelling, LoRAs, FP8 recipes, attention and MagCache work as on "
-            "one GPU, before this node or after it. The processes stay between prompts and end with ComfyUI, with Stop "
-            "Wan2.2 Pools, or when no MODEL uses them any more.",
+            "checkpoint themselves. Samplers, previews, cancelling, LoRAs, FP8 recipes, attention and MagCache work "
+            "as on one GPU, before this node or after it. The processes stay between prompts and end with ComfyUI, "
+            "with Stop Wan2.2 Pools, or when no MODEL uses them any more.",
             search_aliases=["multi gpu", "parallel", "ulysses", "xdit", "fsdp", "distributed"],
             inputs=[
                 model_input("Two-expert checkpoints: the high-noise expert here, the other at 'model_low'."),
@@ -46,30 +46,33 @@ class WanFP8MultiGPU(io.ComfyNode):
                     "gpus",
                     default=ALL,
                     tooltip="Default all: every GPU that ComfyUI sees. Or their numbers with commas between: '0,1'. "
-                    "'cpu:2' runs two processes on the CPU, to try a graph. Each GPU's process takes about 0.5 GiB beside "
-                    "the weights.",
+                    "'cpu:2' runs two processes on the CPU, to try a graph. Each GPU's process takes about 0.5 GiB "
+                    "beside the weights.",
                 ),
                 io.String.Input(
                     "topology",
                     default=AUTO,
                     tooltip="How a forward is split: 'cfg x ulysses x ring', such as '2x2x1'. cfg 2 gives each half of "
-                    "guidance its GPUs, ulysses trades tokens for heads and must divide them (40 in A14B, 24 in 5B), ring "
-                    "takes what is left. Default auto: the split that sends least, chosen from the number of GPUs, "
-                    "guidance and heads; it is shown with its reason when the run begins.",
+                    "guidance its GPUs, ulysses trades tokens for heads and must divide them (40 in A14B, 24 in 5B), "
+                    "ring takes what is left. Default auto: the split that sends least, chosen from the number of "
+                    "GPUs, guidance and heads; it is shown with its reason when the run begins.",
                 ),
                 io.Combo.Input(
                     "weights",
                     options=list(WEIGHTS),
                     default=AUTO,
-                    tooltip="replicate: every GPU holds all weights (FP8: 14.5 GB for each 14B expert), nothing is sent "
+                    tooltip="replicate: every GPU holds all weights (FP8: 14.5 GB for each 14B expert), nothing is "
+                    "sent "
                     "for them. shard: each holds a part and gathers a block's while the one before runs (FSDP2); LoRAs "
                     "then load the model again. Default auto: replicated where both experts fit.",
                 ),
                 io.String.Input(
                     "address",
                     default="",
-                    tooltip="host:port of a pool that was started with torchrun, on this host or others; 'gpus' is then "
-                    f"not used. Its token comes from the environment variable {TOKEN_VARIABLE} of ComfyUI, so that it is "
+                    tooltip="host:port of a pool that was started with torchrun, on this host or others; 'gpus' is "
+                    "then "
+                    f"not used. Its token comes from the environment variable {TOKEN_VARIABLE} of ComfyUI, so that it "
+                    "is "
                     "not saved with the workflow. Default empty: a pool of this ComfyUI's own. docs/multi_host.md.",
                 ),
                 low_input(),
@@ -107,9 +110,10 @@ class WanFP8StopPool(io.ComfyNode):
             is_output_node=True,
             not_idempotent=True,
             is_experimental=True,
-            description="Ends the worker processes of Wan2.2 Multi-GPU and frees their GPUs; pools that were started with "
-            "torchrun are left, with nothing loaded. Connect the latents of the sampler that shall be done first. The next "
-            "prompt that needs a pool starts one.",
+            description="Ends the worker processes of Wan2.2 Multi-GPU and frees their GPUs; pools that were started "
+            "with "
+            "torchrun are left, with nothing loaded. Connect the latents of the sampler that shall be done first. The "
+            "next prompt that needs a pool starts one.",
             search_aliases=["stop pool", "free gpu"],
             inputs=[
                 io.Latent.Input(
@@ -146,7 +150,8 @@ def _pool(gpus: str, address: str) -> PoolSpec:
             raise InputError(f"address is host:port, such as 10.0.0.1:7421; got {address!r}")
         if not token:
             raise InputError(
-                f"a pool at an address wants a token: set the environment variable {TOKEN_VARIABLE} to the one that it was "
+                f"a pool at an address wants a token: set the environment variable {TOKEN_VARIABLE} to the one that "
+                "it was "
                 "started with, and start ComfyUI again"
             )
         return PoolSpec(address=address.strip(), token=token)
@@ -170,7 +175,7 @@ def _topology(text: str, weights: str, experts: int) -> Topology:
         raise InputError(f"weights is one of {', '.join(WEIGHTS)}; got {weights!r}")
     if text.strip().lower() == AUTO:
         return Topology(weights=weights, experts=experts)
-    numbers = re.fullmatch(r"\s*(\d+)\s*[x×]\s*(\d+)\s*[x×]\s*(\d+)\s*", text.lower())
+    numbers = re.fullmatch(r"\s*(\d+)\s*[x*]\s*(\d+)\s*[x*]\s*(\d+)\s*", text.lower())
     if numbers is None:
         raise InputError(f"topology is '{AUTO}' or cfg x ulysses x ring, such as '2x2x1'; got {text!r}")
     cfg, ulysses, ring = (int(number) for number in numbers.groups())

@@ -116,8 +116,8 @@ def fork(patcher: Any) -> Any:
     refuse_foreign_patches(patcher)
     if is_hosted(patcher) and patcher.model.diffusion_model.is_remote:
         raise UnsupportedPatchError(
-            "this MODEL runs in the processes of a pool, and this node needs its weights here: put the node before Wan2.2 "
-            "Multi-GPU"
+            "this MODEL runs in the processes of a pool, and this node needs its weights here: put the node before "
+            "Wan2.2 Multi-GPU"
         )
     _leave_device(patcher)
     with torch.device("meta"):

@@ -35,7 +35,7 @@ SCALES = "wan_fp8_scales"
 PREFIX = "diffusion_model."
 
 
-class RemoteHostedModel(HostedModel, RemoteWanModel):
+class RemoteHostedModel(HostedModel, RemoteWanModel):  # type: ignore[misc]
     """Core's face on a model that runs elsewhere."""
 
     is_remote = True
@@ -161,7 +161,8 @@ def changes_of(patcher: Any) -> dict[str, list[tuple[Entry, float]]]:
             if entry is None or strength_model != 1.0 or offset is not None or function is not None:
                 kind = getattr(value, "name", None) or (value[0] if isinstance(value, tuple) else type(value).__name__)
                 raise UnsupportedPatchError(
-                    f"a node changes {name!r} by a patch of the kind {kind!r}, which cannot be sent to the processes of a "
+                    f"a node changes {name!r} by a patch of the kind {kind!r}, which cannot be sent to the processes "
+                    "of a "
                     "pool (LoRAs and differences can): remove that node, or Wan2.2 Multi-GPU"
                 )
             changes.setdefault(name.removeprefix(PREFIX), []).append((entry, float(strength)))
@@ -176,8 +177,7 @@ def _entry(value: Any) -> Entry | None:
             return None
         return LowRank(down, up, None if alpha is None else float(alpha), mid, dora)
     if isinstance(value, tuple) and len(value) in (1, 2):
-        inner = value if len(value) == 1 else value[1]
-        kind = "diff" if len(value) == 1 else value[0]
+        kind, inner = ("diff", value) if len(value) == 1 else value
         if kind == "diff" and isinstance(inner[0], Tensor) and not (len(inner) > 1 and inner[1].get("pad_weight")):
             return Diff(inner[0])
     return None
@@ -186,12 +186,13 @@ def _entry(value: Any) -> Entry | None:
 def _refuse_patches(patcher: Any) -> None:
     if weights_change_mid_run(patcher):
         raise UnsupportedPatchError(
-            "this MODEL has LoRA hooks (scheduled, or on one conditioning), which swap weights in the middle of a run, and "
-            "a pool does not: load the LoRA the ordinary way, or remove Wan2.2 Multi-GPU"
+            "this MODEL has LoRA hooks (scheduled, or on one conditioning), which swap weights in the middle of a "
+            "run, and a pool does not: load the LoRA the ordinary way, or remove Wan2.2 Multi-GPU"
         )
     wrapped = sorted(getattr(patcher, "weight_wrapper_patches", {}))
     if wrapped:
         raise UnsupportedPatchError(
-            f"a node wraps the weight {wrapped[0]!r} with code of its own, which cannot run in the processes of a pool: "
+            f"a node wraps the weight {wrapped[0]!r} with code of its own, which cannot run in the processes of a "
+            "pool: "
             "remove that node, or Wan2.2 Multi-GPU"
         )

@@ -181,6 +181,8 @@ class Connection:
                         self.notice(str(message.fields["text"]))
                     case "broken":
                         last = message.fields
+                    case "refused":
+                        last = {"place": None, "what": str(message.fields["why"]), "lines": []}
                     case "ready":
                         with self._lock:
                             self.ready = message.fields

@@ -8,6 +8,7 @@ why, and the whole pool ends: there is no way to take a rank out of a collective
 
 from __future__ import annotations
 
+import contextlib
 import logging
 import os
 import queue
@@ -97,10 +98,8 @@ class Links:
         threading.Thread(target=target, args=args, daemon=True, name=f"wan-fp8-{target.__name__}").start()
 
     def _refresh(self) -> None:
-        try:
+        with contextlib.suppress(RuntimeError):  # the device is being set up
             self.place.memory = self.memory()
-        except RuntimeError:
-            pass  # the device is being set up
 
 
 class Member(Links):
@@ -164,6 +163,7 @@ class Hub(Links):
         self._lock = threading.Condition()
         self._failed_at: float | None = None
         self._broken = False
+        self._ready: Json | None = None
         self._thread(self._beat)
 
     def add_peer(self, place: Place, channel: Channel) -> None:
@@ -182,9 +182,22 @@ class Hub(Links):
 
     # ---- the caller --------------------------------------------------------------------------------------------------
 
+    def complete(self, ready: Json) -> None:
+        """All ranks have joined: say so to the caller, and to each that comes."""
+        with self._lock:
+            self._ready = ready
+        self.tell("ready", ready)
+
+    @property
+    def busy(self) -> bool:
+        """Whether somebody is being served."""
+        return self._caller is not None
+
     def serve(self, caller: Channel, *, gone: Callable[[], None]) -> None:
         """Take requests from this caller from now on; ``gone`` is called when it leaves."""
         self._caller = caller
+        if self._ready is not None:
+            self.tell("ready", self._ready)
         self._thread(self._listen_to_caller, caller, gone)
 
     def _listen_to_caller(self, caller: Channel, gone: Callable[[], None]) -> None:
@@ -192,17 +205,21 @@ class Hub(Links):
             while True:
                 message = caller.receive()
                 if message.kind != "beat":
+                    message.origin = caller
                     self.requests.put(message)
         except WireError as error:
             log.info("the caller's connection ends: %s", error)
             caller.close()
-            self._caller = None
+            if self._caller is caller:
+                self._caller = None
             gone()
 
-    def tell(self, kind: str, fields: Json, tensors: dict[str, Any] | None = None) -> None:
-        """Send something to the caller, if it is still there."""
+    def tell(
+        self, kind: str, fields: Json, tensors: dict[str, Any] | None = None, *, to: Channel | None = None
+    ) -> None:
+        """Send something to the caller, if it is still there; ``to``: and is still this one."""
         caller = self._caller
-        if caller is None:
+        if caller is None or to not in (None, caller):
             return
         try:
             caller.send(kind, fields, tensors)

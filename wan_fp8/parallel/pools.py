@@ -15,7 +15,8 @@ from typing import Any
 from ..errors import PoolError
 from ..models.low_rank import LiveLora
 from .client import Connection
-from .launcher import LocalWorkers
+from .launcher import START_SECONDS, LocalWorkers
+from .outside import connect
 from .wire import Json
 
 log = logging.getLogger("wan_fp8")
@@ -57,9 +58,16 @@ class Pool:
         self.garbage: deque[str] = deque()
         """Models that nobody needs any more; a finalizer may only leave a note here."""
         self._unused_since: float | None = None
-        self._workers = LocalWorkers(spec.devices, watchdog=spec.watchdog, idle=self._tidy, poll=poll)
-        self.connection: Connection = self._workers.connection
-        self.world = len(spec.devices)
+        self._workers: LocalWorkers | None = None
+        if spec.address is None:
+            self._workers = LocalWorkers(spec.devices, watchdog=spec.watchdog, idle=self._tidy, poll=poll)
+            self.connection = self._workers.connection
+        else:
+            channel = connect(spec.address, spec.token or "")
+            self.connection = Connection(channel, spec.watchdog, explain=self._explain, idle=self._tidy)
+            self.connection.wait_until_ready(START_SECONDS, poll)
+        assert self.connection.ready is not None
+        self.world = int(self.connection.ready["world"])
 
     @property
     def alive(self) -> bool:
@@ -69,17 +77,18 @@ class Pool:
     @property
     def pids(self) -> list[int]:
         """Of its processes on this machine."""
-        return self._workers.pids
+        return [] if self._workers is None else self._workers.pids
 
     @property
-    def folder(self) -> str:
-        """Where its workers meet."""
-        return self._workers.folder
+    def folder(self) -> str | None:
+        """Where its workers meet, if they are this process's."""
+        return None if self._workers is None else self._workers.folder
 
     def stop(self, reason: str = "was stopped") -> None:
         """End it, and free its GPUs."""
         self.connection.close(PoolError(f"the pool {reason}"))
-        self._workers.end()
+        if self._workers is not None:
+            self._workers.end()
 
     def status(self) -> Json:
         """What there is to show of it, as of its last heartbeat."""
@@ -90,6 +99,16 @@ class Pool:
             "ranks": self.connection.ranks,
             "models": len(self.loaded),
         }
+
+    def _explain(self, said: Json | None) -> PoolError:
+        """What became of a pool that runs elsewhere."""
+        what = (said or {}).get("what") or "closed the connection, or cannot be reached any more"
+        place = (said or {}).get("place")
+        who = "" if not place else f"rank {place['rank']} ({place['device']} of {place['host']}, {place['stage']}) "
+        words = "".join(f"\n    {line}" for line in (said or {}).get("lines", []))
+        return PoolError(
+            f"the pool at {self.spec.address}: {who}{what}" + (f". Its last lines:{words}" if words else "")
+        )
 
     def _tidy(self) -> None:
         while self.garbage:

@@ -225,7 +225,8 @@ class Remote:
             pool.loras.move_to_end(id(lora))
             return known[1]
         number = 1 + max((number for _, number in pool.loras.values()), default=0)
-        terms, tensors = [], {}
+        terms: list[Json] = []
+        tensors: dict[str, Tensor] = {}
         for index, term in enumerate(lora.terms):
             pairs = {}
             for name, pair in term.pairs.items():
@@ -289,7 +290,8 @@ class RemoteWanModel(WanModel):
         others = [name for name, wrapper in self.stack_wrappers.items() if not isinstance(wrapper, StepCache)]
         if others:
             raise UnsupportedPatchError(
-                f"{', '.join(map(repr, others))} around the blocks of this MODEL cannot run in the pool's processes: take "
+                f"{', '.join(map(repr, others))} around the blocks of this MODEL cannot run in the pool's processes: "
+                "take "
                 "Wan2.2 Multi-GPU out while a curve is measured"
             )
         caches = [wrapper for wrapper in self.stack_wrappers.values() if isinstance(wrapper, StepCache)]

@@ -258,7 +258,8 @@ class Serving:
                 raise failure
             if isinstance(failure, torch.OutOfMemoryError | MemoryError):
                 raise InputError(
-                    f"rank {self.rank} has no memory left to {what}: choose weights 'shard', an FP8 recipe, or more GPUs "
+                    f"rank {self.rank} has no memory left to {what}: choose weights 'shard', an FP8 recipe, or more "
+                    "GPUs "
                     f"({failure})"
                 ) from failure
             raise InputError(f"rank {self.rank} could not {what}: {type(failure).__name__}: {failure}") from failure

@@ -11,6 +11,7 @@ network that you trust.
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import hmac
 import json
@@ -64,6 +65,8 @@ class Message:
     kind: str
     fields: Json
     tensors: dict[str, Tensor] = field(default_factory=dict)
+    origin: Channel | None = None
+    """The connection that it came by, where several may take turns."""
 
 
 class Channel:
@@ -98,7 +101,7 @@ class Channel:
                 self._socket.sendall(prefix + self._mac(self._out, prefix, header) + header)
                 for value in plain.values():
                     if value.numel():
-                        self._socket.sendall(memoryview(value.reshape(-1).view(torch.uint8).numpy()))
+                        self._socket.sendall(_bytes_of(value))
             except OSError as error:
                 raise Closed(f"the other side of the connection has gone ({error})") from None
             self._sent += 1
@@ -137,16 +140,14 @@ class Channel:
         for name, dtype, shape in listed:
             value = torch.empty(shape, dtype=dtype)
             if value.numel():
-                self._read(memoryview(value.view(-1).view(torch.uint8).numpy()))
+                self._read(_bytes_of(value))
             tensors[name] = value
         return Message(kind, fields, tensors)
 
     def close(self) -> None:
         """End the connection; a ``receive`` that waits in another thread raises ``Closed``."""
-        try:
+        with contextlib.suppress(OSError):  # it was not connected any more
             self._socket.shutdown(socket.SHUT_RDWR)
-        except OSError:
-            pass  # it was not connected any more
         self._socket.close()
 
     def _mac(self, direction: bytes, prefix: bytes, header: bytes) -> bytes:
@@ -246,6 +247,12 @@ def _fill(connection: socket.socket, into: bytearray | memoryview) -> None:
         if count == 0:
             raise Closed("the other side of the connection has gone")
         view = view[count:]
+
+
+def _bytes_of(value: Tensor) -> memoryview:
+    """The memory of a contiguous tensor on the CPU."""
+    array: Any = value.view(-1).view(torch.uint8).numpy()
+    return memoryview(array)
 
 
 def _dtype_name(value: Tensor) -> str:

@@ -19,8 +19,8 @@ import torch.distributed as dist
 from torch import Tensor
 
 from ..errors import WanFP8Error
-from . import lifeline
-from .links import Hub, Member, Outcome, Place, failure_of
+from . import lifeline, outside
+from .links import Hub, Links, Member, Outcome, Place, failure_of
 from .serving import Serving
 from .wire import DTYPES, Channel, Json, Message
 
@@ -30,18 +30,39 @@ ALIGN = 64
 
 
 def main() -> None:
-    """Be one rank until the caller goes."""
+    """Be one rank until the caller goes, or for as long as ``torchrun`` wants."""
+    if len(sys.argv) > 1:
+        return outside.main(run)
     config = json.loads(sys.stdin.buffer.readline())
     lifeline.hold(config["parent"], config["folder"])
     place = Place(config["rank"], config["names"][config["rank"]], socket.gethostname())
+    links: Hub | Member
     if config["rank"] == 0:
-        links: Hub | Member = Hub(place, config["watchdog"], config["world"], _memory)
+        links = hub = Hub(place, config["watchdog"], config["world"], _memory)
         for rank, number in enumerate(config["peers"], 1):
-            links.add_peer(Place(rank, config["names"][rank], place.host), _opened(number))
-        links.serve(_opened(config["caller"]), gone=lambda: lifeline.leave(Path(config["folder"])))
+            hub.add_peer(Place(rank, config["names"][rank], place.host), _opened(number))
+        hub.serve(_opened(config["caller"]), gone=lambda: lifeline.leave(Path(config["folder"])))
     else:
         links = Member(place, config["watchdog"], _opened(config["hub"]), _memory)
-    run(links, config["device"], f"file://{config['folder']}/meeting", config["rank"], config["world"])
+    device = torch.device(config["device"])
+    join(device, f"file://{config['folder']}/meeting", config["rank"], config["world"], links)
+    run(links, device)
+
+
+def join(device: torch.device, meeting: str, rank: int, world: int, links: Links) -> None:
+    """Join the process group."""
+    links.stage("joining the process group")
+    if device.type == "cuda":
+        torch.cuda.set_device(device)
+        torch.zeros(1, device=device)
+    dist.init_process_group(
+        "nccl" if device.type == "cuda" else "gloo",
+        init_method=meeting,
+        rank=rank,
+        world_size=world,
+        timeout=COLLECTIVE_TIMEOUT,
+        device_id=device if device.type == "cuda" else None,
+    )
 
 
 def _opened(number: int) -> Channel:
@@ -56,28 +77,15 @@ def _memory() -> int:
     return torch.cuda.memory_allocated() if torch.cuda.is_initialized() else 0
 
 
-def run(links: Hub | Member, device_name: str, meeting: str, rank: int, world: int) -> None:
-    """Join the process group and serve requests."""
-    device = torch.device(device_name)
-    links.stage("joining the process group")
-    if device.type == "cuda":
-        torch.cuda.set_device(device)
-        torch.zeros(1, device=device)
-    dist.init_process_group(
-        "nccl" if device.type == "cuda" else "gloo",
-        init_method=meeting,
-        rank=rank,
-        world_size=world,
-        timeout=COLLECTIVE_TIMEOUT,
-        device_id=device if device.type == "cuda" else None,
-    )
+def run(links: Hub | Member, device: torch.device) -> None:
+    """Serve requests in the process group."""
     control = dist.new_group(backend="gloo") if device.type == "cuda" else dist.group.WORLD
     assert control is not None
     announce = links.announce if isinstance(links, Hub) else (lambda text: None)
     serving = Serving(device, control, stage=links.stage, announce=announce)
     links.stage("idle")
     if isinstance(links, Hub):
-        links.tell("ready", {"memory": _total_memory(device)})
+        links.complete({"memory": _total_memory(device), "world": dist.get_world_size()})
     while (message := links.next()) is not None:
         _one(links, serving, message)
         links.stage("idle")
@@ -108,9 +116,9 @@ def _one(links: Hub | Member, serving: Serving, message: Message) -> None:
         return
     agreed, outcomes = links.finish(identity, outcome)
     if agreed is not None:
-        links.tell("error", {"id": identity, **agreed})
+        links.tell("error", {"id": identity, **agreed}, to=message.origin)
     else:
-        links.tell("answer", {"id": identity, "found": [each.found for each in outcomes]}, out)
+        links.tell("answer", {"id": identity, "found": [each.found for each in outcomes]}, out, to=message.origin)
 
 
 def _listed(name: str, value: Tensor) -> Json:
