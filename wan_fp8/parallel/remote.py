@@ -57,11 +57,12 @@ class Topology:
     """``auto``, ``replicate``, ``shard``."""
     experts: int = 1
     """Models that stay in the pool together."""
-    guidance: bool = True
 
-    def plan(self, spec: ModelSpec, machine: Machine, tokens: int, *, fp8: bool) -> tuple[ParallelDims, Plan | None]:
+    def plan(
+        self, spec: ModelSpec, machine: Machine, tokens: int, *, fp8: bool, guidance: bool
+    ) -> tuple[ParallelDims, Plan | None]:
         """The layout, and the plan that it came from where nothing was chosen."""
-        work = Workload(spec=spec, tokens=tokens, experts=self.experts, fp8=fp8, guidance=self.guidance)
+        work = Workload(spec=spec, tokens=tokens, experts=self.experts, fp8=fp8, guidance=guidance)
         given = (self.cfg, self.ulysses, self.ring)
         if given == (None, None, None):
             made = plan(machine, work)
@@ -142,9 +143,12 @@ class Remote:
             gpus=pool.world, memory_gib=memory / 2**30 if memory else 1024.0, link=ready.get("link") or "nvlink"
         )
 
-    def layout(self, pool: pools.Pool, tokens: int = USUAL_TOKENS) -> tuple[ParallelDims, Plan | None]:
+    def layout(
+        self, pool: pools.Pool, tokens: int = USUAL_TOKENS, guidance: bool = True
+    ) -> tuple[ParallelDims, Plan | None]:
         """How this model is laid out there."""
-        return self.topology.plan(self.spec, self.machine(pool), tokens, fp8=not self.recipe.is_none)
+        fp8 = not self.recipe.is_none
+        return self.topology.plan(self.spec, self.machine(pool), tokens, fp8=fp8, guidance=guidance)
 
     # ---- requests ----------------------------------------------------------------------------------------------------
 
@@ -160,7 +164,7 @@ class Remote:
         """Run one forward in the pool, which gets everything first that it has not got yet."""
         pool = self.pool()
         pool.connection.notice = self.say
-        self._load(pool, tokens)
+        self._load(pool, tokens, guidance=tensors["x"].shape[0] % 2 == 0)
         lora = None if options.lora is None else self._lora(pool, options.lora)
         position = options.position
         if position is not None:
@@ -192,9 +196,11 @@ class Remote:
         if self._pool is not None and self._pool.alive:
             self._pool.garbage.append(self.name)
 
-    def _load(self, pool: pools.Pool, tokens: int) -> None:
+    def _load(self, pool: pools.Pool, tokens: int, *, guidance: bool) -> None:
         there = pool.loaded.get(self.name)
         if there == self.merged:
+            if not self._dirty and self.dims is not None and self.dims.shard == 1:
+                self._lay_out(pool, tokens, guidance=guidance)  # between runs only: a cache would lose what it keeps
             return
         listed, tensors = changes_to_plain(self.changes)
         fields: Json = {"model": self.name, "changes": listed, "merged": self.merged}
@@ -204,7 +210,7 @@ class Remote:
             if there is not None:
                 pool.connection.request("drop", {"models": [self.name]}, poll=self.poll)
                 pool.loaded.pop(self.name, None)
-            self.dims, made = self.layout(pool, tokens)
+            self.dims, made = self.layout(pool, tokens, guidance)
             self.say(f"{self.source.label}: {self.dims}" if made is None else f"{self.source.label}: {made}")
             work = Workload(spec=self.spec, tokens=tokens, fp8=not self.recipe.is_none)
             fields |= {
@@ -218,6 +224,15 @@ class Remote:
             for name in found[0]["evicted"]:
                 pool.loaded.pop(name, None)
         pool.loaded[self.name] = self.merged
+
+    def _lay_out(self, pool: pools.Pool, tokens: int, *, guidance: bool) -> None:
+        """Weights that are whole everywhere serve any layout."""
+        dims, made = self.layout(pool, tokens, guidance)
+        if dims == self.dims or dims.shard > 1:
+            return
+        pool.connection.request("layout", {"model": self.name, "dims": plain.to_plain(dims)}, poll=self.poll)
+        self.dims = dims
+        self.say(f"{self.source.label}: {dims if made is None else made}")
 
     def _lora(self, pool: pools.Pool, lora: LiveLora) -> int:
         known = pool.loras.get(id(lora))

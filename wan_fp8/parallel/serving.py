@@ -125,6 +125,14 @@ class Serving:
         held.model.begin_run()
         return {}, {}
 
+    def _do_layout(self, fields: Json, tensors: dict[str, Tensor]) -> Answer:
+        """Lay a model out in another way."""
+        held = self._held(fields)
+        dims = plain.from_plain(fields["dims"])
+        parallelize(held.model, dims, device_type=self.device.type)
+        held.dims = dims
+        return {}, {}
+
     def _do_lora(self, fields: Json, tensors: dict[str, Tensor]) -> Answer:
         """Keep LoRAs for forwards to name."""
         terms = [
