@@ -159,14 +159,22 @@ def changes_of(patcher: Any) -> dict[str, list[tuple[Entry, float]]]:
         for strength, value, strength_model, offset, function in entries:
             entry = _entry(value)
             if entry is None or strength_model != 1.0 or offset is not None or function is not None:
-                kind = getattr(value, "name", None) or (value[0] if isinstance(value, tuple) else type(value).__name__)
+                kind = _kind(value)
                 raise UnsupportedPatchError(
-                    f"a node changes {name!r} by a patch of the kind {kind!r}, which cannot be sent to the processes "
+                    f"a node changes {name!r} by a patch of the kind {kind!r} (at a strength of {strength_model} of "
+                    "the model), which cannot be sent to the processes "
                     "of a "
                     "pool (LoRAs and differences can): remove that node, or Wan2.2 Multi-GPU"
                 )
             changes.setdefault(name.removeprefix(PREFIX), []).append((entry, float(strength)))
     return changes
+
+
+def _kind(value: Any) -> str:
+    name = getattr(value, "name", None)
+    if name is None and isinstance(value, tuple):
+        return str(value[0]) if isinstance(value[0], str) else "diff"
+    return str(name or type(value).__name__)
 
 
 def _entry(value: Any) -> Entry | None:

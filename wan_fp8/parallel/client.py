@@ -107,13 +107,14 @@ class Connection:
         """Send a request and wait.
 
         Args:
-            poll: Called some twenty times a second; what it raises gives the request up.
+            poll: Called at first and some twenty times a second; what it raises gives the request up.
         Returns:
             What every rank found, in their order, and the tensors of rank 0.
         Raises:
             WanFP8Error: what the workers raised; the pool goes on.
             PoolError: the pool is gone.
         """
+        poll()
         number = self._send(kind, fields, tensors or {}, awaited=True)
         self.busy_with = kind
         try:

@@ -127,15 +127,20 @@ _pools: dict[PoolSpec, Pool] = {}
 _lock = threading.RLock()
 
 
-def ensure(spec: PoolSpec, *, poll: Callable[[], None] = lambda: None) -> Pool:
+def ensure(spec: PoolSpec, *, user: Any = None, poll: Callable[[], None] = lambda: None) -> Pool:
     """The pool of this kind, started if there is none that lives. Others that hold one of its devices are ended.
 
+    Args:
+        user: As long as it lives, so does the pool.
+        poll: Called while it starts; what it raises ends that.
     Raises:
         InputError, PoolError: see ``LocalWorkers``.
     """
     with _lock:
         pool = _pools.get(spec)
         if pool is not None and pool.alive:
+            if user is not None:
+                pool.users.add(user)
             return pool
         for other, running in list(_pools.items()):
             if other == spec or other.overlaps(spec):
@@ -144,6 +149,8 @@ def ensure(spec: PoolSpec, *, poll: Callable[[], None] = lambda: None) -> Pool:
                 _pools.pop(other).stop("was ended for another one")
         pool = Pool(spec, poll)
         _pools[spec] = pool
+        if user is not None:
+            pool.users.add(user)
         return pool
 
 

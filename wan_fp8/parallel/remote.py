@@ -128,10 +128,9 @@ class Remote:
 
     def pool(self) -> pools.Pool:
         """The pool, started if need be."""
-        pool = pools.ensure(self.pool_spec, poll=self.poll)
+        pool = pools.ensure(self.pool_spec, user=self, poll=self.poll)
         if pool is not self._pool:
             self._pool = pool
-            pool.users.add(self)
             weakref.finalize(self, pool.garbage.append, self.name)
         return pool
 
@@ -193,8 +192,8 @@ class Remote:
 
     def drop(self) -> None:
         """The pool frees this model's memory; the next forward loads it again."""
-        if self._pool is not None and self._pool.alive:
-            self._pool.garbage.append(self.name)
+        if self._pool is not None and self._pool.alive and self._pool.loaded.pop(self.name, None) is not None:
+            self._pool.connection.post("drop", {"models": [self.name]})
 
     def _load(self, pool: pools.Pool, tokens: int, *, guidance: bool) -> None:
         there = pool.loaded.get(self.name)
