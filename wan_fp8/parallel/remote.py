@@ -67,7 +67,7 @@ class Topology:
         if given == (None, None, None):
             made = plan(machine, work)
             shard = {"auto": made.dims.shard, "replicate": 1, "shard": machine.gpus}[self.weights]
-            return dataclasses.replace(made.dims, shard=shard), made
+            return dataclasses.replace(made.dims, shard=shard), made if self.weights == "auto" else None
         dims = ParallelDims(cfg=self.cfg or 1, ulysses=self.ulysses or 1, ring=self.ring or 1)
         if dims.world != machine.gpus:
             raise InputError(

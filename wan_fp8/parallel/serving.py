@@ -171,6 +171,10 @@ class Serving:
             found["attention"] = _attention_found(model, options.attention)
         return found, {"velocity": velocity} if self.rank == 0 else {}
 
+    def _do_echo(self, fields: Json, tensors: dict[str, Tensor]) -> Answer:
+        """Nothing but messages: as much as a velocity in fp32 comes back."""
+        return {}, {"x": tensors["x"].float()} if self.rank == 0 else {}
+
     def _do_begin_run(self, fields: Json, tensors: dict[str, Tensor]) -> Answer:
         for name in fields["models"]:
             if name in self.models:
