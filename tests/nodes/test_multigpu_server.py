@@ -6,7 +6,7 @@ import time
 from pathlib import Path
 from typing import Any
 
-import pool_kit
+import pool_graphs
 import torch
 from headless.client import Client
 from test_settings_server import run
@@ -21,22 +21,22 @@ def latent(client: Client, server: Any, prompt: dict[str, Any]) -> torch.Tensor:
 
 
 def test_a_graph_in_a_pool_is_the_same_graph(client: Client, server: Any) -> None:
-    one = pool_kit.graph("pool/one")
+    one = pool_graphs.graph("pool/one")
     one["3"]["inputs"] |= {"model": ["1", 0], "model_low": ["1", 1]}
     del one["9"]
     theirs = latent(client, server, one)
-    ours = latent(client, server, pool_kit.graph("pool/two"))
+    ours = latent(client, server, pool_graphs.graph("pool/two"))
     assert float((ours - theirs).norm() / theirs.norm()) < 1e-4
-    first = pool_kit.workers(server.pid)
+    first = pool_graphs.workers(server.pid)
     assert len(first) == 2
-    again = pool_kit.graph("pool/three")
+    again = pool_graphs.graph("pool/three")
     again["5"]["inputs"]["seed"] = 2
     texts, _ = run(client, again)
-    assert pool_kit.workers(server.pid) == first, "the pool was not used again"
+    assert pool_graphs.workers(server.pid) == first, "the pool was not used again"
     stop = {"1": {"class_type": "WanFP8StopPool", "inputs": {}}}
     texts, _ = run(client, stop)
     assert texts["1"][-1] == "1 pool ended"
-    assert not pool_kit.workers(server.pid) and not pool_kit.folders()
+    assert not pool_graphs.workers(server.pid) and not pool_graphs.folders()
     began = time.monotonic()
     again["5"]["inputs"]["seed"] = 1
     again["6"]["inputs"]["filename_prefix"] = "pool/four"
