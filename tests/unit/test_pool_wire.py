@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import json
 import math
+import os
 import socket
 import struct
 import threading
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -22,6 +24,7 @@ from wan_fp8.parallel import ParallelDims, outside, plain, wire
 from wan_fp8.parallel.wire import Channel, Closed, WireError
 from wan_fp8.quant import Recipe
 
+WRITE = wire.Arena.write
 TOKEN = "a token of some length"
 pytestmark = pytest.mark.timeout(60)
 
@@ -52,6 +55,49 @@ def test_tensors_arrive_bit_for_bit() -> None:
             got = message.tensors[name]
             assert got.dtype == value.dtype and got.shape == value.shape
             assert torch.equal(got.reshape(-1).view(torch.uint8), value.reshape(-1).contiguous().view(torch.uint8))
+
+
+def test_large_tensors_go_through_shared_memory_and_never_mix(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Whatever the order of sending and reading: memory that was not read yet is not written to again."""
+    ours, theirs, bare = both()
+    sizes = (300_000, 300_000, 100_000, 3_000_000, 5, 300_000, 300_000)
+    sent = [torch.full((size // 4 + 1,), float(number)) for number, size in enumerate(sizes)]
+    through = []
+    monkeypatch.setattr(wire.Arena, "write", lambda arena, *given: through.append(id(arena)) or WRITE(arena, *given))
+    for value in sent[:4]:
+        ours.send("x", {}, {"empty": torch.empty(0), "a": value, "b": value.half()})
+    for number in range(4):
+        got = theirs.receive().tensors
+        assert torch.equal(got["a"], sent[number]) and torch.equal(got["b"], sent[number].half())
+    for value in sent[4:]:
+        ours.send("x", {}, {"a": value})
+        assert torch.equal(theirs.receive().tensors["a"], value)
+    assert len(through) == 5 and len(set(through[-3:])) == 1, "an arena that is free is used again"
+    assert bare.fileno() >= 0
+    assert sum("memfd:wan_fp8" in line for line in Path("/proc/self/maps").read_text().splitlines()) <= 4
+
+
+@pytest.mark.parametrize("announced", [0, -1, True, "big", 2**60])
+def test_shared_memory_that_does_not_come(announced: Any) -> None:
+    _, theirs, bare = both()
+    bare.sendall(frame(header(arena=announced)))
+    with pytest.raises(WireError, match=r"shared memory|malformed"):
+        theirs.receive()
+
+
+def test_shared_memory_that_is_too_small() -> None:
+    _, theirs, bare = both()
+    descriptor = os.memfd_create("test")
+    os.ftruncate(descriptor, 100)
+    socket.send_fds(bare, [frame(header(arena=4096, tensors=[tensor(shape=[200])]))], [descriptor])
+    with pytest.raises(WireError, match="100 bytes came, and 4096 were announced"):
+        theirs.receive()
+    _, theirs, bare = both()
+    os.ftruncate(descriptor, 4096)
+    socket.send_fds(bare, [frame(header(arena=4096, tensors=[tensor(shape=[2000])]))], [descriptor])
+    with pytest.raises(WireError, match="that the shared memory does not hold"):
+        theirs.receive()
+    os.close(descriptor)
 
 
 def header(**changes: Any) -> bytes:

@@ -8,7 +8,6 @@ why, and the whole pool ends: there is no way to take a rank out of a collective
 
 from __future__ import annotations
 
-import contextlib
 import logging
 import os
 import queue
@@ -74,8 +73,10 @@ def failure_of(error: BaseException) -> Json:
 class Links:
     """What both kinds of rank have: a queue of requests, a stage, a heartbeat."""
 
-    def __init__(self, place: Place, watchdog: float, memory: Callable[[], int] = lambda: 0) -> None:
-        self.place, self.watchdog, self.memory = place, watchdog, memory
+    def __init__(self, place: Place, watchdog: float) -> None:
+        self.place, self.watchdog = place, watchdog
+        self.memory: Callable[[], int] = _none
+        """Bytes that this rank has allocated on its GPU."""
         self.requests: queue.SimpleQueue[Message | None] = queue.SimpleQueue()
         self.beat_seconds = min(1.0, watchdog / 4)
         self._news = threading.Event()
@@ -98,15 +99,14 @@ class Links:
         threading.Thread(target=target, args=args, daemon=True, name=f"wan-fp8-{target.__name__}").start()
 
     def _refresh(self) -> None:
-        with contextlib.suppress(RuntimeError):  # the device is being set up
-            self.place.memory = self.memory()
+        self.place.memory = self.memory()
 
 
 class Member(Links):
     """A rank other than 0."""
 
-    def __init__(self, place: Place, watchdog: float, hub: Channel, memory: Callable[[], int] = lambda: 0) -> None:
-        super().__init__(place, watchdog, memory)
+    def __init__(self, place: Place, watchdog: float, hub: Channel) -> None:
+        super().__init__(place, watchdog)
         self._hub = hub
         self._heard = time.monotonic()
         self._thread(self._listen)
@@ -155,8 +155,8 @@ class _Peer:
 class Hub(Links):
     """Rank 0."""
 
-    def __init__(self, place: Place, watchdog: float, world: int, memory: Callable[[], int] = lambda: 0) -> None:
-        super().__init__(place, watchdog, memory)
+    def __init__(self, place: Place, watchdog: float, world: int) -> None:
+        super().__init__(place, watchdog)
         self.world = world
         self._peers: dict[int, _Peer] = {}
         self._caller: Channel | None = None
@@ -329,3 +329,7 @@ class Hub(Links):
             place, error = next(((p, e) for p, e in failed if not e["expected"]), failed[0])
             self.end(place, f"{error['type']}: {error['message']} while {place.stage}", error["lines"])
         self.end(self.place, f"failed while {self.place.stage}, and the others wait for it")
+
+
+def _none() -> int:
+    return 0

@@ -103,14 +103,10 @@ def _serve(given: Any, run: Callable[[Hub | Member, torch.device], None]) -> Non
     rank, world, local = (int(os.environ.get(name, "0")) for name in ("RANK", "WORLD_SIZE", "LOCAL_RANK"))
     device = torch.device("cpu") if given.device == "cpu" else torch.device("cuda", local)
     place = Place(rank, f"CPU process {rank}" if device.type == "cpu" else f"GPU {local}", socket.gethostname())
-
-    def memory() -> int:
-        return torch.cuda.memory_allocated() if torch.cuda.is_initialized() else 0
-
     links: Hub | Member
     if rank == 0:
         listener = _listener(host, port)
-        links = hub = Hub(place, given.watchdog, max(world, 1), memory)
+        links = hub = Hub(place, given.watchdog, max(world, 1))
         threading.Thread(target=_accept, args=(listener, token, hub), daemon=True, name="wan-fp8-accept").start()
         if missing := hub.wait_for_peers(JOIN_SECONDS):
             raise PoolError(f"the ranks {missing} did not come to {given.listen} within {JOIN_SECONDS:.0f} s")
@@ -118,7 +114,7 @@ def _serve(given: Any, run: Callable[[Hub | Member, torch.device], None]) -> Non
         if host in ("0.0.0.0", "::"):
             host = os.environ["MASTER_ADDR"]
         channel = prove(_connected(host, port, JOIN_SECONDS), token, {"role": "rank", "rank": rank, **place.plain()})
-        links = Member(place, given.watchdog, channel, memory)
+        links = Member(place, given.watchdog, channel)
     links.stage("joining the process group")
     if device.type == "cuda":
         torch.cuda.set_device(device)

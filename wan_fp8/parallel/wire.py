@@ -1,7 +1,8 @@
 """Messages of a pool: a JSON header and raw tensor bytes, over a connected stream socket. Nothing is ever pickled.
 
 A frame is a fixed prefix (magic, version, length of the header, number of the frame), a MAC, the header, and the bytes
-of the tensors that the header lists, in order. Everything is checked before memory is taken: lengths, names, types,
+of the tensors that the header lists, in order; large ones go through memory that both ends map, where the connection is
+a pair on one host. Everything is checked before memory is taken: lengths, names, types,
 shapes, and that the numbers of a connection's frames rise by one, so that a frame that is sent twice ends the
 connection. A connection that is not between two ends of a pair that one process made (``paired``) begins with a
 challenge: both sides prove that they know the token, which itself never crosses the wire, and each frame's prefix and
@@ -16,11 +17,13 @@ import hashlib
 import hmac
 import json
 import math
+import mmap
+import os
 import secrets
 import socket
 import struct
 import threading
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -36,6 +39,10 @@ MAX_HEADER = 8 * 2**20
 MAX_PAYLOAD = 64 * 2**30
 MAX_DIMS = 8
 HELLO_LIMIT = 4096
+SHARED_FROM = 2**18
+"""Bytes from which tensors go through shared memory, where both ends are on one host."""
+ARENA_HEAD = 64
+WORD = struct.Struct("<Q")
 HANDSHAKE_SECONDS = 5.0
 
 DTYPES = {
@@ -79,6 +86,9 @@ class Channel:
         self._out, self._in = (b">", b"<") if sends_first else (b"<", b">")
         self._sent = self._received = 0
         self._lock = threading.Lock()
+        self._shares = connection.family == socket.AF_UNIX and hasattr(os, "memfd_create")
+        self._mine: Arena | None = None
+        self._theirs: Arena | None = None
 
     def send(
         self, kind: str, fields: Mapping[str, Any] | None = None, tensors: Mapping[str, Tensor] | None = None
@@ -88,23 +98,42 @@ class Channel:
         Raises:
             Closed: the other side has gone.
         """
-        plain = {name: value.detach().to("cpu").contiguous() for name, value in (tensors or {}).items()}
-        listed = [{"name": name, "dtype": _dtype_name(t), "shape": list(t.shape)} for name, t in plain.items()]
-        header = json.dumps({"kind": kind, "fields": dict(fields or {}), "tensors": listed}, allow_nan=False).encode()
-        if len(header) > MAX_HEADER:
-            raise WireError(
-                f"a message of kind {kind!r} has a header of {len(header)} bytes, and {MAX_HEADER} are allowed"
-            )
+        given = {name: value.detach() for name, value in (tensors or {}).items()}
+        listed = [{"name": name, "dtype": _dtype_name(t), "shape": list(t.shape)} for name, t in given.items()]
+        content: Json = {"kind": kind, "fields": dict(fields or {}), "tensors": listed}
+        shared = self._shares and sum(map(_nbytes, given.values())) >= SHARED_FROM
         with self._lock:
+            descriptors: list[int] = []
+            if shared:
+                size = ARENA_HEAD + sum(_aligned(_nbytes(value)) for value in given.values())
+                if self._mine is None or not self._mine.serves(size):
+                    self._mine = Arena(os.memfd_create("wan_fp8"), size)
+                    descriptors.append(self._mine.descriptor)
+                self._mine.write(self._sent, given.values())
+                content["arena"] = self._mine.size
+            header = json.dumps(content, allow_nan=False).encode()
+            if len(header) > MAX_HEADER:
+                raise WireError(f"a header of {len(header)} bytes is too long; {MAX_HEADER} are allowed")
             prefix = PREFIX.pack(MAGIC, VERSION, len(header), self._sent)
             try:
-                self._socket.sendall(prefix + self._mac(self._out, prefix, header) + header)
-                for value in plain.values():
+                self._send_first(prefix + self._mac(self._out, prefix, header), descriptors)
+                self._socket.sendall(header)
+                for value in () if shared else given.values():
                     if value.numel():
-                        self._socket.sendall(_bytes_of(value))
+                        self._socket.sendall(_bytes_of(value.to("cpu").contiguous()))
             except OSError as error:
                 raise Closed(f"the other side of the connection has gone ({error})") from None
+            finally:
+                if descriptors and self._mine is not None:
+                    self._mine.forget_descriptor()
             self._sent += 1
+
+    def _send_first(self, first: bytes, descriptors: list[int]) -> None:
+        """The beginning of a frame, with an arena's descriptor where it is a new one."""
+        if descriptors:
+            count = socket.send_fds(self._socket, [first], descriptors)
+            first = first[count:]
+        self._socket.sendall(first)
 
     def receive(self) -> Message:
         """The next message.
@@ -122,7 +151,7 @@ class Channel:
             raise error if isinstance(error, WireError) else WireError(f"a malformed message: {error}") from None
 
     def _receive(self) -> Message:
-        prefix = bytes(self._read(bytearray(PREFIX.size)))
+        prefix, descriptors = self._receive_first()
         magic, version, length, number = PREFIX.unpack(prefix)
         if magic != MAGIC or version != VERSION:
             raise WireError(f"the other side does not speak version {VERSION} of the pool's messages")
@@ -135,7 +164,16 @@ class Channel:
         if number != self._received:
             raise WireError(f"message {self._received} was due and {number} came: sent twice, or lost")
         self._received += 1
-        kind, fields, listed = _parsed(header)
+        kind, fields, listed, arena = _parsed(header)
+        if arena is not None:
+            if not self._shares:
+                raise WireError("shared memory is announced on a connection that cannot carry it")
+            if descriptors:
+                self._theirs = Arena(descriptors[0], arena)
+                self._theirs.forget_descriptor()
+            if self._theirs is None or self._theirs.size != arena:
+                raise WireError("shared memory is announced that did not come")
+            return Message(kind, fields, self._theirs.read(number, listed))
         tensors: dict[str, Tensor] = {}
         for name, dtype, shape in listed:
             value = torch.empty(shape, dtype=dtype)
@@ -143,6 +181,18 @@ class Channel:
                 self._read(_bytes_of(value))
             tensors[name] = value
         return Message(kind, fields, tensors)
+
+    def _receive_first(self) -> tuple[bytes, list[int]]:
+        """The prefix of a frame, and the descriptors that came with it."""
+        if not self._shares:
+            return bytes(self._read(bytearray(PREFIX.size))), []
+        try:
+            first, descriptors, _, _ = socket.recv_fds(self._socket, PREFIX.size, 1)
+        except OSError as error:
+            raise Closed(f"the other side of the connection has gone ({error})") from None
+        if not first:
+            raise Closed("the other side of the connection has gone")
+        return first + bytes(self._read(bytearray(PREFIX.size - len(first)))), descriptors
 
     def close(self) -> None:
         """End the connection; a ``receive`` that waits in another thread raises ``Closed``."""
@@ -158,6 +208,66 @@ class Channel:
     def _read(self, into: bytearray | memoryview) -> bytearray | memoryview:
         _fill(self._socket, into)
         return into
+
+
+class Arena:
+    """Memory that both ends of a pair see: the tensors of one message at a time, after a word that says which message
+    was read last. It has no name, so that nothing is left of it when its processes end, however they do."""
+
+    def __init__(self, descriptor: int, size: int) -> None:
+        """Maps ``descriptor``; a fresh one gets the size."""
+        self.descriptor, self.size, self._written = descriptor, size, -1
+        there = os.fstat(descriptor).st_size
+        if there == 0:
+            os.ftruncate(descriptor, size)
+        elif there < size:
+            os.close(descriptor)
+            raise WireError(f"shared memory of {there} bytes came, and {size} were announced")
+        self._memory = mmap.mmap(descriptor, size)
+        self._bytes = torch.frombuffer(self._memory, dtype=torch.uint8)
+
+    def forget_descriptor(self) -> None:
+        """Close it; the memory stays mapped."""
+        os.close(self.descriptor)
+
+    def serves(self, size: int) -> bool:
+        """Whether it is large enough, and the other side is done with what was in it."""
+        done = self._written < 0 or WORD.unpack_from(self._memory)[0] == self._written + 1
+        return done and size <= self.size
+
+    def write(self, number: int, tensors: Iterable[Tensor]) -> None:
+        """Put the tensors of message ``number`` in, from whatever device."""
+        self._written, first = number, ARENA_HEAD
+        for value in tensors:
+            count = _nbytes(value)
+            self._bytes[first : first + count].copy_(value.contiguous().reshape(-1).view(torch.uint8))
+            first += _aligned(count)
+
+    def read(self, number: int, listed: list[tuple[str, torch.dtype, list[int]]]) -> dict[str, Tensor]:
+        """Take the tensors of message ``number`` out.
+
+        Raises:
+            WireError: more is announced than it holds.
+        """
+        found, first = {}, ARENA_HEAD
+        for name, dtype, shape in listed:
+            value = torch.empty(shape, dtype=dtype)
+            count = _nbytes(value)
+            if first + count > self.size:
+                raise WireError("tensors are announced that the shared memory does not hold")
+            value.view(-1).view(torch.uint8).copy_(self._bytes[first : first + count])
+            found[name] = value
+            first += _aligned(count)
+        WORD.pack_into(self._memory, 0, number + 1)
+        return found
+
+
+def _nbytes(value: Tensor) -> int:
+    return value.numel() * value.element_size()
+
+
+def _aligned(count: int) -> int:
+    return count + -count % ARENA_HEAD
 
 
 def paired() -> tuple[socket.socket, socket.socket]:
@@ -262,13 +372,14 @@ def _dtype_name(value: Tensor) -> str:
     return name
 
 
-def _parsed(header: bytes) -> tuple[str, Json, list[tuple[str, torch.dtype, list[int]]]]:
-    """Kind, fields and the tensors to come.
+def _parsed(header: bytes) -> tuple[str, Json, list[tuple[str, torch.dtype, list[int]]], int | None]:
+    """Kind, fields, the tensors to come, and the size of the shared memory that they come in.
 
     Raises:
         WireError, ValueError: not what a header looks like, or more than is allowed.
     """
     given = json.loads(header, parse_constant=_no_constant)
+    arena = given.pop("arena", None) if isinstance(given, dict) else None
     if not isinstance(given, dict) or given.keys() != {"kind", "fields", "tensors"}:
         raise WireError("a header has kind, fields and tensors")
     kind, fields, listed = given["kind"], given["fields"], given["tensors"]
@@ -285,7 +396,9 @@ def _parsed(header: bytes) -> tuple[str, Json, list[tuple[str, torch.dtype, list
         if total > MAX_PAYLOAD:
             raise WireError(f"tensors of more than {MAX_PAYLOAD} bytes are announced")
         found[name] = (name, dtype, shape)
-    return kind, fields, list(found.values())
+    if arena is not None and not (type(arena) is int and 0 < arena <= MAX_PAYLOAD):
+        raise WireError(f"shared memory of {str(arena)[:50]} bytes is announced")
+    return kind, fields, list(found.values()), arena
 
 
 def _no_constant(name: str) -> None:

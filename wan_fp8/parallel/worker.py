@@ -38,12 +38,12 @@ def main() -> None:
     place = Place(config["rank"], config["names"][config["rank"]], socket.gethostname())
     links: Hub | Member
     if config["rank"] == 0:
-        links = hub = Hub(place, config["watchdog"], config["world"], _memory)
+        links = hub = Hub(place, config["watchdog"], config["world"])
         for rank, number in enumerate(config["peers"], 1):
             hub.add_peer(Place(rank, config["names"][rank], place.host), _opened(number))
         hub.serve(_opened(config["caller"]), gone=lambda: lifeline.leave(Path(config["folder"])))
     else:
-        links = Member(place, config["watchdog"], _opened(config["hub"]), _memory)
+        links = Member(place, config["watchdog"], _opened(config["hub"]))
     device = torch.device(config["device"])
     join(device, f"file://{config['folder']}/meeting", config["rank"], config["world"], links)
     run(links, device)
@@ -73,16 +73,13 @@ def _total_memory(device: torch.device) -> int:
     return torch.cuda.mem_get_info(device)[1] if device.type == "cuda" else 0
 
 
-def _memory() -> int:
-    return torch.cuda.memory_allocated() if torch.cuda.is_initialized() else 0
-
-
 def run(links: Hub | Member, device: torch.device) -> None:
     """Serve requests in the process group."""
     control = dist.new_group(backend="gloo") if device.type == "cuda" else dist.group.WORLD
     assert control is not None
     announce = links.announce if isinstance(links, Hub) else (lambda text: None)
     serving = Serving(device, control, stage=links.stage, announce=announce)
+    links.memory = serving.memory
     links.stage("idle")
     if isinstance(links, Hub):
         links.complete({"memory": _total_memory(device), "world": dist.get_world_size()})
@@ -134,11 +131,10 @@ def spread(listed: list[Json], tensors: dict[str, Tensor], device: torch.device)
         size = torch.Size(entry["shape"]).numel() * DTYPES[entry["dtype"]].itemsize
         ends.append((total, size))
         total += size + -size % ALIGN
-    whole = torch.empty(total, dtype=torch.uint8)
+    whole = torch.empty(total, dtype=torch.uint8, device=device)
     for (first, size), entry in zip(ends, listed, strict=True):
         if entry["name"] in tensors:
-            whole[first : first + size] = tensors[entry["name"]].reshape(-1).view(torch.uint8)
-    whole = whole.to(device)
+            whole[first : first + size] = tensors[entry["name"]].reshape(-1).view(torch.uint8).to(device)
     if dist.get_world_size() > 1:
         dist.broadcast(whole, 0)
     return {
