@@ -147,11 +147,22 @@ def ensure(spec: PoolSpec, *, user: Any = None, poll: Callable[[], None] = lambd
                 if running.alive:
                     log.info("a pool of %d is ended: another one needs its devices", running.world)
                 _pools.pop(other).stop("was ended for another one")
-        pool = Pool(spec, poll)
+        pool = _started(spec, poll, None if pool is None else pool.connection.failure)
         _pools[spec] = pool
         if user is not None:
             pool.users.add(user)
         return pool
+
+
+def _started(spec: PoolSpec, poll: Callable[[], None], lost: PoolError | None) -> Pool:
+    """A new pool; if there was one before that was lost, the reason is not forgotten."""
+    if lost is None:
+        return Pool(spec, poll)
+    log.warning("%s", lost)
+    try:
+        return Pool(spec, poll)
+    except PoolError as error:
+        raise PoolError(f"{error}; the one before it was lost: {lost}") from None
 
 
 def live_pools() -> list[Json]:
