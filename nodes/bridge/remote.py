@@ -23,8 +23,9 @@ from ...wan_fp8.errors import UnsupportedPatchError
 from ...wan_fp8.models.wan import build_model
 from ...wan_fp8.parallel.pools import PoolSpec
 from ...wan_fp8.parallel.remote import Remote, RemoteWanModel, Topology
-from ...wan_fp8.parallel.source import ModelSource
-from .fork import attach, copy_attachments, is_hosted, shell_of, spec_of
+from ...wan_fp8.parallel.source import HandedSource, ModelSource
+from .core_weights import clean_weights
+from .fork import attach, copy_attachments, hosted, is_hosted, shell_of, spec_of
 from .hosted_model import HostedModel, adopt, refuse_foreign_patches, weights_change_mid_run
 from .voice import say
 
@@ -94,22 +95,38 @@ def source_of(patcher: Any) -> ModelSource | None:
 
 
 def in_pool(patcher: Any, pool: PoolSpec, topology: Topology) -> Any:
-    """A MODEL like this one that runs in ``pool``; what is attached to this one comes along.
+    """A MODEL like this one that runs in ``pool``; what is attached to this one comes along. Workers read its file; the
+    weights of a MODEL that knows of none (core's loader) are sent to them, once, and stay in memory here.
 
     Raises:
-        UnsupportedPatchError: not a Wan2.2 MODEL of ours, or foreign patches on its modules.
+        UnsupportedPatchError: not a Wan2.2 MODEL, or foreign patches on its modules.
     """
     refuse_foreign_patches(patcher)
+    if is_remote(patcher):
+        old = remote_of(patcher)
+        return _around(patcher, Remote(old.spec, old.source, pool, topology, old.recipe, old.scales, old.state))
     source = source_of(patcher)
-    if source is None or not is_hosted(patcher):
-        raise UnsupportedPatchError(
-            "this MODEL does not say where its weights lie on disk, which every GPU's process reads by itself: load it "
-            "with Load Wan2.2 Checkpoint"
-        )
-    net = patcher.model.diffusion_model
-    recipe = net.remote.recipe if is_remote(patcher) else quant.recipe_of(net)
-    remote = Remote(spec_of(patcher), source, pool, topology, recipe, scales=patcher.get_attachment(SCALES))
-    return _around(patcher, remote)
+    if source is not None and is_hosted(patcher):
+        recipe = quant.recipe_of(patcher.model.diffusion_model)
+        scales = patcher.get_attachment(SCALES)
+        return _around(patcher, Remote(spec_of(patcher), source, pool, topology, recipe, scales))
+    held = hosted(patcher)
+    recipe, handed = quant.recipe_of(held.model.diffusion_model), HandedSource(spec=spec_of(held))
+    state = functools.partial(_weights_of, held)
+    return _around(held, Remote(handed.spec, handed, pool, topology, recipe, patcher.get_attachment(SCALES), state))
+
+
+def _weights_of(patcher: Any) -> dict[str, Tensor]:
+    """What a MODEL holds under its recipe and without its LoRAs."""
+    weights = clean_weights(patcher)
+    for name, module in patcher.model.diffusion_model.named_modules():
+        original = getattr(module, "original", None)
+        if original is not None:
+            weights[f"{name}.weight"], scale = original
+            weights.pop(f"{name}.weight_scale", None)
+            if scale is not None:
+                weights[f"{name}.weight_scale"] = scale
+    return weights
 
 
 def remote_with_recipe(patcher: Any, recipe: quant.Recipe, scales: Path | None) -> Any:

@@ -138,6 +138,22 @@ def test_recipes_before_and_after_the_node(t2v: Any, many: Any) -> None:
         bridge().with_recipe(many, engine("quant").Recipe("rowwise", backend="reference", keep=("blocks.7.",)))
 
 
+@pytest.mark.parametrize("form", ["fp32", "bf16", "scaled_fp8"])
+def test_a_model_of_cores_loader_hands_its_weights_over(form: str) -> None:
+    theirs = bridge_kit.quantised_core_model(form)
+    hosted, ours = bridge().hosted(theirs), in_pool(theirs, ring=2)
+    close(ksample(ours), ksample(hosted))
+    file = bridge_kit.core_lora(bridge_kit.lora_pairs(bridge_kit.core_weights()))
+    close(
+        *(ksample(bridge_kit.with_core_lora(model, file)) for model in (ours, hosted)), 1e-2 if "fp8" in form else 1e-4
+    )
+    recipe = engine("quant").Recipe("rowwise", backend="reference")
+    made = bridge().with_recipe(hosted, recipe)[0]
+    for model in (bridge().with_recipe(ours, recipe)[0], in_pool(made, ring=2)):
+        close(ksample(model), ksample(made), 2e-2)
+    assert ours.model.diffusion_model.state_dict().keys() <= theirs.model.diffusion_model.state_dict().keys()
+
+
 def test_a_cache_and_its_report(t2v: Any, many: Any, caplog: pytest.LogCaptureFixture) -> None:
     caching, levels = engine("caching"), engine("sampling").sigmas(12, 8.0, "euler").tolist()
     ratios = (1.0, *[0.99] * 11)
@@ -187,8 +203,6 @@ def test_what_does_not_travel_is_refused_by_name(t2v: Any, many: Any, tmp_path: 
     other.set_model_patch_replace(lambda *_: None, "dit", "double_block", 0)
     with pytest.raises(refused, match="replaces blocks or the attention"):
         ksample(other)
-    with pytest.raises(refused, match="does not say where its weights lie on disk"):
-        in_pool(bridge_kit.own_model())
     recording = bridge().with_settings(many, recording=engine("caching").Recording())
     with pytest.raises(refused, match="while a curve is measured"):
         ksample(recording)

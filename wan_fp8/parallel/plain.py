@@ -16,16 +16,17 @@ from ..caching import Conditioning, Curve, EasyCache, MagCache, RunPosition, Tay
 from ..compile import Compile
 from ..models.blocks import ForwardOptions
 from ..models.functional import RopeOptions
+from ..models.specs import ModelSpec, Task
 from ..quant import Recipe
 from .dims import ParallelDims
-from .source import ModelSource
+from .source import HandedSource, ModelSource
 from .wire import DTYPES, Json, WireError
 
 TYPES: dict[str, type] = {
     kind.__name__: kind
     for kind in (
         Attention, Step, Compile, RopeOptions, Recipe, MagCache, EasyCache, Taylor, Curve, RunPosition, Conditioning,
-        ParallelDims, ModelSource,
+        ParallelDims, ModelSource, HandedSource, ModelSpec,
     )
 }  # fmt: skip
 """By name; whoever has another one adds it."""
@@ -41,6 +42,8 @@ def to_plain(value: Any) -> Any:
     Raises:
         WireError: something that is no setting.
     """
+    if isinstance(value, Task):
+        return {"task": value.value}
     if value is None or isinstance(value, bool | int | str):
         return value
     if isinstance(value, float):
@@ -74,6 +77,8 @@ def from_plain(value: Any) -> Any:
             return float(value["float"])
         if keys == {"dtype"} and value["dtype"] in DTYPES:
             return DTYPES[value["dtype"]]
+        if keys == {"task"} and value["task"] in [task.value for task in Task]:
+            return Task(value["task"])
         if keys == {"tuple"}:
             return tuple(from_plain(part) for part in value["tuple"])
         if keys == {"set"}:

@@ -32,7 +32,7 @@ from ..quant import Recipe
 from . import plain, pools
 from .dims import ParallelDims
 from .plan import Machine, Plan, Workload, plan, weight_bytes
-from .source import ModelSource
+from .source import HandedSource, ModelSource
 from .wire import Json
 
 log = logging.getLogger("wan_fp8")
@@ -101,14 +101,19 @@ class Remote:
     def __init__(
         self,
         spec: ModelSpec,
-        source: ModelSource,
+        source: ModelSource | HandedSource,
         pool: pools.PoolSpec,
         topology: Topology,
         recipe: Recipe | None = None,
         scales: str | None = None,
+        state: Callable[[], Mapping[str, Tensor]] | None = None,
     ) -> None:
-        """``scales``: file of activation scales for the recipe."""
-        self.scales = scales
+        """
+        Args:
+            scales: File of activation scales for the recipe.
+            state: The weights of a ``HandedSource`` under official names, before any recipe.
+        """
+        self.scales, self.state = scales, state
         self.spec, self.source, self.pool_spec, self.topology = spec, source, pool, topology
         self.recipe = recipe or Recipe("none")
         self.name = uuid.uuid4().hex
@@ -124,7 +129,7 @@ class Remote:
 
     def with_recipe(self, recipe: Recipe, scales: str | None = None) -> Remote:
         """The same checkpoint under another recipe: another model of the pool."""
-        return Remote(self.spec, self.source, self.pool_spec, self.topology, recipe, scales)
+        return Remote(self.spec, self.source, self.pool_spec, self.topology, recipe, scales, self.state)
 
     def pool(self) -> pools.Pool:
         """The pool, started if need be."""
@@ -219,10 +224,25 @@ class Remote:
                 "dims": plain.to_plain(self.dims),
                 "bytes": weight_bytes(work, self.dims.shard),
             }
+            if self.state is not None:
+                self._hand_over(pool, self.state())
             found, _ = pool.connection.request("load", fields, tensors, poll=self.poll)
             for name in found[0]["evicted"]:
                 pool.loaded.pop(name, None)
         pool.loaded[self.name] = self.merged
+
+    def _hand_over(self, pool: pools.Pool, state: Mapping[str, Tensor]) -> None:
+        """Send weights that no file has, a part at a time."""
+        total = sum(value.numel() * value.element_size() for value in state.values())
+        self.say(f"{self.source.label}: its {total / 2**30:.1f} GiB go to the pool, once")
+        first, part, size = True, {}, 0
+        for name, value in state.items():
+            part[name] = value
+            size += value.numel() * value.element_size()
+            if size >= PART_BYTES or len(part) == MAX_PART:
+                pool.connection.request("weights", {"first": first, "bytes": total}, part, poll=self.poll)
+                first, part, size = False, {}, 0
+        pool.connection.request("weights", {"first": first, "bytes": total}, part, poll=self.poll)
 
     def _lay_out(self, pool: pools.Pool, tokens: int, *, guidance: bool) -> None:
         """Weights that are whole everywhere serve any layout."""
@@ -251,6 +271,9 @@ class Remote:
         return number
 
 
+PART_BYTES = 2**29
+MAX_PART = 500
+"""Weights that are handed over in one message."""
 MAX_LORAS = 4
 """Live LoRAs that a pool keeps between runs."""
 

@@ -26,12 +26,12 @@ from ..checkpoint.lora import Diff, Entry, LowRank
 from ..errors import InputError, WanFP8Error
 from ..models.blocks import ForwardOptions
 from ..models.low_rank import LiveLora, LiveTerm
-from ..models.wan import WanModel
-from ..quant import Recipe, load_scales
+from ..models.wan import WanModel, build_model
+from ..quant import Recipe, apply_recipe, load_scales
 from . import plain
 from .dims import ParallelDims
 from .parallelize import parallelize
-from .source import ModelSource
+from .source import HandedSource, ModelSource
 from .wire import Json
 
 log = logging.getLogger("wan_fp8")
@@ -51,7 +51,7 @@ class Held:
     """One model that this rank serves."""
 
     model: WanModel
-    source: ModelSource
+    source: ModelSource | HandedSource
     recipe: Recipe
     dims: ParallelDims
     merged: str = ""
@@ -74,6 +74,8 @@ class Serving:
         self.models: OrderedDict[str, Held] = OrderedDict()
         """By the caller's names, the one used last at the end."""
         self.loras: dict[int, LiveLora] = {}
+        self.handed: dict[str, Tensor] = {}
+        """Weights that the caller has sent for the model that it will ask for next."""
         self._stage, self._announce = stage, announce
 
     def run(self, kind: str, fields: Json, tensors: dict[str, Tensor]) -> Answer:
@@ -112,6 +114,15 @@ class Serving:
             self.models[name] = held
         self.models.move_to_end(name)
         return {"evicted": evicted, "memory": self.memory()}, {}
+
+    def _do_weights(self, fields: Json, tensors: dict[str, Tensor]) -> Answer:
+        """Take weights that no file has; the first part of a model takes the place of all before."""
+        if fields["first"]:
+            self.handed = {}
+            self._make_room(fields["bytes"])
+        self._stage("taking weights")
+        self.handed |= tensors
+        return {}, {}
 
     def _do_merge(self, fields: Json, tensors: dict[str, Tensor]) -> Answer:
         """Merge changes into a model's weights, in place of those that were there before."""
@@ -204,7 +215,10 @@ class Serving:
         self.models.move_to_end(name)
         return self.models[name]
 
-    def _read(self, source: ModelSource, recipe: Recipe, dims: ParallelDims) -> WanModel:
+    def _read(self, source: ModelSource | HandedSource, recipe: Recipe, dims: ParallelDims) -> WanModel:
+        if isinstance(source, HandedSource):
+            state, self.handed = self.handed, {}
+            return apply_recipe(_assigned(source, state), recipe, device=self.device, move=True).to(self.device)
         straight = dims.shard == 1 or not recipe.is_none or self._free_bytes() > ROOM * _bytes_of(source)
         return load_transformer(
             source.path,
@@ -277,6 +291,17 @@ class Serving:
             raise InputError(f"rank {self.rank} could not {what}: {type(failure).__name__}: {failure}") from failure
         if failed.item():
             raise ElsewhereError(f"another rank could not {what}")
+
+
+def _assigned(source: HandedSource, state: dict[str, Tensor]) -> WanModel:
+    """A model on these very tensors; FP8 weights have their scales beside them."""
+    with torch.device("meta"):
+        model = build_model(source.spec)
+    for name in [name for name in state if name.endswith(".weight_scale")]:
+        owner = model.get_submodule(name.removesuffix(".weight_scale"))
+        owner.register_parameter("weight_scale", torch.nn.Parameter(state[name], requires_grad=False))
+    model.load_state_dict(state, strict=True, assign=True)
+    return model.requires_grad_(False).eval()
 
 
 def _bytes_of(source: ModelSource) -> int:

@@ -8,6 +8,8 @@ from pathlib import Path
 
 import torch
 
+from ..models.specs import ModelSpec
+
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class ModelSource:
@@ -37,6 +39,14 @@ class ModelSource:
     def label(self) -> str:
         """How messages call it."""
         return os.path.basename(self.path) + (f" ({self.expert})" if self.expert else "")
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class HandedSource:
+    """Weights that the caller has in memory and hands over before it asks for the model."""
+
+    spec: ModelSpec
+    label: str = "a MODEL without a file"
 
 
 def _stamp(path: Path) -> tuple[tuple[str, int, int], ...]:

@@ -99,7 +99,7 @@ def _one(links: Hub | Member, serving: Serving, message: Message) -> None:
             links.hand_on(message, listed)
         else:
             listed = message.fields["listed"]
-        with torch.inference_mode(message.kind not in ("load", "merge")):
+        with torch.inference_mode(message.kind not in ("load", "merge", "weights")):
             tensors = spread(listed, message.tensors, serving.device)
             found, out = serving.run(message.kind, message.fields, tensors)
             out = {name: value.to("cpu") for name, value in out.items()}
