@@ -39,6 +39,8 @@ log = logging.getLogger("wan_fp8")
 
 USUAL_TOKENS = 75_600
 """1280x720, 81 frames: what a layout is chosen for before a run is known."""
+NVLINK_FROM = 60.0
+"""GB/s between GPUs above which their link is no PCIe."""
 MAX_NAMES = 4096
 """Names of prompts and conditionings of one run."""
 
@@ -63,10 +65,11 @@ class Topology:
     ) -> tuple[ParallelDims, Plan | None]:
         """The layout, and the plan that it came from where nothing was chosen."""
         work = Workload(spec=spec, tokens=tokens, experts=self.experts, fp8=fp8, guidance=guidance)
+        inside = machine.gpus_per_host or machine.gpus  # over hosts, weights are whole in each
         given = (self.cfg, self.ulysses, self.ring)
         if given == (None, None, None):
             made = plan(machine, work)
-            shard = {"auto": made.dims.shard, "replicate": 1, "shard": machine.gpus}[self.weights]
+            shard = {"auto": made.dims.shard, "replicate": 1, "shard": inside}[self.weights]
             return dataclasses.replace(made.dims, shard=shard), made if self.weights == "auto" else None
         dims = ParallelDims(cfg=self.cfg or 1, ulysses=self.ulysses or 1, ring=self.ring or 1)
         if dims.world != machine.gpus:
@@ -77,7 +80,7 @@ class Topology:
         dims.check(spec)
         if self.weights == "auto":
             return dataclasses.replace(dims, shard=plan(machine, work).dims.shard), None
-        return dataclasses.replace(dims, shard=1 if self.weights == "replicate" else machine.gpus), None
+        return dataclasses.replace(dims, shard=1 if self.weights == "replicate" else inside), None
 
 
 @dataclass(slots=True)
@@ -142,9 +145,13 @@ class Remote:
     def machine(self, pool: pools.Pool) -> Machine:
         """What the planner knows of the pool."""
         ready = pool.connection.ready or {}
-        memory = ready.get("memory") or 0
+        memory, link = ready.get("memory") or 0, ready.get("link_gbs")
         return Machine(
-            gpus=pool.world, memory_gib=memory / 2**30 if memory else 1024.0, link=ready.get("link") or "nvlink"
+            gpus=pool.world,
+            memory_gib=memory / 2**30 if memory else 1024.0,  # a CPU's is not planned with
+            link="nvlink" if link is None or link > NVLINK_FROM else "pcie",
+            link_gbs=link,
+            gpus_per_host=ready.get("per_host"),
         )
 
     def layout(

@@ -8,9 +8,12 @@ and to the other ranks. Under ``torchrun``, on one host or many::
 
 from __future__ import annotations
 
+import hashlib
 import json
 import socket
 import sys
+import time
+from collections import Counter
 from datetime import timedelta
 from pathlib import Path
 
@@ -25,6 +28,8 @@ from .serving import Serving
 from .wire import DTYPES, Channel, Json, Message
 
 COLLECTIVE_TIMEOUT = timedelta(minutes=30)
+LINK_BYTES = 2**27
+"""Of the all-to-all that measures the link."""
 ALIGN = 64
 """Tensors lie at multiples of this in the buffer that goes to all ranks."""
 
@@ -69,8 +74,34 @@ def _opened(number: int) -> Channel:
     return Channel(socket.socket(fileno=number))
 
 
-def _total_memory(device: torch.device) -> int:
-    return torch.cuda.mem_get_info(device)[1] if device.type == "cuda" else 0
+def _facts(device: torch.device, control: dist.ProcessGroup) -> Json:
+    """What a planner wants to know: ranks, bytes of the smallest GPU, GB/s that each sends while all do, and how many
+    ranks there are on a host (None where hosts differ)."""
+    world = dist.get_world_size()
+    total = torch.cuda.mem_get_info(device)[1] if device.type == "cuda" else 0
+    smallest = torch.tensor([total], dtype=torch.int64)
+    dist.all_reduce(smallest, dist.ReduceOp.MIN, group=control)
+    name = int.from_bytes(hashlib.sha256(socket.gethostname().encode()).digest()[:7], "big")
+    names = [torch.zeros(1, dtype=torch.int64) for _ in range(world)]
+    dist.all_gather(names, torch.tensor([name], dtype=torch.int64), group=control)
+    counts = Counter(int(value) for value in names)
+    per_host = world // len(counts) if len(set(counts.values())) == 1 else None
+    link = _link_gbs(device, world) if device.type == "cuda" and world > 1 else None
+    return {"world": world, "memory": int(smallest), "per_host": per_host, "link_gbs": link}
+
+
+def _link_gbs(device: torch.device, world: int) -> float:
+    """Of an all-to-all; the first rounds set the connections up."""
+    send = torch.zeros(LINK_BYTES // world * world, dtype=torch.uint8, device=device)
+    receive = torch.empty_like(send)
+    began = 0.0
+    for number in range(6):
+        if number == 3:
+            torch.cuda.synchronize(device)
+            began = time.perf_counter()
+        dist.all_to_all_single(receive, send)
+    torch.cuda.synchronize(device)
+    return 3 * send.numel() * (world - 1) / world / (time.perf_counter() - began) / 1e9
 
 
 def run(links: Hub | Member, device: torch.device) -> None:
@@ -80,9 +111,11 @@ def run(links: Hub | Member, device: torch.device) -> None:
     announce = links.announce if isinstance(links, Hub) else (lambda text: None)
     serving = Serving(device, control, stage=links.stage, announce=announce)
     links.memory = serving.memory
+    links.stage("measuring the link")
+    facts = _facts(device, control)
     links.stage("idle")
     if isinstance(links, Hub):
-        links.complete({"memory": _total_memory(device), "world": dist.get_world_size()})
+        links.complete(facts)
     while (message := links.next()) is not None:
         _one(links, serving, message)
         links.stage("idle")
