@@ -11,6 +11,7 @@ from comfy_api.latest import io
 
 from ..wan_fp8.errors import InputError
 from ..wan_fp8.parallel import pools
+from ..wan_fp8.parallel.outside import TOKEN_VARIABLE, is_loopback, parse_address
 from ..wan_fp8.parallel.pools import PoolSpec
 from ..wan_fp8.parallel.remote import Topology
 from . import bridge
@@ -22,7 +23,6 @@ ALL = "all"
 AUTO = "auto"
 WEIGHTS = ("auto", "replicate", "shard")
 """Saved in workflows: the order stays, new ones go last."""
-TOKEN_VARIABLE = "WAN_FP8_POOL_TOKEN"
 
 
 class WanFP8MultiGPU(io.ComfyNode):
@@ -144,11 +144,9 @@ def _pool(gpus: str, address: str) -> PoolSpec:
         InputError: what was typed is no list of GPUs, or no address.
     """
     if address.strip():
-        host, colon, port = address.strip().rpartition(":")
-        token = os.environ.get(TOKEN_VARIABLE)
-        if not (host and colon and port.isdigit() and 0 < int(port) < 2**16):
-            raise InputError(f"address is host:port, such as 10.0.0.1:7421; got {address!r}")
-        if not token:
+        host, _ = parse_address(address)
+        token = os.environ.get(TOKEN_VARIABLE, "")
+        if not token and not is_loopback(host):
             raise InputError(
                 f"a pool at an address wants a token: set the environment variable {TOKEN_VARIABLE} to the one that "
                 "it was "

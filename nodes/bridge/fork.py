@@ -304,6 +304,8 @@ def _around_run(executor: Any, *args: Any, **kwargs: Any) -> Any:
         result = executor(*args, **kwargs)
         _report_attention(net)
         report_cache(net)
+        if net.is_remote:
+            net.report_pool()
         return result
     finally:
         net.forget_run()

@@ -8,6 +8,7 @@ forward they go to the workers as plain tensors.
 from __future__ import annotations
 
 import functools
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, cast
 
@@ -18,6 +19,8 @@ import torch
 from torch import Tensor
 
 from ...wan_fp8 import quant
+from ...wan_fp8.checkpoint.detect import official_names
+from ...wan_fp8.checkpoint.load import open_transformer
 from ...wan_fp8.checkpoint.lora import Diff, Entry, LowRank
 from ...wan_fp8.errors import UnsupportedPatchError
 from ...wan_fp8.models.wan import build_model
@@ -53,6 +56,24 @@ class RemoteHostedModel(HostedModel, RemoteWanModel):  # type: ignore[misc]
                 self.remote.merged = str(patcher.patches_uuid) if patcher.patches else ""
                 self._changes_of = patcher.patches_uuid
         return super()._run(*args, **kwargs)
+
+    def weights_named(self, names: Sequence[str]) -> dict[str, Tensor]:
+        """Some of the weights, as they are stored, where somebody wants to know them again."""
+        source = self.remote.source
+        if isinstance(source, HandedSource):
+            assert self.remote.state is not None
+            state = self.remote.state()
+            return {name: state[name] for name in names}
+        opened, detected = open_transformer(source.path, source.expert)
+        with opened:
+            stored = official_names(opened, detected)
+            return {name: opened.read(stored[name]) for name in names}
+
+    def report_pool(self) -> None:
+        """Tell the user how the pool did in the run that ends."""
+        line = self.remote.status_line()
+        if line is not None:
+            say(line, keep=True)
 
 
 class RemotePatcher(comfy.model_patcher.ModelPatcher):

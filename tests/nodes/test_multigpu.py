@@ -151,6 +151,7 @@ def test_a_model_of_cores_loader_hands_its_weights_over(form: str) -> None:
     made = bridge().with_recipe(hosted, recipe)[0]
     for model in (bridge().with_recipe(ours, recipe)[0], in_pool(made, ring=2)):
         close(ksample(model), ksample(made), 2e-2)
+    assert bridge().fingerprint(ours) == bridge().fingerprint(hosted)
     assert ours.model.diffusion_model.state_dict().keys() <= theirs.model.diffusion_model.state_dict().keys()
 
 
@@ -161,6 +162,9 @@ def test_a_cache_and_its_report(t2v: Any, many: Any, caplog: pytest.LogCaptureFi
     cache = caching.MagCache(0.3, 2, 0.1, curve=curve)
     caplog.set_level("INFO", "wan_fp8")
     close(*(ksample(bridge().with_settings(model, cache=cache), steps=12) for model in (many, t2v)))
+    assert bridge().fingerprint(many) == bridge().fingerprint(t2v)
+    status = [record.message for record in caplog.records if record.message.startswith("pool: ")]
+    assert len(status) == 1 and "CPU process 0, CPU process 1; " in status[0] and "(12 of them)" in status[0]
     told = [record.message for record in caplog.records if "passes computed" in record.message]
     assert len(told) == 2 and told[0].split(";")[0] == told[1].split(";")[0] and " 0 skipped" not in told[0]
 
@@ -203,6 +207,9 @@ def test_what_does_not_travel_is_refused_by_name(t2v: Any, many: Any, tmp_path: 
     other.set_model_patch_replace(lambda *_: None, "dit", "double_block", 0)
     with pytest.raises(refused, match="replaces blocks or the attention"):
         ksample(other)
+    for save in (bridge().save_model, bridge().save_scales):
+        with pytest.raises(engine("errors").InputError, match="lies in the processes of a pool"):
+            save(many, tmp_path / "x.safetensors")
     recording = bridge().with_settings(many, recording=engine("caching").Recording())
     with pytest.raises(refused, match="while a curve is measured"):
         ksample(recording)

@@ -9,6 +9,8 @@ from __future__ import annotations
 import dataclasses
 import logging
 import math
+import statistics
+import time
 import uuid
 import weakref
 from collections import Counter, OrderedDict
@@ -128,6 +130,8 @@ class Remote:
         self.dims: ParallelDims | None = None
         self._names = Names()
         self._dirty = False
+        self._seconds: list[float] = []
+        self._memory: list[int] = []
         self._pool: pools.Pool | None = None
 
     def with_recipe(self, recipe: Recipe, scales: str | None = None) -> Remote:
@@ -190,17 +194,34 @@ class Remote:
             "compute": plain.to_plain(compute),
         }
         self._dirty = True
+        began = time.perf_counter()
         found, out = pool.connection.request("forward", fields, tensors, poll=self.poll)
+        self._seconds.append(time.perf_counter() - began)
+        self._memory = [entry["memory"] for entry in found]
         return found, out["velocity"]
 
     def begin_run(self) -> None:
         """The pool forgets what belongs to one run; it is not waited for."""
+        self._seconds.clear()
         if self._dirty and self._pool is not None and self._pool.alive:
             self._dirty = False
             recent = [number for _, number in list(self._pool.loras.values())[-MAX_LORAS:]]
             kept = [(key, entry) for key, entry in self._pool.loras.items() if entry[1] in recent]
             self._pool.loras = OrderedDict(kept)
             self._pool.connection.post("begin_run", {"models": [self.name], "loras": recent})
+
+    def status_line(self) -> str | None:
+        """How the pool did since the run began: layout, memory of every rank, seconds of a forward; None if it did
+        nothing."""
+        if not self._seconds or self._pool is None:
+            return None
+        places = [entry["device"] for entry in self._pool.connection.ranks] or ["?"] * len(self._memory)
+        memory = ", ".join(
+            place + (f" {count / 2**30:.1f} GiB" if count else "")
+            for place, count in zip(places, self._memory, strict=False)
+        )
+        middle = statistics.median(self._seconds)
+        return f"pool: {self.dims}; {memory}; {middle:.3g} s a forward ({len(self._seconds)} of them)"
 
     def drop(self) -> None:
         """The pool frees this model's memory; the next forward loads it again."""
