@@ -12,6 +12,7 @@ from .caching import WanFP8MagCache, WanFP8MagCacheCalibrate, WanFP8MagCacheSave
 from .curves import register_curve_folder
 from .loaders import WanFP8LoadCheckpoint
 from .lora import WanFP8LoadLora
+from .multigpu import WanFP8MultiGPU, WanFP8StopPool
 from .receipt import WanFP8QualityReceipt
 from .recipe import WanFP8Recipe
 from .s2v import WanFP8SampleS2V
@@ -43,6 +44,8 @@ NODES: list[type[io.ComfyNode]] = [
     WanFP8SaveCheckpoint,
     WanFP8SaveScales,
     WanFP8QualityReceipt,
+    WanFP8MultiGPU,
+    WanFP8StopPool,
 ]
 
 

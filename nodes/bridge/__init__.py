@@ -14,6 +14,7 @@ from .lora import WithLora, load_lora
 from .measure import Measured, in_float32, measured, plain
 from .memory import free_host_bytes
 from .recipe import fp8_layers, recipe_of, rounded_again, with_recipe
+from .remote import in_pool, is_remote, remote_of, source_of
 from .residency import make_resident, manage
 from .sampling import (
     core_sigmas,
@@ -49,7 +50,9 @@ __all__ = [
     "hosted",
     "image_rows",
     "in_float32",
+    "in_pool",
     "is_hosted",
+    "is_remote",
     "kept_words",
     "lazy_clip_vision",
     "lazy_vae",
@@ -65,6 +68,7 @@ __all__ = [
     "recipe_of",
     "refuse_context_windows",
     "refuse_other_caches",
+    "remote_of",
     "rounded_again",
     "run_stages",
     "sampler_names",
@@ -74,6 +78,7 @@ __all__ = [
     "scheduler_names",
     "set_shift",
     "settings_of",
+    "source_of",
     "spec_of",
     "stop_if_cancelled",
     "where_it_computes",

@@ -20,7 +20,7 @@ import comfy.patcher_extension
 import torch
 from torch import Tensor, nn
 
-from ...wan_fp8.attention import Attention, Step
+from ...wan_fp8.attention import Attention, Step, sparsity_report
 from ...wan_fp8.caching import Policy, Recording, StepCache
 from ...wan_fp8.compile import Compile
 from ...wan_fp8.errors import InputError, UnsupportedPatchError
@@ -76,6 +76,9 @@ def settings_of(patcher: Any) -> HostSettings:
 
 class HostedModel(WanModel):
     """Mixed in before the engine's class by ``hosted_class``; adds no parameters and no state that is saved."""
+
+    is_remote: bool = False
+    """Whether the forward runs in other processes, so that there are no weights here."""
 
     settings_of_run: HostSettings = HostSettings()
     """Of the MODEL that is being sampled, or was loaded last: the forward's memory is estimated before any forward,
@@ -215,6 +218,10 @@ class HostedModel(WanModel):
             **task_inputs,
         )
         return velocity[:, :, :frames, :rows, :columns]
+
+    def sparse_reports(self) -> list[Any]:
+        """What sparse attention did in the run that ends."""
+        return list(sparsity_report(self))
 
     def forget_run(self) -> None:
         """Drop what belongs to one run (text keys and values, rotary tables, findings of the attention guard, live

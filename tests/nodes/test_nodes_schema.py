@@ -71,6 +71,8 @@ CONTRACT = {
         "reference_precision vae model_low reference reference_low",
         "latent latent_reference plot strip receipt",
     ),
+    "WanFP8MultiGPU": ("model gpus topology weights address model_low", "model model_low"),
+    "WanFP8StopPool": ("latent", "latent"),
     "WanFP8Compile": ("model mode dynamic tf32 residual_stream model_low", "model model_low"),
 }
 """Saved in users' workflows, inputs by position: only ever append."""
