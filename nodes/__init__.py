@@ -7,12 +7,15 @@ from __future__ import annotations
 
 from comfy_api.latest import ComfyExtension, io
 
+from .animate import WanFP8SampleAnimate
 from .caching import WanFP8MagCache, WanFP8MagCacheCalibrate, WanFP8MagCacheSave
 from .curves import register_curve_folder
 from .loaders import WanFP8LoadCheckpoint
 from .lora import WanFP8LoadLora
+from .multigpu import WanFP8MultiGPU, WanFP8StopPool
 from .receipt import WanFP8QualityReceipt
 from .recipe import WanFP8Recipe
+from .s2v import WanFP8SampleS2V
 from .samplers import WanFP8SampleI2V, WanFP8SampleT2V, WanFP8SampleTI2V
 from .save import WanFP8SaveCheckpoint
 from .scales import WanFP8SaveScales
@@ -34,11 +37,15 @@ NODES: list[type[io.ComfyNode]] = [
     WanFP8SampleT2V,
     WanFP8SampleI2V,
     WanFP8SampleTI2V,
+    WanFP8SampleAnimate,
+    WanFP8SampleS2V,
     WanFP8Sigmas,
     WanFP8Solver,
     WanFP8SaveCheckpoint,
     WanFP8SaveScales,
     WanFP8QualityReceipt,
+    WanFP8MultiGPU,
+    WanFP8StopPool,
 ]
 
 

@@ -23,7 +23,7 @@ import torch
 from torch import Tensor, nn
 
 from ...wan_fp8 import kernels
-from ...wan_fp8.attention import attention_report, sparsity_report
+from ...wan_fp8.attention import attention_report
 from ...wan_fp8.caching import StepCache
 from ...wan_fp8.checkpoint.quantized import COMFY_SUFFIX, format_name
 from ...wan_fp8.checkpoint.save import comfy_mark
@@ -32,7 +32,7 @@ from ...wan_fp8.errors import UnsupportedPatchError
 from ...wan_fp8.kernels.quantize import weight_granularity
 from ...wan_fp8.models.layers import HIGH_PRECISION
 from ...wan_fp8.models.specs import ModelSpec
-from ...wan_fp8.models.wan import WanModel, build_model
+from ...wan_fp8.models.wan import WanModel, build_model, class_of
 from ...wan_fp8.quant.convert import share_recipe
 from .caching import prepare_cache, report_cache
 from .core_weights import assign_weights, clean_weights, core_spec, has_fp8
@@ -46,7 +46,7 @@ from .hosted_model import (
     refuse_live_lora,
     settings_of,
 )
-from .memory import activation_bytes
+from .memory import activation_bytes, extra_tokens
 from .pinning import forget_refused_pins, give_own_pages
 from .voice import say
 from .weights import place_loose_parameters
@@ -69,7 +69,7 @@ def spec_of(patcher: Any) -> ModelSpec:
     """What kind of Wan2.2 transformer this MODEL holds.
 
     Raises:
-        UnsupportedPatchError: it is not a Wan2.2 T2V, I2V or TI2V model; the message names what it is.
+        UnsupportedPatchError: it is not a Wan2.2 model; the message names what it is.
     """
     net = getattr(getattr(patcher, "model", None), "diffusion_model", None)
     return net.spec if isinstance(net, HostedModel) else core_spec(net)
@@ -109,21 +109,26 @@ def fork(patcher: Any) -> Any:
     ours. If the weights lie on the GPU they are unloaded first: two models on one GPU copy would be counted once.
 
     Raises:
-        UnsupportedPatchError: not a Wan2.2 T2V, I2V or TI2V model, a storage format that we don't read, or foreign
-            patches on its modules.
+        UnsupportedPatchError: not a Wan2.2 model, a storage format that we don't read, or foreign patches on its
+            modules.
     """
     patcher = _classic(patcher)
     spec = spec_of(patcher)
     refuse_foreign_patches(patcher)
+    if is_hosted(patcher) and patcher.model.diffusion_model.is_remote:
+        raise UnsupportedPatchError(
+            "this MODEL runs in the processes of a pool, and this node needs its weights here: put the node before "
+            "Wan2.2 Multi-GPU"
+        )
     _leave_device(patcher)
     with torch.device("meta"):
-        net = build_model(spec, model_class=_engine_class(patcher))
+        net = build_model(spec, model_class=_engine_class(patcher, spec))
     assign_weights(net, clean_weights(patcher))
     net = adopt(net)
     net.dtype = patcher.model.diffusion_model.dtype
     if is_hosted(patcher):
         _copy_choices(patcher.model.diffusion_model, net)
-    shell = _shell_of(patcher, net)
+    shell = shell_of(patcher, net)
     forked = _patcher_of(patcher, shell)
     attach(forked)
     return forked
@@ -142,9 +147,9 @@ def _classic(patcher: Any) -> Any:
     return patcher.clone(disable_dynamic=True)
 
 
-def _engine_class(patcher: Any) -> type[WanModel]:
+def _engine_class(patcher: Any, spec: ModelSpec) -> type[WanModel]:
     net = patcher.model.diffusion_model
-    return type(net) if isinstance(net, HostedModel) else hosted_class(WanModel)
+    return type(net) if isinstance(net, HostedModel) else hosted_class(class_of(spec.task))
 
 
 def _leave_device(patcher: Any) -> None:
@@ -169,7 +174,7 @@ def _copy_choices(old: HostedModel, new: HostedModel) -> None:
     share_recipe(old, new)
 
 
-def _shell_of(patcher: Any, net: HostedModel) -> nn.Module:
+def shell_of(patcher: Any, net: HostedModel) -> nn.Module:
     """A BaseModel around ``net`` that shares everything else with the one it came from, and claims no memory."""
     old = patcher.model
     shell = copy.copy(old)
@@ -247,6 +252,12 @@ def _rebuilt(patcher: Any, shell: nn.Module) -> Any:
     new = comfy.model_patcher.ModelPatcher(
         shell, load_device=patcher.load_device, offload_device=patcher.offload_device
     )
+    copy_attachments(patcher, new)
+    return new
+
+
+def copy_attachments(patcher: Any, new: Any) -> None:
+    """Give a fresh patcher all that nodes put on another one."""
     new.patches = {key: list(entries) for key, entries in patcher.patches.items()}
     new.model_options = copy.deepcopy(patcher.model_options)
     for name in ("object_patches", "weight_wrapper_patches", "attachments", "additional_models", "hook_patches"):
@@ -259,7 +270,6 @@ def _rebuilt(patcher: Any, shell: nn.Module) -> Any:
     for name in ("force_cast_weights", "hook_mode", "forced_hooks"):
         if hasattr(patcher, name):
             setattr(new, name, getattr(patcher, name))
-    return new
 
 
 # ---- what every hosted MODEL carries -------------------------------------------------------------------------------
@@ -294,6 +304,8 @@ def _around_run(executor: Any, *args: Any, **kwargs: Any) -> Any:
         result = executor(*args, **kwargs)
         _report_attention(net)
         report_cache(net)
+        if net.is_remote:
+            net.report_pool()
         return result
     finally:
         net.forget_run()
@@ -305,7 +317,7 @@ def _report_attention(net: HostedModel) -> None:
     """Tell the user what a low-precision or sparse attention did in the run that ends."""
     for report in attention_report(net):
         _tell(report.lines(), report.as_asked)
-    sparse = sparsity_report(net)
+    sparse = net.sparse_reports()
     net.sparse_facts = tuple(report.facts() for report in sparse)
     for found in sparse:
         _tell(found.lines(), found.as_asked)
@@ -316,7 +328,10 @@ def _tell(lines: list[str], as_asked: bool) -> None:
 
 
 def _on_load(patcher: Any, *args: Any, **kwargs: Any) -> None:
-    patcher.model.diffusion_model.settings_of_run = settings_of(patcher)
+    net = patcher.model.diffusion_model
+    net.settings_of_run = settings_of(patcher)
+    if net.is_remote:
+        return
     place_loose_parameters(patcher, *args, **kwargs)
 
 
@@ -326,6 +341,8 @@ def _on_detach(patcher: Any, unpatch_all: bool = True) -> None:
         net = patcher.model.diffusion_model
         net.forget_run()
         net.settings_of_run = HostSettings()  # it may hold the matrices of a LoRA
+        if net.is_remote:
+            net.remote.drop()
 
 
 _SHELLS: dict[type, type] = {}
@@ -343,7 +360,8 @@ def shell_class(base: Any) -> Any:
 def _make_shell_class(base: Any) -> type:
 
     def memory_required(self: Any, input_shape: Any, cond_shapes: Any = None) -> float:
-        del cond_shapes
+        if self.diffusion_model.is_remote:
+            return 0.0  # the pool's processes need it, not this one
         compute = self.manual_cast_dtype or self.get_dtype()
         compute = compute if compute in HIGH_PRECISION else torch.bfloat16
         patcher, net = self.current_patcher, self.diffusion_model
@@ -360,6 +378,7 @@ def _make_shell_class(base: Any) -> type:
             fused=fused,
             low_precision_attention=quantised,
             kept_residuals=0 if cache is None else cache.depth,
+            extra_tokens=extra_tokens(net.spec, cond_shapes),
         )
 
     def state_dict_for_saving(self: Any, *args: Any, **kwargs: Any) -> dict[str, Tensor]:

@@ -20,7 +20,7 @@ import comfy.patcher_extension
 import torch
 from torch import Tensor, nn
 
-from ...wan_fp8.attention import Attention, Step
+from ...wan_fp8.attention import Attention, Step, sparsity_report
 from ...wan_fp8.caching import Policy, Recording, StepCache
 from ...wan_fp8.compile import Compile
 from ...wan_fp8.errors import InputError, UnsupportedPatchError
@@ -77,8 +77,8 @@ def settings_of(patcher: Any) -> HostSettings:
 class HostedModel(WanModel):
     """Mixed in before the engine's class by ``hosted_class``; adds no parameters and no state that is saved."""
 
-    task_inputs: frozenset[str] = frozenset()
-    """Keyword inputs that this task's ``embed`` takes from core's conditioning."""
+    is_remote: bool = False
+    """Whether the forward runs in other processes, so that there are no weights here."""
 
     settings_of_run: HostSettings = HostSettings()
     """Of the MODEL that is being sampled, or was loaded last: the forward's memory is estimated before any forward,
@@ -187,10 +187,11 @@ class HostedModel(WanModel):
         if time_dim_concat is not None:
             extra = comfy.ldm.common_dit.pad_to_patch_size(time_dim_concat, self.patch_size)
             x = torch.cat([x, extra.to(x)], dim=2)
+        compare = may_change_text(patcher, options)
         text_key = (
             None
             if patcher is not None and weights_change_mid_run(patcher)
-            else self._prompt_key(context, options, compare=may_change_text(patcher, options))
+            else self._prompt_key(context, options, compare=compare)
         )
         velocity = super().forward(
             x,
@@ -199,6 +200,7 @@ class HostedModel(WanModel):
             clip_fea,
             ForwardOptions(
                 text_key=text_key,
+                inputs_key=None if compare else text_key,
                 cache_text=text_key is not None,
                 attention=settings.attention,
                 step=step_of_run(options) if settings.attention is not None and settings.attention.needs_step else None,
@@ -216,6 +218,10 @@ class HostedModel(WanModel):
             **task_inputs,
         )
         return velocity[:, :, :frames, :rows, :columns]
+
+    def sparse_reports(self) -> list[Any]:
+        """What sparse attention did in the run that ends."""
+        return list(sparsity_report(self))
 
     def forget_run(self) -> None:
         """Drop what belongs to one run (text keys and values, rotary tables, findings of the attention guard, live
@@ -456,8 +462,19 @@ def refuse_foreign_patches(patcher: Any) -> None:
         )
 
 
+def refuse_context_windows(patcher: Any) -> None:
+    """Raise where core's context windows are on a MODEL whose video is made in segments: they cut latents along time,
+    and not the face, pose and sound that belong to them."""
+    if patcher.model_options.get("context_handler") is not None:
+        raise UnsupportedPatchError(
+            "this MODEL carries context windows, and this sampler makes long videos in segments of its own: remove the "
+            "node that adds context windows"
+        )
+
+
 _SEE_TEXT = ("CALC_COND_BATCH", "PREDICT_NOISE", "APPLY_MODEL", "DIFFUSION_MODEL")
-"""Kinds of wrappers that text rows pass through on their way from core's conditioning to our forward."""
+"""Kinds of wrappers that text rows, faces and sounds pass through on their way from core's conditioning to our
+forward."""
 
 
 def may_change_text(patcher: Any, options: Mapping[str, Any]) -> bool:
