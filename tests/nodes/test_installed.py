@@ -77,8 +77,7 @@ def test_the_zip_in_a_clean_host_makes_a_video_and_leaves_nothing_behind(
     from comfy_fixtures import SLOW_NODES
 
     context = make_server("installed", "--whitelist-custom-nodes", NAME, SLOW_NODES.name)
-    base = Path(context.kwds["base"]) if hasattr(context, "kwds") else None
-    assert base is not None
+    base = Path(context.kwds["base"])
     folder = base / "custom_nodes" / NAME
     with zipfile.ZipFile(archive) as zipped:
         zipped.extractall(folder)
