@@ -11,6 +11,7 @@ from .caching import WanFP8MagCache, WanFP8MagCacheCalibrate, WanFP8MagCacheSave
 from .curves import register_curve_folder
 from .loaders import WanFP8LoadCheckpoint
 from .lora import WanFP8LoadLora
+from .preset import WanFP8Preset
 from .receipt import WanFP8QualityReceipt
 from .recipe import WanFP8Recipe
 from .samplers import WanFP8SampleI2V, WanFP8SampleT2V, WanFP8SampleTI2V
@@ -25,6 +26,7 @@ NODES: list[type[io.ComfyNode]] = [
     WanFP8LoadCheckpoint,
     WanFP8LoadLora,
     WanFP8TextEncode,
+    WanFP8Preset,
     WanFP8Recipe,
     WanFP8Attention,
     WanFP8Compile,

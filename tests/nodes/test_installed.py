@@ -93,6 +93,8 @@ def test_the_zip_in_a_clean_host_makes_a_video_and_leaves_nothing_behind(
         apply(prompt, info, changes, lambda path: pytest.fail(f"nothing to upload, and {path} was"))
         (made,) = client.run(prompt.nodes)
         assert client.download(made, tmp_path).stat().st_size > 0
-        assert "WanFP8" not in "\n".join(line for line in server.log.read_text().splitlines() if "IMPORT FAILED" in line)
+        assert "WanFP8" not in "\n".join(
+            line for line in server.log.read_text().splitlines() if "IMPORT FAILED" in line
+        )
     assert tree(folder) == unpacked, "it writes into its own folder, where an update would remove it"
     assert tree(base / "models") == models, "a run left files among the user's models"
