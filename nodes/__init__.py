@@ -9,6 +9,7 @@ from comfy_api.latest import ComfyExtension, io
 
 from .caching import WanFP8MagCache, WanFP8MagCacheCalibrate, WanFP8MagCacheSave
 from .curves import register_curve_folder
+from .inspect import WanFP8Doctor
 from .loaders import WanFP8LoadCheckpoint
 from .lora import WanFP8LoadLora
 from .preset import WanFP8Preset
@@ -41,6 +42,7 @@ NODES: list[type[io.ComfyNode]] = [
     WanFP8SaveCheckpoint,
     WanFP8SaveScales,
     WanFP8QualityReceipt,
+    WanFP8Doctor,
 ]
 
 

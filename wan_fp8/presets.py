@@ -102,11 +102,12 @@ def _recipe(caps: DeviceCaps, dtype: torch.dtype, spec: ModelSpec, reasons: list
     """Row scales where the device multiplies them; else FP8 as storage where 16 bits a weight do not fit."""
     register_gemm()
     rowwise = Recipe("rowwise")
+    request = GemmRequest(caps, rowwise.granularity, dtype)
     try:
-        GEMM.resolve(rowwise.backend, GemmRequest(caps, rowwise.granularity, dtype))
+        GEMM.resolve(rowwise.backend, request)
         return rowwise
-    except BackendUnavailableError as error:
-        why = str(error)
+    except BackendUnavailableError:
+        why = GEMM.backend("torch").refuse(request)  # the only one that has row scales
     weight_only = Recipe("rowwise", backend="weight-only")
     try:
         GEMM.resolve(weight_only.backend, GemmRequest(caps, weight_only.granularity, dtype))

@@ -60,6 +60,7 @@ CONTRACT = {
         "reference_precision vae model_low reference reference_low",
         "latent latent_reference plot strip receipt",
     ),
+    "WanFP8Doctor": ("self_test", "table json"),
     "WanFP8Preset": ("model preset model_low", "model model_low"),
     "WanFP8Compile": ("model mode dynamic tf32 residual_stream model_low", "model model_low"),
 }
