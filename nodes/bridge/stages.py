@@ -32,6 +32,7 @@ from ...wan_fp8.errors import InputError
 from .coroutine import Call, Coroutine, Finished
 from .hosted_model import SCHEDULE, SHARE, STEP
 from .sampling import with_timesteps
+from .status import RunStatus
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -104,9 +105,11 @@ def run_stages(
         raise InputError(f"noise must have the shape of the latents, {list(samples.shape)}; got {list(noise.shape)}")
     last_clean: dict[str, Tensor] = {}
     show = latent_preview.prepare_callback(first, len(sigmas) - 1, last_clean)
+    status = RunStatus([stage.model for stage in stages], [stage.first_step for stage in stages], len(sigmas) - 1)
 
     def callback(step: int, clean: Tensor, x: Tensor, steps: int) -> None:
         show(step, clean, x, steps)
+        status.step(step)
         if observe is not None:
             observe(step, clean)
 
