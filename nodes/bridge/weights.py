@@ -22,6 +22,7 @@ from torch import Tensor, nn
 
 from ...wan_fp8.models.layers import HIGH_PRECISION, Leaf, Linear
 from . import homes
+from .pinning import pin_streamed
 
 
 class ComfyWeights:
@@ -174,22 +175,7 @@ def place_loose_parameters(
         parameter = net.get_parameter(name)
         if device_to is not None and parameter.device != torch.device(device_to):
             comfy.utils.set_attr_param(net, name, parameter.detach().to(device_to))
-    _pin_streamed(patcher)
-
-
-def _pin_streamed(patcher: Any) -> None:
-    """Pin what is cast at every forward, once more.
-
-    Core pins it when it first leaves it in host memory, unpins it when any clone of the MODEL goes, and does not come
-    back to it: from the second run on, transfers would be slow and wait for each other.
-    """
-    pin = getattr(patcher, "pin_weight_to_device", None)
-    if pin is None:
-        return
-    for path, module in patcher.model.named_modules():
-        if isinstance(module, Leaf) and getattr(module, "comfy_cast_weights", False):
-            for name, _ in module.named_parameters(recurse=False):
-                pin(f"{path}.{name}")
+    pin_streamed(patcher)
 
 
 def loose_parameters(net: nn.Module) -> list[str]:

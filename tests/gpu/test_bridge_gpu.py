@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import dataclasses
 import gc
+import importlib
 import os
 import sys
 from pathlib import Path
@@ -67,8 +68,8 @@ def loaded(model, budget):
 
 def test_the_host_never_waits_in_a_forward():
     """From the second forward of a run on, in an ordinary graph; timesteps per frame and a window of steps too."""
-    hosted_model = __import__(f"{kit.PACKAGE}.nodes.bridge.hosted_model", fromlist=["x"])
     model = own()
+    hosted_model = importlib.import_module(f"{kit.PACKAGE}.nodes.bridge.hosted_model")
     model.patch_model(CUDA)
     model.model.current_patcher = model
     net = model.model.diffusion_model

@@ -246,7 +246,7 @@ def test_only_fp8_products_in_the_ten_linears(name: str, backend: str) -> None:
     products = [n for n in kernels if any(w in n.lower() for w in ("gemm", "nvjet", "cutlass")) and "flash" not in n]
     fp8 = [n for n in products if any(word in n.lower() for word in ("e4m3", "qqt", "_qq", "f8", "fp8"))]
     assert len(fp8) >= len(spans), sorted(set(products))
-    high = [n for n in products if n not in fp8 and "f32f32" not in n]
+    high = [n for n in products if n not in fp8 and "f32f32" not in n and "sgemm" not in n]  # those two are in fp32
     assert len(high) <= 1, ("the patch embedding alone is in bf16", sorted(set(high)))
     assert not any(word in n.lower() for n in names for word in ("pad", "copy_kernel", "catarray")), sorted(set(names))
     print(name, backend, sorted(set(fp8)))

@@ -194,6 +194,21 @@ def values(tmp_path_factory: pytest.TempPathFactory) -> Iterator[tuple[Path, dic
         yield path, state
 
 
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
+def test_large_tensors_arrive_in_inference_mode_too(
+    values: tuple[Path, dict[str, torch.Tensor]], dtype: torch.dtype
+) -> None:
+    """ComfyUI runs nodes in inference mode, which belongs to a thread: those that read must be in it as well."""
+    path, state = values
+    with torch.inference_mode(), open_source(path) as source:
+        for name, expected in state.items():
+            if expected.ndim != 2:
+                continue
+            scale = torch.full((expected.shape[0], 1), 2.0)
+            assert equal(source.read(name, dtype, scale=scale), (expected.float() * 2).to(dtype)), name
+            assert equal(source.read(name, dtype), expected.to(dtype)), name
+
+
 @pytest.mark.parametrize("map_files", [True, False])
 @pytest.mark.parametrize("dtype", [None, torch.bfloat16, torch.float16, torch.float32, torch.float64])
 def test_every_type_arrives_as_torch_would_convert_it(

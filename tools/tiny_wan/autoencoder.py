@@ -21,6 +21,12 @@ DIM = 8
 """Channels at full resolution."""
 KL_WEIGHT = 5e-5
 L1_WEIGHT = 0.1
+COLOUR_WEIGHT = 4.0
+"""Of the error in colour, the difference of each channel from their mean: backgrounds are grey, so that without it an
+autoencoder learns them, and shapes in grey, long before it learns a colour."""
+LENGTHS = (5, 9, 17)
+"""Frames of a training clip, each with as many clips as make up the same number of frames: short ones make many small
+steps, long ones show what lies behind the first latents."""
 FIRST_LOG_VARIANCE = -4.0
 """Of untrained latents: little noise, so that there is something to decode from the start."""
 
@@ -31,7 +37,8 @@ class VAEOptions:
 
     budget: Budget
     batch: int = 24
-    rate: float = 1e-3
+    """Clips of the shortest length."""
+    rate: float = 2e-3
     warmup: int = 200
     log_every: int = 50
 
@@ -78,16 +85,22 @@ def train_vae(
     )
     if state is not None and state.is_file():
         trainer.restore(state)
-    order = iter(batches(len(clips), options.batch, seed, device))
+    lengths = [n for n in LENGTHS if n <= size.frames] or [size.frames]
+    orders = [
+        iter(batches(len(clips), max(1, options.batch * lengths[0] // n), seed + n, device)) for n in lengths
+    ]
     dtype = compute_type(device)
     for step, used in trainer.steps():
-        video = draw(clips[next(order)], size)
+        turn = step % len(lengths)
+        video = draw(clips[next(orders[turn])].window(lengths[turn], step), size)
         mean, log_variance = vae.moments(video.to(dtype))
         mean, log_variance = mean.float(), log_variance.float().clamp(-12, 8)
         latents = mean + torch.exp(0.5 * log_variance) * torch.randn_like(mean)
         error = vae.decode(latents.to(dtype)).float() - video
         kl = 0.5 * (mean.square() + log_variance.exp() - 1 - log_variance).mean()
+        colour = error - error.mean(dim=1, keepdim=True)
         loss = error.square().mean() + L1_WEIGHT * error.abs().mean() + KL_WEIGHT * kl
+        loss = loss + COLOUR_WEIGHT * colour.square().mean()
         trainer.learn(loss, step, used)
     if state is not None:
         trainer.save(state)

@@ -28,12 +28,12 @@ from .transformer import Stage, TransformerSize, train_transformer, without_imag
 from .world import WorldSize
 
 SHARES = {
-    "vae": 0.25,
-    "joint": 0.35,
-    "t2v_high_noise": 0.09,
-    "t2v_low_noise": 0.14,
+    "vae": 0.40,
+    "joint": 0.28,
+    "t2v_high_noise": 0.055,
+    "t2v_low_noise": 0.10,
     "i2v_high_noise": 0.06,
-    "i2v_low_noise": 0.11,
+    "i2v_low_noise": 0.105,
 }
 """Of the minutes that ``all`` is given."""
 INTERVALS = {

@@ -107,7 +107,13 @@ class Workers:
         if self._pool is None:
             threads = min(MAX_WORKERS, max(2, os.cpu_count() or 2))
             self._pool = ThreadPoolExecutor(threads, thread_name_prefix="wan-fp8-read")
-        futures = [self._pool.submit(fill, first, min(first + step, count)) for first in range(0, count, step)]
+        inference = torch.is_inference_mode_enabled()  # each thread has its own, and a tensor made in one is shut to others
+
+        def block(first: int) -> None:
+            with torch.inference_mode(inference):
+                fill(first, min(first + step, count))
+
+        futures = [self._pool.submit(block, first) for first in range(0, count, step)]
         try:
             for future in futures:
                 future.result()

@@ -218,10 +218,10 @@ def _convert(
 
 
 def in_pages(value: Tensor) -> Tensor:
-    """``value`` in host memory that begins at a page: memory is pinned in pages, and two weights that share one cannot
-    both be."""
+    """``value`` in host memory in pages of its own, from the first byte of one: memory is pinned in pages, and two
+    weights that share one cannot both be."""
     count = value.numel() * value.element_size()
-    whole = torch.empty(count + PAGE, dtype=torch.uint8)
+    whole = torch.empty(-(-count // PAGE) * PAGE + PAGE, dtype=torch.uint8)
     first = -whole.data_ptr() % PAGE
     return whole[first : first + count].view(value.dtype).view(value.shape).copy_(value)
 

@@ -1,0 +1,92 @@
+"""Pinned host memory for weights that stay off the GPU: core pins what it streams, and here is what that takes.
+
+Memory is pinned in whole pages, and a page that is pinned for one weight cannot be pinned for another: CUDA refuses,
+and some versions of core leave that refusal behind for the next kernel launch to raise. Small weights, and weights
+that lie side by side in a mapped file, share pages.
+"""
+
+from __future__ import annotations
+
+import logging
+from typing import Any
+
+import comfy.model_management
+import torch
+from torch import Tensor, nn
+
+from ...wan_fp8.models.layers import Leaf
+from ...wan_fp8.quant.convert import PAGE, in_pages
+
+log = logging.getLogger("wan_fp8")
+
+SMALL = 1 << 20
+"""Bytes up to which a weight gets pages of its own at once: biases, norms and scales, some MB in all."""
+REFUSALS = ("already mapped", "invalid argument", "operation not supported", "operation not permitted")
+"""How CUDA words what ``cudaHostRegister`` did not do."""
+
+
+def give_own_pages(net: nn.Module) -> None:
+    """Small host tensors into pages of their own, where core pins memory. Those that have them keep them."""
+    if getattr(comfy.model_management, "MAX_PINNED_MEMORY", -1) <= 0:
+        return
+    for module in net.modules():
+        if isinstance(module, Leaf):
+            for name, parameter in module._parameters.items():
+                if parameter is not None and parameter.device.type == "cpu" and _bytes(parameter) <= SMALL:
+                    _settle(module, name, parameter)
+
+
+def pin_streamed(patcher: Any) -> None:
+    """Pin what is cast at every forward, once more.
+
+    Core pins it when it first leaves it in host memory, unpins it when any clone of the MODEL goes, and does not come
+    back to it: from the second run on, transfers would be slow and wait for each other. What core could not pin for
+    sharing a page is copied into pages of its own first.
+    """
+    pin = getattr(patcher, "pin_weight_to_device", None)
+    if pin is None or getattr(comfy.model_management, "MAX_PINNED_MEMORY", -1) <= 0:
+        return
+    left = [
+        (path, module, name, parameter)
+        for path, module in patcher.model.named_modules()
+        if isinstance(module, Leaf) and getattr(module, "comfy_cast_weights", False)
+        for name, parameter in module.named_parameters(recurse=False)
+        if parameter.device.type == "cpu" and not parameter.is_pinned()
+    ]
+    if not left:
+        return
+    _forget_refusals(patcher.load_device)
+    for path, module, name, parameter in left:
+        _settle(module, name, parameter)
+        pin(f"{path}.{name}")
+
+
+def _settle(module: Leaf, name: str, parameter: nn.Parameter) -> None:
+    if parameter.numel() and not _has_own_pages(parameter.data):
+        module._parameters[name] = nn.Parameter(in_pages(parameter.data), requires_grad=False)
+
+
+def _has_own_pages(value: Tensor) -> bool:
+    """Whether ``value`` begins at a page of an allocation that reaches to the end of its last one and holds nothing
+    else; a mapped file's never does."""
+    storage = value.untyped_storage()
+    first = value.data_ptr() - storage.data_ptr()
+    pages = -(-_bytes(value) // PAGE) * PAGE
+    alone = storage.nbytes() == pages + PAGE and first + pages <= storage.nbytes()
+    return value.data_ptr() % PAGE == 0 and alone
+
+
+def _bytes(value: Tensor) -> int:
+    return value.numel() * value.element_size()
+
+
+def _forget_refusals(device: torch.device) -> None:
+    """Take the error of a refused pin away, which would be raised at the next kernel launch; any other is raised."""
+    if torch.device(device).type != "cuda":
+        return
+    try:
+        torch.zeros(1, device=device)
+    except RuntimeError as error:
+        if not any(words in str(error) for words in REFUSALS):
+            raise
+        log.debug("some weights could not be pinned where they lay: %s", str(error).splitlines()[0])
