@@ -18,6 +18,7 @@ from .errors import BackendUnavailableError, InputError
 from .gemm import GEMM, GemmRequest
 from .gemm import register_backends as register_gemm
 from .hardware import DeviceCaps
+from .libraries import LIBRARIES
 from .models.memory import activation_bytes, weight_bytes
 from .models.specs import ModelSpec, Task
 from .quant.recipe import Recipe
@@ -25,7 +26,7 @@ from .quant.recipe import Recipe
 NAMES = ("lossless", "balanced", "fast", "few-step")
 """Saved in workflows: the order stays, new ones go last."""
 LOW_PRECISION = ("fa3-fp8", "sage")
-"""Attention that ``fast`` takes, the first that runs. SageAttention is slower than cuDNN's exact kernel on Hopper."""
+"""Attention that ``fast`` takes, the first that runs and is of use there."""
 CACHE = "E012K2R20"
 LATENT_720P = {Task.TI2V: (31, 44, 80)}
 """Latent frames, rows and columns of the largest published size, where it is not 81 frames of 1280x720."""
@@ -135,8 +136,8 @@ def _attention(caps: DeviceCaps, dtype: torch.dtype, spec: ModelSpec, reasons: l
     request = AttentionRequest(caps, dtype, spec.head_dim, tokens, tokens)
     refused = []
     for name in LOW_PRECISION:
-        if name == "sage" and caps.is_hopper:
-            refused.append("sage: slower than the exact kernel on Hopper")
+        if name == "sage" and not LIBRARIES["sage"].advised.has_one_of((caps.capability or (0, 0),)):
+            refused.append(f"sage: of use on compute capability {LIBRARIES['sage'].advised} only")
             continue
         try:
             ATTENTION.resolve(name, request)

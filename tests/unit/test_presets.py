@@ -84,7 +84,10 @@ def test_fast_takes_a_low_precision_kernel_where_one_runs_and_helps(installed) -
     installed("sage")
     assert chosen("fast", RTX4090).attention == Attention(backend="sage")
     on_hopper = chosen("fast", H100)
-    assert on_hopper.attention == Attention() and "slower than the exact kernel on Hopper" in on_hopper.reasons[-1]
+    assert (
+        on_hopper.attention == Attention() and "of use on compute capability 8.0 to 8.9 only" in on_hopper.reasons[-1]
+    )
+    assert chosen("fast", RTX5090).attention == chosen("fast", B200).attention == Attention()
     installed()
     assert chosen("fast", RTX4090).attention == Attention()
     assert "sage is not installed" in chosen("fast", RTX4090).reasons[-1]

@@ -86,9 +86,7 @@ def train_vae(
     if state is not None and state.is_file():
         trainer.restore(state)
     lengths = [n for n in LENGTHS if n <= size.frames] or [size.frames]
-    orders = [
-        iter(batches(len(clips), max(1, options.batch * lengths[0] // n), seed + n, device)) for n in lengths
-    ]
+    orders = [iter(batches(len(clips), max(1, options.batch * lengths[0] // n), seed + n, device)) for n in lengths]
     dtype = compute_type(device)
     for step, used in trainer.steps():
         turn = step % len(lengths)

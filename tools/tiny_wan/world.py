@@ -65,7 +65,9 @@ class Clips:
     def window(self, length: int, turn: int) -> Clips:
         """``length`` successive frames of every clip, beginning later with every ``turn``, around the end."""
         first = 7 * turn % (self.x_NT.shape[1] - length + 1)
-        moving = {name: getattr(self, name)[:, first : first + length] for name in ("x_NT", "y_NT", "size_NT", "angle_NT")}
+        moving = {
+            name: getattr(self, name)[:, first : first + length] for name in ("x_NT", "y_NT", "size_NT", "angle_NT")
+        }
         return replace(self, **moving)
 
 

@@ -107,7 +107,9 @@ class Workers:
         if self._pool is None:
             threads = min(MAX_WORKERS, max(2, os.cpu_count() or 2))
             self._pool = ThreadPoolExecutor(threads, thread_name_prefix="wan-fp8-read")
-        inference = torch.is_inference_mode_enabled()  # each thread has its own, and a tensor made in one is shut to others
+        inference = (
+            torch.is_inference_mode_enabled()
+        )  # each thread has its own, and a tensor made in one is shut to others
 
         def block(first: int) -> None:
             with torch.inference_mode(inference):
