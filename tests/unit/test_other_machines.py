@@ -12,6 +12,7 @@ from pathlib import Path
 
 import pytest
 import torch
+
 from wan_fp8 import doctor
 
 PACK = Path(__file__).resolve().parents[2]
