@@ -33,6 +33,8 @@ GROWTH_MIB = 64.0
 """What the resident memory of the last third may be above that of the second: the allocator's fragments."""
 TASKS = {"t2v": "Wan2.2-T2V-A14B", "i2v": "Wan2.2-I2V-A14B", "ti2v": "Wan2.2-TI2V-5B"}
 
+SAMPLERS = {"t2v": "WanFP8SampleT2V", "i2v": "WanFP8SampleI2V", "ti2v": "WanFP8SampleTI2V"}
+
 
 # ---- prompts -------------------------------------------------------------------------------------------------------
 
@@ -87,7 +89,7 @@ def video(
         inputs |= {"vae": ["load", 3], "start_image": ["picture", 0], "size": "width x height"}
     if task == "ti2v":
         inputs |= {"size": "width x height"}
-    prompt["sample"] = {"class_type": f"WanFP8Sample{task.upper()}", "inputs": inputs}
+    prompt["sample"] = {"class_type": SAMPLERS[task], "inputs": inputs}
     prompt["decode"] = {"class_type": "VAEDecode", "inputs": {"samples": ["sample", 0], "vae": ["load", 3]}}
     prompt["show"] = {"class_type": "PreviewImage", "inputs": {"images": ["decode", 0]}}
     return prompt
