@@ -47,7 +47,7 @@ from .hosted_model import (
     refuse_live_lora,
     settings_of,
 )
-from .pinning import give_own_pages
+from .pinning import forget_refused_pins, give_own_pages
 from .voice import say
 from .weights import place_loose_parameters
 
@@ -273,6 +273,7 @@ def attach(patcher: Any) -> None:
         patcher.add_callback_with_key(kind, KEY, callback)
     patcher.remove_wrappers_with_key(wraps.OUTER_SAMPLE, KEY)
     patcher.add_wrapper_with_key(wraps.OUTER_SAMPLE, KEY, _around_run)
+    forget_refused_pins()
     give_own_pages(patcher.model.diffusion_model)
     if has_fp8(patcher.model.diffusion_model):
         # The other mode caches merged real values and later copies them straight into the FP8 tensor.

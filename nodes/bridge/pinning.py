@@ -1,12 +1,13 @@
 """Pinned host memory for weights that stay off the GPU: core pins what it streams, and here is what that takes.
 
 Memory is pinned in whole pages, and a page that is pinned for one weight cannot be pinned for another: CUDA refuses,
-and some versions of core leave that refusal behind for the next kernel launch to raise. Small weights, and weights
-that lie side by side in a mapped file, share pages.
+and cores without ``discard_cuda_async_error`` leave that refusal behind for the next kernel launch to raise. Small
+weights, and weights that lie side by side in a mapped file, share pages.
 """
 
 from __future__ import annotations
 
+import functools
 import logging
 from typing import Any
 
@@ -46,19 +47,46 @@ def pin_streamed(patcher: Any) -> None:
     pin = getattr(patcher, "pin_weight_to_device", None)
     if pin is None or getattr(comfy.model_management, "MAX_PINNED_MEMORY", -1) <= 0:
         return
-    left = [
+    left = _unpinned(patcher)
+    for path, module, name, parameter in left:
+        _settle(module, name, parameter)
+        pin(f"{path}.{name}")
+    still = [_bytes(parameter) for *_, parameter in _unpinned(patcher)] if left else []
+    if still:
+        log.warning(
+            "%d weights (%.1f GiB) that stay in host memory could not be pinned: moving them to the GPU is slower",
+            len(still),
+            sum(still) / 2**30,
+        )
+
+
+def _unpinned(patcher: Any) -> list[tuple[str, Leaf, str, nn.Parameter]]:
+    """What is streamed from memory that is not pinned: path and module, name and parameter."""
+    return [
         (path, module, name, parameter)
         for path, module in patcher.model.named_modules()
         if isinstance(module, Leaf) and getattr(module, "comfy_cast_weights", False)
         for name, parameter in module.named_parameters(recurse=False)
         if parameter.device.type == "cpu" and not parameter.is_pinned()
     ]
-    if not left:
+
+
+def forget_refused_pins() -> None:
+    """Make core's ``pin_memory`` take back the error of a pin that CUDA refused, as newer cores do by themselves."""
+    plain = getattr(comfy.model_management, "pin_memory", None)
+    own_care = hasattr(comfy.model_management, "discard_cuda_async_error") or hasattr(plain, "wan_fp8_plain")
+    if plain is None or own_care or getattr(comfy.model_management, "MAX_PINNED_MEMORY", -1) <= 0:
         return
-    _forget_refusals(patcher.load_device)
-    for path, module, name, parameter in left:
-        _settle(module, name, parameter)
-        pin(f"{path}.{name}")
+
+    @functools.wraps(plain)
+    def pin_memory(tensor: Tensor) -> Any:
+        pinned = plain(tensor)
+        if not pinned and tensor.device.type == "cpu" and not tensor.is_pinned():
+            _take_refusal_back(comfy.model_management.get_torch_device())
+        return pinned
+
+    pin_memory.wan_fp8_plain = plain  # type: ignore[attr-defined]
+    comfy.model_management.pin_memory = pin_memory
 
 
 def _settle(module: Leaf, name: str, parameter: nn.Parameter) -> None:
@@ -80,13 +108,14 @@ def _bytes(value: Tensor) -> int:
     return value.numel() * value.element_size()
 
 
-def _forget_refusals(device: torch.device) -> None:
+def _take_refusal_back(device: torch.device) -> None:
     """Take the error of a refused pin away, which would be raised at the next kernel launch; any other is raised."""
     if torch.device(device).type != "cuda":
         return
     try:
         torch.zeros(1, device=device)
+        torch.cuda.synchronize(device)
     except RuntimeError as error:
         if not any(words in str(error) for words in REFUSALS):
             raise
-        log.debug("some weights could not be pinned where they lay: %s", str(error).splitlines()[0])
+        log.debug("a weight could not be pinned where it lies: %s", str(error).splitlines()[0])

@@ -212,8 +212,9 @@ def test_configurations_of_folders(tmp_path: Path, config: Any, index: Any, raw:
 # ---- names and shapes ----------------------------------------------------------------------------------------------
 
 WORDS = """model diffusion_model transformer transformer_2 base_model blocks 0 1 39 -1 self_attn cross_attn q k norm_q
-ffn 2 weight bias modulation scale_weight comfy_quant lora_A lora_B lora_up lora_down diff diff_b diff_m alpha dora_scale
-head patch_embedding text_embedding condition_embedder time_proj shared encoder block layer default lora_unet"""
+ffn 2 weight bias modulation scale_weight comfy_quant lora_A lora_B lora_up lora_down diff diff_b diff_m alpha
+dora_scale head patch_embedding text_embedding condition_embedder time_proj shared encoder block layer default
+lora_unet"""
 PARTS = st.sampled_from(WORDS.split())
 KEYS = st.lists(PARTS, min_size=1, max_size=7).map(".".join) | st.lists(PARTS, max_size=6).map("_".join) | NAMES
 SHAPES = st.lists(st.sampled_from([0, 1, 2, 4, 6, 16, 36, 48, 64, 128]), max_size=5)
