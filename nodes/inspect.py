@@ -7,7 +7,6 @@ from typing import Any
 import folder_paths
 from comfy_api.latest import io
 
-from ..wan_fp8 import doctor
 from . import bridge
 from .notices import node_id, notice
 from .schema import INSPECT, node_schema
@@ -50,6 +49,8 @@ class WanFP8Doctor(io.ComfyNode):
 
     @classmethod
     def execute(cls, self_test: bool) -> io.NodeOutput:
+        from ..wan_fp8 import doctor  # imports most of the engine, which ComfyUI's start need not wait for
+
         kinds = [kind for kind in doctor.KINDS if kind in folder_paths.folder_names_and_paths]
         folders = {kind: folder_paths.get_folder_paths(kind) for kind in kinds}
         report = doctor.examine(bridge.main_device(), folders=folders, self_test=self_test)
