@@ -86,6 +86,10 @@ def test_the_help_panel_shows_our_page(editor: tuple[str, Editor]) -> None:
     button.click()
     text = page.page.get_by_text("for models and LoRAs that were distilled to 4 or 8 steps")
     text.first.wait_for(state="visible", timeout=15_000)
+    picture = page.page.locator("img[src*='WanFP8Preset.jpg']").first
+    picture.scroll_into_view_if_needed(timeout=10_000)
+    page.page.wait_for_timeout(500)
+    assert picture.evaluate("(image) => image.naturalWidth") > 100, "the page's picture is not found"
     page.screenshot(SCREENSHOTS / f"help-{which}.png")
 
 
