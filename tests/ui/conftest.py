@@ -52,7 +52,7 @@ def files_named_in_workflows(models: Path) -> Iterator[None]:
             path.unlink()
 
 
-@pytest.fixture(scope="module", params=["pinned", "newer"])
+@pytest.fixture(scope="session", params=["pinned", "newer"])
 def editor(
     request: pytest.FixtureRequest, browser: Any, make_server: Callable[..., Any]
 ) -> Iterator[tuple[str, Editor]]:

@@ -189,3 +189,6 @@ def test_nodes_speak_chinese_to_those_who_do(editor: tuple[str, Editor]) -> None
         page.screenshot(SCREENSHOTS / f"chinese-{which}.png")
     finally:
         page.client.request("/settings", {"Comfy.Locale": "en"})
+        page.page.reload()
+        page.page.wait_for_function(f"() => {NODES}?.length > 0", timeout=60_000)
+        page.page.wait_for_timeout(1000)
