@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import datetime
 import json
+import os
 import platform
 import statistics
 import sys
@@ -65,7 +66,14 @@ def device_name(device: str = "cpu") -> str:
 def write_results(path: str | Path, rows: list[dict[str, Any]], device: str = "cpu") -> None:
     """Write ``{"device", "versions", "date", "command", "rows"}``; the command is this script's own line."""
     arguments = [Path(a).name if Path(a).is_absolute() else a for a in _ARGUMENTS]  # no path of one machine
-    command = " ".join(["python", Path(sys.argv[0]).resolve().relative_to(ROOT).as_posix(), *arguments])
+    ranks = int(os.environ.get("WORLD_SIZE", 1))
+    command = " ".join(
+        [
+            f"torchrun --nproc-per-node {ranks}" if ranks > 1 else "python",
+            Path(sys.argv[0]).resolve().relative_to(ROOT).as_posix(),
+            *arguments,
+        ]
+    )
     result = {
         "device": device_name(device),
         "versions": versions(),

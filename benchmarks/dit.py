@@ -9,6 +9,17 @@ the copy bandwidth of the same run; every term is printed. Each term is measured
 rested runs above the clock that its power limit leaves it in a video's forwards, and a floor from it is one that no
 sum of its kernels reaches.
 The error is that of the velocity against the same weights in fp32, on a clip of at most 4,096 tokens.
+
+Over several GPUs the same runs under ``torchrun``, a single GPU first:
+
+    torchrun --nproc-per-node 2 benchmarks/dit.py --attention fa3 --recipe DelayedScaling \\
+        --topologies one,cfg2,ulysses2,ring2,ulysses2+fsdp --json out.json
+
+(or ``--ulysses N --ring N --cfg-parallel --fsdp`` for one topology). Times are those of the slowest rank. With
+``cfg2`` a forward is both passes of a step, elsewhere one. ``exchange_ms`` is what collectives add to a block: its time
+without them (the copies around them stay) taken from its time; ``exchange_alone`` are the same collectives by
+themselves. ``efficiency`` is the single GPU's time for 40 steps over the ranks' times their number. The kernels are
+those of the first rank, and those of NCCL include waiting for other ranks.
 """
 
 from __future__ import annotations
@@ -23,6 +34,7 @@ from collections.abc import Callable, Sequence
 from typing import Annotated
 
 import common
+import ranks
 import torch
 import typer
 from rich.console import Console
@@ -39,6 +51,9 @@ from wan_fp8.kernels import attention_cast
 from wan_fp8.kernels.quantize import QuantizedActivation
 from wan_fp8.models.specs import SPECS, ModelSpec, Task
 from wan_fp8.models.wan import WanModel, build_model
+from wan_fp8.parallel import ParallelDims, parallelize
+from wan_fp8.parallel.ulysses import NAME as ULYSSES
+from wan_fp8.parallel.ulysses import SequenceParallel
 from wan_fp8.quant import RECIPES, recipe_of
 from wan_fp8.quant.linear import FP8Linear, Quantization
 from wan_fp8.quant.recipe import LINEARS
@@ -94,14 +109,14 @@ def latent_grid(spec: ModelSpec, width: int, height: int, frames: int) -> tuple[
 
 
 def model_inputs(
-    spec: ModelSpec, grid: tuple[int, int, int], device: str, dtype: torch.dtype
+    spec: ModelSpec, grid: tuple[int, int, int], device: str, dtype: torch.dtype, batch: int = 1
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """Latents, timestep and text of one sample. TI2V gets a timestep per frame, zero on the first, as in
+    """Latents, timestep and text of one sample, or more. TI2V gets a timestep per frame, zero on the first, as in
     image-to-video."""
     generator = torch.Generator(device).manual_seed(1)
-    x = torch.randn(1, spec.in_dim, *grid, device=device, dtype=dtype, generator=generator)
-    context = torch.randn(1, TEXT_TOKENS, spec.text_dim, device=device, dtype=dtype, generator=generator)
-    timestep = torch.full((1, grid[0]) if spec.task == Task.TI2V else (1,), 900.0, device=device)
+    x = torch.randn(batch, spec.in_dim, *grid, device=device, dtype=dtype, generator=generator)
+    context = torch.randn(batch, TEXT_TOKENS, spec.text_dim, device=device, dtype=dtype, generator=generator)
+    timestep = torch.full((batch, grid[0]) if spec.task == Task.TI2V else (batch,), 900.0, device=device)
     if spec.task == Task.TI2V:
         timestep[:, 0] = 0
     return x, timestep, context
@@ -228,9 +243,9 @@ def _short(kernel: str) -> str:
 
 
 def settle(call, seconds: float = 2.0) -> None:
-    """Run until the GPU has come to the clock that its power limit leaves it."""
+    """Run until the GPU has come to the clock that its power limit leaves it; as often on every rank."""
     began = time.perf_counter()
-    while time.perf_counter() - began < seconds:
+    while ranks.slowest([time.perf_counter() - began], "cuda")[0] < seconds:
         call()
         torch.cuda.synchronize()
 
@@ -257,11 +272,12 @@ def velocity_error(
     dtype: torch.dtype,
     originals: dict[str, Tensor] | None = None,
     loras: Sequence[Lora] = (),
+    batch: int = 1,
 ) -> float:
     """Relative L2 error of the velocity against fp32 weights and arithmetic, on a short clip."""
     frames = max(1, min(grid[0], 4096 // (grid[1] * grid[2] // 4)))
     grid = (frames, *grid[1:])
-    x, timestep, context = model_inputs(model.spec, grid, device, dtype)
+    x, timestep, context = model_inputs(model.spec, grid, device, dtype, batch)
     model.begin_run()
     ours = model(x, timestep, context)
     with torch.device("meta"):
@@ -288,8 +304,13 @@ def measure(
     compiled: str = "off",
     recipe: Recipe | None = None,
     lora_rank: int = 0,
+    dims: ParallelDims | None = None,
+    overlap: bool = True,
+    with_floor: bool = True,
 ) -> dict:
     """One row of results."""
+    dims = dims or ParallelDims()
+    batch = dims.cfg  # with cfg 2 a forward has both conditionings
     spec = MODELS[model_name]
     width, height = (int(n) for n in size.split("x"))
     grid = latent_grid(spec, width, height, frames)
@@ -298,14 +319,20 @@ def measure(
     set_attention(model, open_window(attention))
     model.fused_kernels, model.stream_dtype_override = kernels, stream
     originals = None
-    if recipe is not None:
+    if recipe is not None or dims.shard > 1:
         originals = {name: value.cpu() for name, value in model.state_dict().items()}
+    if recipe is not None:
         apply_recipe(model, recipe)
     loras = [random_lora(model, lora_rank)] if lora_rank else []
     set_lora(model, *loras)
     if compiled != "off":
         compile_blocks(model, mode=compiled)
-    x, timestep, context = model_inputs(spec, grid, device, dtype)
+    if dims.world > 1:
+        parallelize(model, dims)
+    split = model.stack_wrappers.get(ULYSSES)
+    if isinstance(split, SequenceParallel):
+        split.overlap = overlap
+    x, timestep, context = model_inputs(spec, grid, device, dtype, batch)
     every_block = model.blocks
     began = time.perf_counter()
     model(x, timestep, context)
@@ -317,20 +344,25 @@ def measure(
         return model(x, timestep, context)
 
     cuda = device.startswith("cuda")
-    rounds = 5 if tokens > 40_000 else 15
-    times: dict[int, list[float]] = {count: [] for count in layers}
+    rounds = (3 if ranks.world() > 1 else 5) if tokens > 40_000 else 15
+
+    def by_layers() -> tuple[float, float]:
+        """Milliseconds of a block, and outside the blocks."""
+        times: dict[int, list[float]] = {count: [] for count in layers}
+        for round_ in range(rounds):  # in turn, so that a warming GPU slows both counts alike
+            for count in layers:
+                model.blocks = every_block[:count]
+                times[count] += ranks.milliseconds(forward, device, repeats=1, warmup=2 if round_ == 0 else 1)
+        medians = {count: statistics.median(values) for count, values in times.items()}
+        each = (medians[layers[1]] - medians[layers[0]]) / (layers[1] - layers[0])
+        return each, medians[layers[0]] - layers[0] * each
+
     if cuda:
         settle(forward)
         torch.cuda.reset_peak_memory_stats()
-    for round_ in range(rounds):  # in turn, so that a warming GPU slows both counts alike
-        for count in layers:
-            model.blocks = every_block[:count]
-            times[count] += common.milliseconds(forward, device, repeats=1, warmup=2 if round_ == 0 else 1)
+    layer_ms, fixed_ms = by_layers()
     peak_gib = torch.cuda.max_memory_allocated() / 2**30 if cuda else None
-    weights_gib = sum(p.numel() * p.element_size() for p in model.parameters()) / 2**30
-    medians = {count: statistics.median(values) for count, values in times.items()}
-    layer_ms = (medians[layers[1]] - medians[layers[0]]) / (layers[1] - layers[0])
-    fixed_ms = medians[layers[0]] - layers[0] * layer_ms
+    weights_gib = sum(local(p).numel() * p.element_size() for p in model.parameters()) / 2**30
     model.blocks = every_block[: layers[0]]
     queued = host_ms(forward, device)
     used = kernels_used(forward, device)
@@ -338,11 +370,15 @@ def measure(
         torch.empty(1, tokens, spec.num_heads, spec.head_dim, device=device, dtype=dtype),
         torch.empty(1, tokens, 1, spec.head_dim, device=device, dtype=dtype),
     )
-    remove_lora(model)  # the floor is that of the block without it
-    terms = floor_terms(model, tokens, device, dtype, torch.empty((), dtype=model.stream_dtype).element_size(), forward)
+    terms: dict[str, float] = {}
+    if with_floor and dims.world == 1:
+        remove_lora(model)  # the floor is that of the block without it
+        stream_bytes = torch.empty((), dtype=model.stream_dtype).element_size()
+        terms = floor_terms(model, tokens, device, dtype, stream_bytes, forward)
+        set_lora(model, *loras)
     model.blocks = every_block
-    set_lora(model, *loras)
-    error = velocity_error(model, grid, device, dtype, originals, loras)
+    error = velocity_error(model, grid, device, dtype, originals, loras, batch)
+    exchanges = exchange_terms(model, dims, tokens, batch, dtype, device, layer_ms, by_layers, used, layers[0])
     forward_s = (fixed_ms + spec.num_layers * layer_ms) / 1000
     return {
         "model": model_name,
@@ -357,17 +393,19 @@ def measure(
         "lora_rank": lora_rank,
         "sparsity": None,
         "cache": None,
-        "world_size": 1,
-        "topology": None,
+        "world_size": dims.world,
+        "topology": ranks.name_of(dims),
+        "overlap": overlap if dims.ulysses > 1 else None,
         "layer_ms": round(layer_ms, 3),
         "fixed_ms": round(fixed_ms, 3),
         "host_ms_per_block": round(queued / layers[0], 3),
         "forward_s": round(forward_s, 4),
-        "seconds_40_steps": round(2 * STEPS * forward_s, 2),
+        "seconds_40_steps": round((2 // dims.cfg) * STEPS * forward_s, 2),
         "peak_gib": peak_gib and round(peak_gib, 2),
         "weights_gib": round(weights_gib, 2),
-        "floor_ms": round(sum(terms.values()), 3),
-        "floor_ratio": round(layer_ms / sum(terms.values()), 4),
+        **exchanges,
+        "floor_ms": round(sum(terms.values()), 3) if terms else None,
+        "floor_ratio": round(layer_ms / sum(terms.values()), 4) if terms else None,
         "floor_terms_ms": {name: round(value, 3) for name, value in terms.items()},
         "fused_kernels": kernels,
         "compile": compiled,
@@ -378,6 +416,57 @@ def measure(
         "attention_refused": resolution.refused,
         "error": error,
     }
+
+
+def exchange_terms(
+    model: WanModel,
+    dims: ParallelDims,
+    tokens: int,
+    batch: int,
+    dtype: torch.dtype,
+    device: str,
+    layer_ms: float,
+    by_layers: Callable[[], tuple[float, float]],
+    used: dict[str, float],
+    layers: int,
+) -> dict[str, object]:
+    """What of a block's time are exchanges; nothing on a single GPU. The model's scales are of no use afterwards."""
+    if dims.world == 1:
+        return {}
+    multiple = dims.sequence
+    if isinstance(model.quantization, Quantization):
+        recipe = recipe_of(model)
+        assert recipe is not None
+        multiple *= token_multiple(model.quantization.runner(torch.device(device), dtype), recipe.granularity)
+    alone = ranks.exchange_alone(model.spec, dims, tokens + -tokens % multiple, batch // dims.cfg, dtype, device)
+    free_ms = layer_ms
+    if dims.sequence > 1:
+        with ranks.silent():
+            free_ms, _ = by_layers()
+    return {
+        "exchange_ms": round(layer_ms - free_ms, 3),
+        "layer_ms_without_exchange": round(free_ms, 3),
+        "exchange_alone": alone,
+        "nccl_kernels_ms_per_block": round(ranks.nccl_ms(used) / layers, 3),
+    }
+
+
+SAME = ("model", "size", "frames", "recipe", "backend", "attention", "lora_rank", "compile", "stream", "fused_kernels")
+"""What two rows must share for one to be the other on more GPUs."""
+
+
+def efficiency(rows: Sequence[dict], row: dict) -> dict[str, float]:
+    """What share of the GPUs' time goes where it goes on one GPU; nothing without that row."""
+    single = [known for known in rows if known["world_size"] == 1 and all(known[key] == row[key] for key in SAME)]
+    if row["world_size"] == 1 or not single:
+        return {}
+    seconds = single[0]["seconds_40_steps"]
+    return {"efficiency": round(seconds / (row["world_size"] * row["seconds_40_steps"]), 4)}
+
+
+def local(parameter: Tensor) -> Tensor:
+    """What this rank holds of a parameter."""
+    return parameter.to_local() if hasattr(parameter, "to_local") else parameter  # type: ignore[operator]
 
 
 def show(row: dict) -> None:
@@ -431,6 +520,17 @@ def main(
     lora_rank: Annotated[
         str, typer.Option(help="Rank of a live LoRA on all ten linears, 0 for none; or several: one row each.")
     ] = "0",
+    ulysses: Annotated[int, typer.Option(help="Under torchrun: ranks that trade tokens for heads.")] = 1,
+    ring: Annotated[int, typer.Option(help="Under torchrun: ranks that gather keys and values.")] = 1,
+    cfg_parallel: Annotated[bool, typer.Option(help="Under torchrun: cond and uncond on different ranks.")] = False,
+    fsdp: Annotated[bool, typer.Option(help="Under torchrun: weights of the blocks sharded over all ranks.")] = False,
+    topologies: Annotated[
+        str, typer.Option(help="In place of the four: several with commas, as one,cfg2,ulysses2+fsdp.")
+    ] = "",
+    overlap: Annotated[
+        str, typer.Option(help="Ulysses: on sends v and k while the next is projected; off; or both with a comma.")
+    ] = "on",
+    floor: Annotated[bool, typer.Option(help="Measure the floor of the single-GPU rows.")] = True,
     device: Annotated[str, typer.Option(help="cuda or cpu; empty picks.")] = "",
     json: Annotated[str, typer.Option(help="Where to write the results file.")] = "",
 ) -> None:
@@ -439,27 +539,53 @@ def main(
         raise typer.BadParameter(f"{model!r} is not one of {', '.join(MODELS)}")
     if (frames - 1) % 4:
         raise typer.BadParameter(f"frames must be 4n+1; got {frames}")
-    device = device or ("cuda" if torch.cuda.is_available() else "cpu")
+    device = ranks.start(device)
+    console.quiet = not ranks.is_first()
+    layouts = ranks.chosen(topologies, ulysses, ring, cfg_parallel, fsdp)
+    for dims in layouts:
+        dims.check(MODELS[model])
+        if dims.world not in (1, ranks.world()):
+            raise typer.BadParameter(f"{dims} takes {dims.world} ranks; torchrun started {ranks.world()}")
     first, second = (int(n) for n in layers.split(","))
-    rows = []
-    for name, stored, mode, scaling, rank in itertools.product(
+    rows: list[dict] = []
+    for name, stored, mode, scaling, rank, dims, early in itertools.product(
         attention.split(","),
         stream.split(","),
         compiled.split(","),
         recipes(recipe, backend, device, dtype),
         (int(number) for number in lora_rank.split(",")),
+        layouts,
+        overlap.split(","),
     ):
+        if early == "off" and dims.ulysses == 1 and "on" in overlap:
+            continue  # the same again
         with torch.inference_mode():
             types = getattr(torch, dtype), getattr(torch, stored)
             counts = first, second
-            rows.append(
-                measure(model, size, frames, counts, name, types[0], device, kernels, types[1], mode, scaling, rank)
+            row = measure(
+                model,
+                size,
+                frames,
+                counts,
+                name,
+                types[0],
+                device,
+                kernels,
+                types[1],
+                mode,
+                scaling,
+                rank,
+                dims,
+                early == "on",
+                floor,
             )
+        rows.append(row | efficiency(rows, row))
         show(rows[-1])
         if device.startswith("cuda"):
             torch.cuda.empty_cache()
-        if json:
+        if json and ranks.is_first():
             common.write_results(json, rows, device)
+    ranks.stop()
 
 
 if __name__ == "__main__":

@@ -20,8 +20,8 @@ _results: dict[int, dict[str, str]] = {}
 @pytest.mark.parametrize(("ranks", "case"), [(ranks, case) for ranks in WORLDS for case in layouts.cases(ranks)])
 def test_every_layout_equals_one_process(ranks: int, case: str) -> None:
     if ranks not in _results:
-        _results[ranks] = {"failed to start": "see the first test of this world"}
+        _results[ranks] = {world.WORLD: "it failed to start: see the first test of this world"}
         _results[ranks] = world.run("layouts", ranks)
     results = _results[ranks]
-    assert case in results, results.get("failed to start", "the case did not run")
+    assert case in results, results.get(world.WORLD, "the case did not run")
     assert results[case] == "", results[case]

@@ -65,7 +65,7 @@ def test_small_weights_get_pages_of_their_own(pinned, make):
 
 def test_large_weights_side_by_side_are_copied_only_where_they_must(pinned, monkeypatch):
     """As in a mapped file of FP8 weights: core fails to pin every second one, and leaves it there."""
-    ranges, refused = pinned
+    _, refused = pinned
     monkeypatch.setattr(pinning_module(), "SMALL", 0)
     model = kit.own_model()
     net = model.model.diffusion_model

@@ -127,6 +127,12 @@ def rms_norm_and_rope(device: torch.device, dtype: torch.dtype, fused: bool) -> 
             check(ours, exact, f"rms heads={heads} grid={grid} rope={rope is not None}")
             assert ours.dtype == dtype
             assert not fused or ours.data_ptr() == x.data_ptr()
+            if heads == 1:
+                continue
+            x = values(batch, tokens, dim, dtype=dtype, device=device, seed=5)
+            cut = (rms_rope.fused_ if fused else rms_rope.eager)(x, weight, rope, head_dim=128, eps=1e-6, parts=heads)
+            assert cut.is_contiguous() and cut.shape == (batch, heads, tokens, 128)
+            assert torch.equal(cut.transpose(1, 2).flatten(2), ours), "the same values in another order"
 
 
 def cast_for_fp8_attention(device: torch.device, dtype: torch.dtype, fused: bool) -> None:

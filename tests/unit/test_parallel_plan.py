@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import dataclasses
+import json
+from pathlib import Path
 
 import pytest
 
@@ -10,7 +12,7 @@ from wan_fp8.errors import InputError
 from wan_fp8.models.specs import I2V_A14B, TI2V_5B, ModelSpec
 from wan_fp8.models.wan import build_model
 from wan_fp8.parallel import Machine, ParallelDims, Workload, plan
-from wan_fp8.parallel.plan import sent_bytes, weight_bytes
+from wan_fp8.parallel.plan import measured_tflops, sent_bytes, weight_bytes
 
 A14B = Workload(spec=I2V_A14B, tokens=75_600, experts=2)
 BF16 = dataclasses.replace(A14B, fp8=False)
@@ -131,3 +133,21 @@ def test_there_has_to_be_a_process_group() -> None:
     with pytest.raises(InputError, match="init_process_group"):
         parallelize(model, ParallelDims(ulysses=2))
     assert model.layout is None
+
+
+def test_estimate_of_a_step() -> None:
+    """Against the committed measurements of one GPU that the rates come from, and halved by a second GPU."""
+    for name, file in (("NVIDIA H100 80GB HBM3", "h100"), ("NVIDIA H200", "h200")):
+        path = Path(__file__).resolve().parents[2] / "benchmarks" / "results" / f"dit_i2v-a14b_1280x720_{file}.json"
+        rows = [row for row in json.loads(path.read_text())["rows"] if row["attention"] == "fa3"]
+        for row in (row for row in rows if row["recipe"] in ("none", "DelayedScaling")):
+            work = dataclasses.replace(A14B, fp8=row["recipe"] != "none")
+            tflops = measured_tflops(name, fp8=work.fp8)
+            one = plan(Machine(gpus=1, memory_gib=140, tflops=tflops), work)
+            assert one.step_seconds == pytest.approx(2 * 40 * row["layer_ms"] / 1000, rel=0.01)
+            two = plan(Machine(gpus=2, memory_gib=140, tflops=tflops), work)
+            assert two.step_seconds == pytest.approx(one.step_seconds / 2) and f"{two.step_seconds:.1f} s" in str(two)
+    assert measured_tflops("another GPU", fp8=True) is None
+    assert plan(Machine(gpus=2, memory_gib=80), A14B).step_seconds is None
+    with pytest.raises(InputError, match="more than nothing"):
+        Machine(gpus=2, memory_gib=80, tflops=0)

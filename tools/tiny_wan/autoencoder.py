@@ -24,9 +24,6 @@ L1_WEIGHT = 0.1
 COLOUR_WEIGHT = 4.0
 """Of the error in colour, the difference of each channel from their mean: backgrounds are grey, so that without it an
 autoencoder learns them, and shapes in grey, long before it learns a colour."""
-LENGTHS = (5, 9, 17)
-"""Frames of a training clip, each with as many clips as make up the same number of frames: short ones make many small
-steps, long ones show what lies behind the first latents."""
 FIRST_LOG_VARIANCE = -4.0
 """Of untrained latents: little noise, so that there is something to decode from the start."""
 
@@ -36,11 +33,11 @@ class VAEOptions:
     """How the VAE is trained."""
 
     budget: Budget
-    batch: int = 24
-    """Clips of the shortest length."""
+    batch: int = 12
     rate: float = 2e-3
     warmup: int = 200
     log_every: int = 50
+    graphs: bool = True
 
 
 def compute_type(device: torch.device) -> torch.dtype:
@@ -82,15 +79,14 @@ def train_vae(
         warmup=options.warmup,
         weight_decay=0.0,
         log_every=options.log_every,
+        graphs=options.graphs,
     )
     if state is not None and state.is_file():
         trainer.restore(state)
-    lengths = [n for n in LENGTHS if n <= size.frames] or [size.frames]
-    orders = [iter(batches(len(clips), max(1, options.batch * lengths[0] // n), seed + n, device)) for n in lengths]
+    order = iter(batches(len(clips), options.batch, seed, device))
     dtype = compute_type(device)
-    for step, used in trainer.steps():
-        turn = step % len(lengths)
-        video = draw(clips[next(orders[turn])].window(lengths[turn], step), size)
+
+    def loss_of(video: Tensor) -> Tensor:
         mean, log_variance = vae.moments(video.to(dtype))
         mean, log_variance = mean.float(), log_variance.float().clamp(-12, 8)
         latents = mean + torch.exp(0.5 * log_variance) * torch.randn_like(mean)
@@ -98,8 +94,10 @@ def train_vae(
         kl = 0.5 * (mean.square() + log_variance.exp() - 1 - log_variance).mean()
         colour = error - error.mean(dim=1, keepdim=True)
         loss = error.square().mean() + L1_WEIGHT * error.abs().mean() + KL_WEIGHT * kl
-        loss = loss + COLOUR_WEIGHT * colour.square().mean()
-        trainer.learn(loss, step, used)
+        return loss + COLOUR_WEIGHT * colour.square().mean()
+
+    for step, used in trainer.steps():
+        trainer.learn(loss_of, (draw(clips[next(order)], size),), step, used)
     if state is not None:
         trainer.save(state)
     vae.load_state_dict(trainer.averaged())

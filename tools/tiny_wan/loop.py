@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 import signal
 import time
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -89,10 +89,18 @@ class Log:
             raise RuntimeError(f"{self.stage}: the loss is {mean} at step {self.steps}; take a smaller learning rate")
 
 
+Compute = Callable[..., Tensor]
+"""The loss of one batch, from tensors on the device that trains."""
+PLAIN_STEPS = 8
+"""Before a step is recorded: kernels are chosen and tables are built in them."""
+
+
 class Trainer:
     """Optimizer, learning rate and averaged weights of one module.
 
     The rate rises over the first ``warmup`` steps and falls along a cosine with the share of the budget that is used.
+    On a GPU a step (forward, backward, clipping, optimizer) is recorded once as a CUDA graph and replayed: models this
+    small take ten times as long to launch as to compute.
     """
 
     def __init__(
@@ -108,6 +116,7 @@ class Trainer:
         weight_decay: float = 0.01,
         clip: float = 1.0,
         log_every: int = 50,
+        graphs: bool = True,
     ) -> None:
         self.module, self.budget = module, budget
         self.rate, self.warmup, self.final, self.clip = rate, warmup, final, clip
@@ -116,7 +125,12 @@ class Trainer:
         vectors = [p for p in self.parameters if p.ndim < 2]
         groups = [{"params": matrices, "weight_decay": weight_decay}, {"params": vectors, "weight_decay": 0.0}]
         fused = self.parameters[0].is_cuda
-        self.optimizer = torch.optim.AdamW(groups, lr=rate, betas=(0.9, 0.98), fused=fused)
+        self.graphs = graphs and fused
+        # A recorded step reads its rate from the GPU.
+        first = torch.tensor(rate, device=self.parameters[0].device) if self.graphs else rate
+        self.optimizer = torch.optim.AdamW(groups, lr=first, betas=(0.9, 0.98), fused=fused, capturable=self.graphs)
+        self._recorded: tuple[torch.cuda.CUDAGraph, tuple[Tensor, ...], Tensor] | None = None
+        self._learned = 0
         self.average = Average(module, decay)
         self.log = Log(stage, log_every)
         self.first_step = 0
@@ -138,18 +152,59 @@ class Trainer:
             step += 1
         self.log.steps, self.log.seconds = step, time.perf_counter() - began
 
-    def learn(self, loss: Tensor, step: int, used: float, extra: str = "") -> None:
-        """Backward, clip, one optimizer step, one update of the average."""
+    def learn(self, compute: Compute, inputs: tuple[Tensor, ...], step: int, used: float, extra: str = "") -> None:
+        """Backward, clip, one optimizer step, one update of the average.
+
+        Args:
+            compute: Always the same function; it makes no decision from values and waits for none of them.
+            inputs: What ``compute`` takes, of the same shapes at every step.
+        """
         rate = self.rate * min(1.0, (step + 1) / self.warmup)
         rate *= self.final + (1 - self.final) * 0.5 * (1 + math.cos(math.pi * min(used, 1.0)))
         for group in self.optimizer.param_groups:
-            group["lr"] = rate
+            if self.graphs:
+                group["lr"].fill_(rate)
+            else:
+                group["lr"] = rate
+        if not self.graphs:
+            loss = self._once(compute, inputs)
+        elif self._learned < PLAIN_STEPS:
+            loss = self._aside(compute, inputs)
+        else:
+            loss = self._replay(compute, inputs)
+        self._learned += 1
+        self.average.update(step)
+        self.log.add(loss, step, self._seconds, rate, extra)
+
+    def _once(self, compute: Compute, inputs: tuple[Tensor, ...]) -> Tensor:
         self.optimizer.zero_grad(set_to_none=True)
+        loss = compute(*inputs)
         loss.backward()
         torch.nn.utils.clip_grad_norm_(self.parameters, self.clip)
         self.optimizer.step()
-        self.average.update(step)
-        self.log.add(loss, step, self._seconds, rate, extra)
+        return loss.detach()
+
+    def _aside(self, compute: Compute, inputs: tuple[Tensor, ...]) -> Tensor:
+        """On a stream of its own, as the steps before a recording have to be."""
+        stream = torch.cuda.Stream()
+        stream.wait_stream(torch.cuda.current_stream())
+        with torch.cuda.stream(stream):
+            loss = self._once(compute, inputs)
+        torch.cuda.current_stream().wait_stream(stream)
+        return loss
+
+    def _replay(self, compute: Compute, inputs: tuple[Tensor, ...]) -> Tensor:
+        if self._recorded is None:
+            kept = tuple(tensor.clone() for tensor in inputs)
+            graph = torch.cuda.CUDAGraph()
+            self.optimizer.zero_grad(set_to_none=True)
+            with torch.cuda.graph(graph):
+                loss = self._once(compute, kept)
+            self._recorded = graph, kept, loss
+        graph, kept, loss = self._recorded
+        torch._foreach_copy_(list(kept), list(inputs))
+        graph.replay()
+        return loss.clone()
 
     def averaged(self) -> dict[str, Tensor]:
         """The averaged weights, float32."""

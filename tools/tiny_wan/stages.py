@@ -62,6 +62,7 @@ class Run:
     log_every: int
     resume: bool
     start_from: Path | None
+    graphs: bool
     card: dict[str, Any] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
@@ -143,7 +144,7 @@ def run_vae(run: Run, budget: Budget) -> None:
     """The VAE."""
     began = time.perf_counter()
     pool = make_pool(run.clips, run.size, seed=run.seed, held_out=False, device=run.device)
-    options = VAEOptions(budget=budget, batch=run.vae_batch, log_every=run.log_every)
+    options = VAEOptions(budget=budget, batch=run.vae_batch, log_every=run.log_every, graphs=run.graphs)
     start = run.start(package.VAE_FILE)
     weights, log = train_vae(pool.clips, run.size, options, seed=run.seed, start=start, state=run.state("vae"))
     package.write_weights(run.out / package.VAE_FILE, weights)
@@ -158,7 +159,7 @@ def run_joint(run: Run, budget: Budget, pool: LatentPool) -> None:
     began = time.perf_counter()
     stage = Stage(
         name="joint", task=Task.I2V, budget=budget, low=0.0, high=1.0, image=0.35,
-        batch=run.batch, log_every=run.log_every,
+        batch=run.batch, log_every=run.log_every, graphs=run.graphs,
     )  # fmt: skip
     weights, log = train_transformer(stage, run.model, pool, seed=run.seed, state=run.state("joint"))
     run.work.mkdir(parents=True, exist_ok=True)
@@ -177,7 +178,7 @@ def run_expert(run: Run, name: str, budget: Budget, pool: LatentPool) -> None:
     low, high = INTERVALS[name]
     stage = Stage(
         name=name, task=Task(task), budget=budget, low=low, high=high, image=1.0, rate=EXPERT_RATE,
-        batch=run.batch, log_every=run.log_every,
+        batch=run.batch, log_every=run.log_every, graphs=run.graphs,
     )  # fmt: skip
     file = package.expert_file(task, expert)
     start = run.start(file)

@@ -50,6 +50,7 @@ Resume = Annotated[bool, typer.Option("--resume", help="Go on where a stopped st
 StartFrom = Annotated[Path | None, typer.Option(help="Folder of an earlier training to go on from.")]
 Captions = Annotated[int, typer.Option(min=1, help="Captions per score.")]
 SampleSteps = Annotated[int, typer.Option(min=1, help="Steps of the sampler.")]
+Graphs = Annotated[bool, typer.Option(help="On a GPU: record a step and replay it.")]
 Tasks = Annotated[str, typer.Option(help="Whose experts to train: t2v, i2v, or both.")]
 Fused = Annotated[str, typer.Option(help="Kernels that sampling uses: eager, auto or triton.")]
 
@@ -77,7 +78,7 @@ def train(
     frames: Frames = 17,
     clips: Clips_ = 40960,
     batch: Batch = 256,
-    vae_batch: VaeBatch = 24,
+    vae_batch: VaeBatch = 12,
     dim: Dim = 256,
     ffn_dim: FfnDim = 576,
     layers: Layers = 4,
@@ -89,6 +90,7 @@ def train(
     sample_seed: Seed = 0,
     fused_kernels: Fused = "eager",
     tasks: Tasks = "t2v,i2v",
+    graphs: Graphs = True,
 ) -> None:
     stage = context.info_name or "all"
     stop_on_signal()
@@ -107,6 +109,7 @@ def train(
         log_every=log_every,
         resume=resume,
         start_from=start_from,
+        graphs=graphs,
     )
 
     try:

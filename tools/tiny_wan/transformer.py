@@ -74,6 +74,7 @@ class Stage:
     shift: float = 4.0
     """Training's own: noise levels are drawn as an even grid warped by it."""
     log_every: int = 100
+    graphs: bool = True
 
 
 def initial_weights(spec: ModelSpec, seed: int) -> dict[str, Tensor]:
@@ -171,11 +172,16 @@ def train_transformer(
         rate=stage.rate,
         warmup=stage.warmup,
         log_every=stage.log_every,
+        graphs=stage.graphs,
     )
     if state is not None and state.is_file():
         trainer.restore(state)
     generator = torch.Generator(device).manual_seed(seed)
     order = iter(batches(len(pool), min(stage.batch, len(pool)), seed, device))
+
+    def loss_of(x: Tensor, sigma: Tensor, caption: Tensor, target: Tensor) -> Tensor:
+        return F.mse_loss(velocity(model, pool, x, sigma, caption).float(), target)
+
     for step, used in trainer.steps():
         index = next(order)
         clean = pool.latents_NCFHW[index].float()
@@ -187,8 +193,7 @@ def train_transformer(
             given = torch.rand(len(index), generator=generator, device=device) < stage.image
             x = torch.cat([x, pool.condition(index, given)], dim=1)
         caption = pool.captions(index, DROPPED, generator)
-        predicted = velocity(model, pool, x, sigma, caption)
-        trainer.learn(F.mse_loss(predicted.float(), noise - clean), step, used)
+        trainer.learn(loss_of, (x, sigma, caption, noise - clean), step, used)
     if state is not None:
         trainer.save(state)
     return trainer.averaged(), trainer.log

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from dataclasses import dataclass, fields, replace
+from dataclasses import dataclass, fields
 
 import torch
 from torch import Tensor
@@ -61,14 +61,6 @@ class Clips:
 
     def __getitem__(self, index: slice | Tensor) -> Clips:
         return Clips(*(getattr(self, field.name)[index] for field in fields(self)))
-
-    def window(self, length: int, turn: int) -> Clips:
-        """``length`` successive frames of every clip, beginning later with every ``turn``, around the end."""
-        first = 7 * turn % (self.x_NT.shape[1] - length + 1)
-        moving = {
-            name: getattr(self, name)[:, first : first + length] for name in ("x_NT", "y_NT", "size_NT", "angle_NT")
-        }
-        return replace(self, **moving)
 
 
 def make_clips(

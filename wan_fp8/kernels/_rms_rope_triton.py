@@ -8,10 +8,11 @@ import triton.language as tl
 
 @triton.jit
 def rms_rope_kernel(
-    x_ptr, weight_ptr, cos_ptr, sin_ptr, tokens, dim, eps,
-    HEAD_DIM: tl.constexpr, ROPE: tl.constexpr, BLOCK: tl.constexpr,
+    x_ptr, out_ptr, weight_ptr, cos_ptr, sin_ptr, tokens, dim, eps,
+    HEAD_DIM: tl.constexpr, ROPE: tl.constexpr, PARTS: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
-    """One token per program. Adjacent channels (2i, 2i+1) are a pair; pair p turns by angle p mod (HEAD_DIM / 2)."""
+    """One token per program. Adjacent channels (2i, 2i+1) are a pair; pair p turns by angle p mod (HEAD_DIM / 2).
+    The row is stored in PARTS equal pieces, each among the same pieces of its sample's other tokens."""
     token = tl.program_id(0)
     columns = tl.arange(0, BLOCK)
     inside = columns < dim
@@ -26,4 +27,8 @@ def rms_rope_kernel(
         sin = tl.load(sin_ptr + place)
         real, imaginary = tl.split(tl.reshape(y, (BLOCK // 2, 2)))
         y = tl.reshape(tl.join(real * cos - imaginary * sin, real * sin + imaginary * cos), (BLOCK,))
-    tl.store(x_ptr + offset, y.to(x_ptr.dtype.element_ty), mask=inside)
+    if PARTS > 1:
+        width = dim // PARTS
+        piece = (token // tokens) * PARTS + columns // width
+        offset = (piece.to(tl.int64) * tokens + token % tokens) * width + columns % width
+    tl.store(out_ptr + offset, y.to(out_ptr.dtype.element_ty), mask=inside)

@@ -202,7 +202,8 @@ def _factors(amax: Tensor, power_of_2: bool, limit: float = E4M3_MAX) -> tuple[T
     """Multiplier and scale for maxima of any shape."""
     amax = amax.clamp_min(TINY)
     if not power_of_2:
-        return limit / amax, amax / limit
+        # A tensor as divisor: by a number, a GPU multiplies by the reciprocal, and its scale differs in the last bit.
+        return limit / amax, amax / torch.full_like(amax, limit)
     mantissa, exponent = torch.frexp(limit / amax)
     multiplier = torch.ldexp(torch.ones_like(mantissa), exponent - 1)
     return multiplier, 1 / multiplier

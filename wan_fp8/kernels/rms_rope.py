@@ -29,16 +29,38 @@ def apply_rope(x_BSNE: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
     return torch.stack([real * cos - imag * sin, real * sin + imag * cos], dim=-1).flatten(-2).to(x_BSNE.dtype)
 
 
-def eager(x_BSD: Tensor, weight: Tensor, rope: tuple[Tensor, Tensor] | None, *, head_dim: int, eps: float) -> Tensor:
-    """The reference: norm, then turn. Rounds to the tensor's type in between, as separate operations do."""
-    normed = rms_norm(x_BSD, weight, eps=eps)
-    if rope is None:
-        return normed
-    return apply_rope(normed.unflatten(-1, (-1, head_dim)), *rope).flatten(2)
+def eager(
+    x_BSD: Tensor,
+    weight: Tensor,
+    rope: tuple[Tensor, Tensor] | None,
+    *,
+    head_dim: int,
+    eps: float,
+    parts: int = 1,
+) -> Tensor:
+    """The reference: norm, then turn, then cut. Rounds to the tensor's type in between, as separate operations do."""
+    y = rms_norm(x_BSD, weight, eps=eps)
+    if rope is not None:
+        y = apply_rope(y.unflatten(-1, (-1, head_dim)), *rope).flatten(2)
+    return y if parts == 1 else in_parts(y, parts)
 
 
-def fused_(x_BSD: Tensor, weight: Tensor, rope: tuple[Tensor, Tensor] | None, *, head_dim: int, eps: float) -> Tensor:
-    """One Triton pass over a contiguous [B, S, D] tensor, overwriting it.
+def in_parts(x_BSD: Tensor, parts: int) -> Tensor:
+    """[B, S, D] -> [B, P, S, D / P], contiguous: the heads that go to each of P ranks lie together."""
+    return x_BSD.unflatten(2, (parts, -1)).transpose(1, 2).contiguous()
+
+
+def fused_(
+    x_BSD: Tensor,
+    weight: Tensor,
+    rope: tuple[Tensor, Tensor] | None,
+    *,
+    head_dim: int,
+    eps: float,
+    parts: int = 1,
+) -> Tensor:
+    """One Triton pass over a contiguous [B, S, D] tensor, overwriting it; or, with ``parts`` P, into a new tensor
+    [B, P, S, D / P].
 
     Args:
         x_BSD: output of the q or k projection.
@@ -46,6 +68,7 @@ def fused_(x_BSD: Tensor, weight: Tensor, rope: tuple[Tensor, Tensor] | None, *,
         rope: cosine and sine [S, E/2] fp32, or None to norm only (cross-attention).
         head_dim: E.
         eps: added to the mean square.
+        parts: as ``in_parts`` has it.
     """
     import triton
 
@@ -55,11 +78,12 @@ def fused_(x_BSD: Tensor, weight: Tensor, rope: tuple[Tensor, Tensor] | None, *,
     assert x_BSD.is_contiguous() and weight.is_contiguous()
     cos, sin = (None, None) if rope is None else rope
     block = triton.next_power_of_2(dim)
+    out = x_BSD if parts == 1 else x_BSD.new_empty(batch, parts, tokens, dim // parts)
     rms_rope_kernel[(batch * tokens,)](
-        x_BSD, weight, cos, sin, tokens, dim, eps,
-        HEAD_DIM=head_dim, ROPE=rope is not None, BLOCK=block, num_warps=min(8, max(1, block // 1024)),
+        x_BSD, out, weight, cos, sin, tokens, dim, eps,
+        HEAD_DIM=head_dim, ROPE=rope is not None, PARTS=parts, BLOCK=block, num_warps=min(8, max(1, block // 1024)),
     )  # fmt: skip
-    return x_BSD
+    return out
 
 
 def check_rope(rope: tuple[Tensor, Tensor]) -> tuple[Tensor, Tensor]:

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Hashable, Iterator, Mapping
 from dataclasses import dataclass, field
-from typing import Any, overload
+from typing import Any, Protocol, overload
 
 import torch
 from torch import Tensor, nn
@@ -74,6 +74,17 @@ class Modulation:
     """[B, S] row index of each token; None when sample b uses row b throughout."""
 
 
+class HeadExchange(Protocol):
+    """Where a parallel layout sends queries, keys and values, each as soon as it is made."""
+
+    ranks: int
+    """P: how many ranks share the heads; n = N / P of them each."""
+
+    def send(self, x_BPSnE: Tensor) -> Tensor:
+        """[B, P, S, n, E] of this rank's tokens begin to move; the result [B, P * S, n, E], of this rank's heads, may
+        be read by nobody but ``inner_attention``, which waits for it."""
+
+
 @dataclass(slots=True)
 class ForwardState:
     """Everything the blocks of one forward share."""
@@ -93,6 +104,8 @@ class ForwardState:
     """Calls the parts of a block: as they are, or compiled."""
     task: dict[str, Any] = field(default_factory=dict)
     """What a task's ``embed`` keeps for its ``after_block``."""
+    exchange: HeadExchange | None = None
+    """Set by a parallel layout whose ranks trade tokens for heads while the projections still run."""
     owned: bool = True
     """Nobody needs the tokens before the first block as they are: sums may be written over them."""
 
@@ -204,13 +217,19 @@ class ResidualStream:
 
 
 def normed_heads(
-    norm: NormWeight, x_BSD: Tensor, rope: tuple[Tensor, Tensor] | None, state: ForwardState, head_dim: int, eps: float
+    norm: NormWeight,
+    x_BSD: Tensor,
+    rope: tuple[Tensor, Tensor] | None,
+    state: ForwardState,
+    head_dim: int,
+    eps: float,
+    parts: int = 1,
 ) -> Tensor:
-    """Full-width RMSNorm with the module's gain and, with ``rope``, the rotary turn: [B, S, D] -> [B, S, N, E]. May
-    overwrite ``x``."""
+    """Full-width RMSNorm with the module's gain and, with ``rope``, the rotary turn: [B, S, D] -> [B, S, N, E], or with
+    ``parts`` P [B, P, S, N / P, E]. May overwrite ``x``."""
     weight, bias, handle = norm.fetch(x_BSD)
     run = rms_rope.fused_ if state.fused else rms_rope.eager
-    y = run(x_BSD, weight, rope, head_dim=head_dim, eps=eps)
+    y = run(x_BSD, weight, rope, head_dim=head_dim, eps=eps, parts=parts)
     norm.release(weight, bias, handle)
     return y.unflatten(-1, (-1, head_dim))
 
@@ -266,10 +285,23 @@ class SelfAttention(Attention):
         return wanted if wanted is self.k.input_quantizer and wanted is self.v.input_quantizer else None
 
     def project(self, x_BSD: Tensor | QuantizedActivation, state: ForwardState) -> tuple[Tensor, Tensor, Tensor]:
-        """Normed and turned queries and keys, plain values: each [B, S, N, E], padding included."""
+        """Normed and turned queries and keys, plain values: each [B, S, N, E], padding included; with an exchange those
+        of this rank's heads, on their way. Values go first: they need no norm, and what follows hides them."""
+        if state.exchange is not None:
+            return self._project_and_send(x_BSD, state, state.exchange)
         q = normed_heads(self.norm_q, self.q(x_BSD), state.rope, state, self.head_dim, self.eps)
         k = normed_heads(self.norm_k, self.k(x_BSD), state.rope, state, self.head_dim, self.eps)
         return q, k, self.heads(self.v(x_BSD))
+
+    def _project_and_send(
+        self, x_BSD: Tensor | QuantizedActivation, state: ForwardState, exchange: HeadExchange
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        parts = exchange.ranks
+        v = exchange.send(rms_rope.in_parts(self.v(x_BSD), parts).unflatten(-1, (-1, self.head_dim)))
+        k = normed_heads(self.norm_k, self.k(x_BSD), state.rope, state, self.head_dim, self.eps, parts)
+        k = exchange.send(k)
+        q = normed_heads(self.norm_q, self.q(x_BSD), state.rope, state, self.head_dim, self.eps, parts)
+        return exchange.send(q), k, v
 
 
 class CrossAttention(Attention):
@@ -346,7 +378,7 @@ class WanBlock(nn.Module):
         table = rows + self.modulation.to(device=rows.device, dtype=rows.dtype)
 
         q, k, v = state.run(self.self_attention_operands, stream, table, state)
-        if state.num_tokens != k.shape[1]:
+        if state.exchange is None and state.num_tokens != k.shape[1]:
             k, v = k[:, : state.num_tokens], v[:, : state.num_tokens]
         y = self.self_attn.attend(q, k, v, state.options)
         del q, k, v

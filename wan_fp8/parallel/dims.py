@@ -32,6 +32,9 @@ class ParallelDims:
     """Ranks that hold each block's weights together (FSDP2); 1: every rank holds all of them. Fewer than all ranks:
     sharded inside groups of neighbours, replicated across them (HSDP)."""
 
+    merge: bool = False
+    """With ``ring``: pass keys and values around and merge partial softmaxes, in place of gathering them."""
+
     def __post_init__(self) -> None:
         for name in ("cfg", "ulysses", "ring", "shard"):
             value = getattr(self, name)
@@ -39,6 +42,8 @@ class ParallelDims:
                 raise InputError(f"{name} counts ranks from 1; got {value!r}")
         if self.cfg > 2:
             raise InputError(f"cfg is 1 or 2, guidance has two halves; got {self.cfg}")
+        if self.merge and self.ring == 1:
+            raise InputError("merge says how keys go around a ring, and ring is 1: leave merge out")
         if self.world % self.shard:
             raise InputError(f"shard must divide the {self.world} ranks of cfg x ulysses x ring; got {self.shard}")
 
@@ -54,7 +59,8 @@ class ParallelDims:
 
     def __str__(self) -> str:
         weights = "replicated" if self.shard == 1 else f"sharded over {self.shard}"
-        return f"cfg {self.cfg} x ulysses {self.ulysses} x ring {self.ring}, weights {weights}"
+        around = ", keys passed around" if self.merge else ""
+        return f"cfg {self.cfg} x ulysses {self.ulysses} x ring {self.ring}{around}, weights {weights}"
 
     def check(self, spec: ModelSpec) -> None:
         """

@@ -5,7 +5,9 @@ P ranks, B batch, C tokens of one rank, N heads, h = N / P heads of one rank, E 
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
+from typing import Protocol
 
 import torch
 import torch.distributed as dist
@@ -36,40 +38,94 @@ def sent(tensor: Tensor, ranks: int) -> int:
     return tensor.numel() * tensor.element_size() * (ranks - 1)
 
 
-class HeadsForTokens:
-    """One all-to-all on its way: [B, C, N, E] of this rank's tokens -> [B, P * C, h, E] of its heads."""
+class Work(Protocol):
+    """A collective on its way."""
 
-    def __init__(self, x_BCNE: Tensor, group: dist.ProcessGroup) -> None:
-        ranks = group.size()
-        self._send = x_BCNE.unflatten(2, (ranks, -1)).permute(2, 0, 1, 3, 4).contiguous()  # [P, B, C, h, E]
-        self._received = torch.empty_like(self._send)
-        self._work = dist.all_to_all_single(self._received, self._send, group=group, async_op=True)
-        self.sent = sent(self._send[0], ranks)
-
-    def wait(self) -> Tensor:
-        """The result; with one sample it is what was received, not a copy."""
-        assert self._work is not None
-        self._work.wait()
-        return self._received.transpose(0, 1).flatten(1, 2)
+    def wait(self) -> object:
+        """Come back when the result may be used by what the caller queues next."""
 
 
-def tokens_for_heads(x_BSHE: Tensor, group: dist.ProcessGroup) -> tuple[Tensor, int]:
-    """The way back: [B, P * C, h, E] -> [B, C, N, E], and the bytes sent. With one sample nothing is copied before."""
-    ranks = group.size()
-    send = x_BSHE.unflatten(1, (ranks, -1)).transpose(0, 1).contiguous()  # [P, B, C, h, E]
+def all_to_all(send: Tensor, group: dist.ProcessGroup) -> tuple[Tensor, list[Work]]:
+    """Begin to hand each rank its entry of ``send``'s second axis, of one sample of the first at a time; what comes
+    in, in rank order, and what to wait for."""
     received = torch.empty_like(send)
-    dist.all_to_all_single(received, send, group=group)
-    return received.permute(1, 2, 0, 3, 4).flatten(2, 3), sent(send[0], ranks)
+    works = [
+        dist.all_to_all_single(theirs, mine, group=group, async_op=True)
+        for theirs, mine in zip(received, send, strict=True)
+    ]
+    return received, works
 
 
-_all_gather = getattr(dist, "all_gather_single", None) or dist.all_gather_into_tensor
+_gather_single = getattr(dist, "all_gather_single", None) or dist.all_gather_into_tensor
 """Its name from torch 2.13 on, and before."""
+
+
+def all_gather(send: Tensor, group: dist.ProcessGroup) -> Tensor:
+    """Every rank's ``send``, along a new first axis."""
+    received = send.new_empty(group.size() * send.shape[0], *send.shape[1:])
+    _gather_single(received, send, group=group)
+    return received.unflatten(0, (group.size(), -1))
+
+
+class HeadExchange:
+    """All-to-alls on their way, tokens for heads: one for each tensor and sample, so that what arrives lies as
+    attention reads it, whatever the batch."""
+
+    def __init__(self, group: dist.ProcessGroup, traffic: Traffic) -> None:
+        self.ranks, self._group, self._traffic = group.size(), group, traffic
+        self._under_way: list[tuple[list[Work], Tensor]] = []
+        """With what is being sent, which must live until then."""
+
+    def send(self, x_BPCnE: Tensor) -> Tensor:
+        """[B, P, C, h, E] of this rank's tokens -> [B, P * C, h, E] of its heads, there after ``wait``."""
+        received, works = all_to_all(x_BPCnE, self._group)
+        self._under_way.append((works, x_BPCnE))
+        self._traffic.heads += sent(x_BPCnE[:, 0], self.ranks)
+        return received.flatten(1, 2)
+
+    def wait(self) -> None:
+        """What was sent may be used by what the caller queues next."""
+        for works, _ in self._under_way:
+            for work in works:
+                work.wait()
+        self._under_way.clear()
+
+    def back(self, x_BSHE: Tensor) -> Tensor:
+        """The way back, at once: [B, P * C, h, E] -> [B, C, N, E]."""
+        send = x_BSHE.contiguous().unflatten(1, (self.ranks, -1))
+        received, works = all_to_all(send, self._group)
+        self._under_way.append((works, send))
+        self._traffic.heads += sent(send[:, 0], self.ranks)
+        self.wait()
+        return received.transpose(1, 2).flatten(2, 3)
 
 
 def gather(x: Tensor, group: dist.ProcessGroup, dim: int) -> tuple[Tensor, int]:
     """Every rank's ``x``, in rank order along ``dim``, and the bytes sent."""
-    ranks = group.size()
-    x = x.contiguous()
-    received = x.new_empty(ranks * x.shape[0], *x.shape[1:])
-    _all_gather(received, x, group=group)
-    return received.unflatten(0, (ranks, -1)).movedim(0, dim).flatten(dim, dim + 1), sent(x, ranks)
+    return all_gather(x.contiguous(), group).movedim(0, dim).flatten(dim, dim + 1), sent(x, group.size())
+
+
+def pass_on(x: Tensor, group: dist.ProcessGroup) -> Callable[[], Tensor]:
+    """Begin to hand ``x`` to the next rank of ``group``; the answer waits for what the one before hands over, of the
+    same shape. ``x`` must not change until then."""
+    received, works = ring_step(x, group)
+
+    def wait() -> Tensor:
+        for work in works:
+            work.wait()
+        return received
+
+    return wait
+
+
+def ring_step(send: Tensor, group: dist.ProcessGroup) -> tuple[Tensor, list[Work]]:
+    """Begin to send to the next rank and to receive from the one before; what comes in, and what to wait for."""
+    ranks, rank = group.size(), group.rank()
+    after, before = (dist.get_global_rank(group, (rank + step) % ranks) for step in (1, -1))
+    received = torch.empty_like(send)
+    works: list[Work] = [
+        *dist.batch_isend_irecv(
+            [dist.P2POp(dist.isend, send, after, group), dist.P2POp(dist.irecv, received, before, group)]
+        )
+    ]
+    return received, works

@@ -16,6 +16,9 @@ from .dims import ParallelDims
 GIB = 2**30
 LINKS = {"nvlink": 250.0, "pcie": 20.0}
 """GB/s that one GPU sends to others while all of them do, where nobody measured."""
+MEASURED_TFLOPS = {"H100": {True: 762.0, False: 684.0}, "H200": {False: 648.0}}
+"""By GPU, and whether the linears are FP8: operations of a block at 75,600 tokens over its time, with FlashAttention 3
+(``benchmarks/results/dit_i2v-a14b_1280x720_h100.json`` and ``_h200.json``)."""
 USABLE = 0.92
 """Share of a GPU's memory that may be planned with: the rest is the CUDA context, NCCL and fragments."""
 COMPUTE_BYTES = 2
@@ -37,12 +40,16 @@ class Machine:
     """Measured GB/s that one GPU sends while all do; None: what is usual for ``link``."""
     gpus_per_host: int | None = None
     """None: all on one host. Weights are sharded inside a host."""
+    tflops: float | None = None
+    """That one GPU sustains on this work (``measured_tflops``); None: a step's time is not estimated."""
 
     def __post_init__(self) -> None:
         if self.link not in LINKS:
             raise InputError(f"link is one of {', '.join(LINKS)}; got {self.link!r}")
         if self.gpus < 1 or self.memory_gib <= 0 or (self.link_gbs is not None and self.link_gbs <= 0):
             raise InputError("a machine has at least one GPU, and memory and a link of more than nothing")
+        if self.tflops is not None and not self.tflops > 0:
+            raise InputError(f"tflops are more than nothing, or None where nobody knows; got {self.tflops}")
         if self.gpus_per_host is not None and (self.gpus_per_host < 1 or self.gpus % self.gpus_per_host):
             raise InputError(f"gpus_per_host must divide the {self.gpus} GPUs; got {self.gpus_per_host}")
 
@@ -84,11 +91,14 @@ class Plan:
     """By each GPU in one step, both conditionings included."""
     exchange_seconds: float
     """The same at the link's rate, none of it hidden behind compute."""
+    step_seconds: float | None = None
+    """A step, all of the exchange added; None where the rate of the GPUs is not known."""
 
     def __str__(self) -> str:
+        step = "" if self.step_seconds is None else f" of {self.step_seconds:.1f} s"
         return (
             f"{self.dims}: {self.reason} Weights {self.weights_gib:.1f} GiB and activations about "
-            f"{self.activations_gib:.1f} GiB a GPU; about {self.exchange_seconds:.2f} s of exchange a step."
+            f"{self.activations_gib:.1f} GiB a GPU; about {self.exchange_seconds:.2f} s of exchange a step{step}."
         )
 
 
@@ -115,14 +125,36 @@ def plan(machine: Machine, work: Workload) -> Plan:
         )
     dims = replace(dims, shard=shard)
     sent = sent_bytes(dims, work)
+    exchange = sent / (machine.gbs * 1e9)
+    passes = (2 if work.guidance else 1) / dims.cfg
     return Plan(
         dims=dims,
         reason=f"{_topology_reason(dims, work)} {_weights_reason(dims, work, machine, activations)}",
         weights_gib=weight_bytes(work, shard) / GIB,
         activations_gib=activations,
         sent_gib=sent / GIB,
-        exchange_seconds=sent / (machine.gbs * 1e9),
+        exchange_seconds=exchange,
+        step_seconds=None
+        if machine.tflops is None
+        else passes * forward_flops(work) / dims.sequence / (machine.tflops * 1e12) + exchange,
     )
+
+
+def forward_flops(work: Workload) -> float:
+    """Operations of the blocks in one forward of one sample: attention among its tokens, linears on them. The text's
+    and what is outside the blocks are less than a percent."""
+    spec, tokens = work.spec, work.tokens
+    linears = 2 * tokens * (6 * spec.dim**2 + 2 * spec.dim * spec.ffn_dim)
+    return spec.num_layers * (4 * tokens**2 * spec.dim + linears)
+
+
+def measured_tflops(gpu_name: str, *, fp8: bool) -> float | None:
+    """What a GPU of this name sustains; None where it was not measured. FP8 linears without a figure of their own count
+    as 16-bit ones."""
+    for name, rates in MEASURED_TFLOPS.items():
+        if name in gpu_name:
+            return rates.get(fp8, rates[False])
+    return None
 
 
 def sent_bytes(dims: ParallelDims, work: Workload) -> int:

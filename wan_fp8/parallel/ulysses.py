@@ -2,24 +2,29 @@
 
 Norms, linears, cross-attention and FFN need no other token. Self-attention trades tokens for heads with one all-to-all
 for each of q, k and v and one back (Ulysses, arXiv:2309.14509), and where ranks are left over gathers keys and values
-along the ring (``ring``). The token axis is padded once, by the model; the padding lies at the end of the global order
-and enters no softmax.
+along the ring (``ring``). Values travel while keys are projected, keys while queries are; compiled blocks are one graph
+up to there, and send all three at once. The token axis is padded once, by the model; the padding lies at the end of the
+global order and enters no softmax.
 """
 
 from __future__ import annotations
 
 import dataclasses
+import functools
 
 from torch import Tensor, nn
 
-from ..attention import Attention, Step
+from ..attention import Attention, AttentionCore, Step
+from ..attention.partial import part_of
+from ..compile import run_plainly
 from ..errors import InputError
+from ..kernels.rms_rope import in_parts
 from ..models.blocks import ForwardState, Modulation
 from ..models.wan import StackFunction, WanModel
 from ..quant.linear import Quantization
 from .dims import Groups
-from .exchange import HeadsForTokens, Traffic, gather, tokens_for_heads
-from .ring import whole_keys
+from .exchange import HeadExchange, Traffic, gather
+from .ring import attend_around, whole_keys
 
 NAME = "sequence_parallel"
 """Of the wrapper in ``WanModel.stack_wrappers``."""
@@ -34,6 +39,11 @@ class SequenceParallel:
 
     def __init__(self, model: WanModel, groups: Groups, traffic: Traffic) -> None:
         self.model, self.groups, self.traffic = model, groups, traffic
+        self.exchange = HeadExchange(groups.ulysses, traffic)
+        self.sent_ahead = False
+        """Whether the forward that is running does so."""
+        self.overlap = True
+        """Send each of q, k and v as soon as it is made."""
         self.num_tokens = 0
         """Tokens of all ranks in the forward that is running, without padding."""
 
@@ -48,7 +58,11 @@ class SequenceParallel:
         quantization = self.model.quantization
         if isinstance(quantization, Quantization):
             quantization.padded(share, min(max(state.num_tokens - first, 0), share))
-        out, sent = gather(inner(tokens_BSD[:, mine].contiguous(), _part(state, mine)), self.groups.sequence, 1)
+        part = _part(state, mine)
+        if self.groups.dims.ulysses > 1 and self.overlap and state.run is run_plainly:
+            part.exchange = self.exchange
+        self.sent_ahead = part.exchange is not None
+        out, sent = gather(inner(tokens_BSD[:, mine].contiguous(), part), self.groups.sequence, 1)
         self.traffic.stream += sent
         return out
 
@@ -68,17 +82,26 @@ class ParallelCore(nn.Module):
         groups, traffic = self.split.groups, self.split.traffic
         q, k, v = q_BCNE, k_BCNE, v_BCNE
         if groups.dims.ulysses > 1:
-            under_way = [HeadsForTokens(x, groups.ulysses) for x in (k, v, q)]
-            traffic.heads += sum(exchange.sent for exchange in under_way)
-            k, v, q = (exchange.wait() for exchange in under_way)
-        if groups.dims.ring > 1:
-            k, v, sent = whole_keys(k, v, groups.ring)
-            traffic.keys += sent
+            exchange = self.split.exchange
+            if not self.split.sent_ahead:
+                v, k, q = (
+                    exchange.send(in_parts(x.flatten(2), exchange.ranks).unflatten(-1, (-1, x.shape[-1])))
+                    for x in (v, k, q)
+                )
+            exchange.wait()
         count = self.split.num_tokens
-        out = self.core(q, k[:, :count], v[:, :count], setting, step)
+        if groups.dims.merge:
+            assert isinstance(self.core, AttentionCore)
+            part = part_of(self.core, q, k, setting)
+            out, sent = attend_around(functools.partial(part, q), k, v, count, groups.ring)
+            traffic.keys += sent
+        else:
+            if groups.dims.ring > 1:
+                k, v, sent = whole_keys(k, v, groups.ring)
+                traffic.keys += sent
+            out = self.core(q, k[:, :count], v[:, :count], setting, step)
         if groups.dims.ulysses > 1:
-            out, sent = tokens_for_heads(out, groups.ulysses)
-            traffic.heads += sent
+            out = self.split.exchange.back(out)
         return out
 
 

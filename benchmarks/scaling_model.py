@@ -1,0 +1,368 @@
+"""Time of a step against the number of GPUs: a small model fitted to result files, its figure and its table.
+
+    python benchmarks/scaling_model.py benchmarks/results/dit_i2v-a14b_1280x720_2xh200.json [more.json ...] \\
+        [--headline benchmarks/results/headline_2xh200.json ...]
+
+writes docs/images/scaling.svg and the tables of docs/scaling.md. A block takes
+
+    layer_ms = work / ranks of a sequence + overhead + heads * GB + keys * GB + weights * GB
+
+where GB is what a rank sends (``wan_fp8/parallel/plan.py`` counts it), a forward ``blocks * layer_ms + fixed + stream
+* GB``, and a step two forwards, or one with cfg 2. The coefficients are the least squares of all rows of one setting
+(``benchmarks/dit.py`` under torchrun), none below zero; ``overhead`` is what does not shrink with the tokens: launches,
+tails of kernels. What leaves a host travels at the network's rate times the share of its own rate that the measured
+link reached, and hides behind compute as much as measured. The layout of each number of GPUs is the fastest by this
+model. A size without a measured row is a prediction, and is drawn as one. Rows with keys passed around (``merge``) or
+without overlap are left out.
+"""
+
+from __future__ import annotations
+
+import itertools
+import json as json_module
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Annotated
+
+import common
+import ranks
+import torch
+import typer
+from dit import MODELS
+
+from wan_fp8.models.specs import ModelSpec
+from wan_fp8.parallel import ParallelDims
+
+SIZES = (1, 2, 4, 8, 16, 32, 64)
+HOST = 8
+"""GPUs that NVLink joins."""
+GB = 1e9
+PARTS = ("work", "overhead", "heads", "keys", "weights")
+COLORS = {"work": "#4c78a8", "overhead": "#bab0ac", "exchange": "#f58518", "network": "#e45756", "fixed": "#72b7b2"}
+DOCS = common.ROOT / "docs"
+BEGIN, END = "<!-- written by benchmarks/scaling_model.py -->", "<!-- to here -->"
+
+
+def padded(tokens: int, dims: ParallelDims) -> int:
+    """Tokens of one rank."""
+    return -(-tokens // dims.sequence)
+
+
+def features(spec: ModelSpec, tokens: int, dims: ParallelDims, fp8: bool) -> dict[str, float]:
+    """What a block costs a coefficient each: shares of work, and GB that a rank sends for one sample."""
+    share, width = padded(tokens, dims), spec.dim * 2
+    parameters = 8 * spec.dim**2 + 2 * spec.dim * spec.ffn_dim
+    return {
+        "work": 1 / dims.sequence,
+        "overhead": 1.0,
+        "heads": 4 * share * width * (dims.ulysses - 1) / dims.ulysses / GB,
+        "keys": 2 * share * width * (dims.ring - 1) / GB,
+        "weights": parameters * (1 if fp8 else 2) * (dims.shard - 1) / dims.shard / GB,
+    }
+
+
+def stream_gb(spec: ModelSpec, tokens: int, dims: ParallelDims) -> float:
+    """GB of the residual stream that a rank sends in a forward."""
+    return padded(tokens, dims) * spec.dim * 4 * (dims.sequence - 1) / GB
+
+
+def least_squares(rows: Sequence[Sequence[float]], values: Sequence[float]) -> list[float]:
+    """The coefficients, none below zero, whose relative errors are least; 0 for one that no row has."""
+    matrix, wanted = torch.tensor(rows, dtype=torch.float64), torch.tensor(values, dtype=torch.float64)
+    matrix, target = matrix / wanted[:, None], torch.ones_like(wanted)
+    usable = [column for column in range(matrix.shape[1]) if matrix[:, column].any()]
+    best, least = [0.0] * matrix.shape[1], float("inf")
+    for count in range(1, len(usable) + 1):
+        for chosen in itertools.combinations(usable, count):
+            part = matrix[:, list(chosen)]
+            if torch.linalg.matrix_rank(part) < count:
+                continue
+            found = torch.linalg.lstsq(part, target[:, None]).solution[:, 0]
+            error = float((part @ found - target).square().sum())
+            if (found >= 0).all() and error < least - 1e-12:
+                least = error
+                best = [0.0] * matrix.shape[1]
+                for column, value in zip(chosen, found.tolist(), strict=True):
+                    best[column] = value
+    return best
+
+
+@dataclass(frozen=True)
+class Model:
+    """Coefficients of one setting: ms, and ms a GB."""
+
+    name: str
+    spec: ModelSpec
+    tokens: int
+    fp8: bool
+    block: dict[str, float]
+    fixed: float
+    stream: float
+    link_gbs: float
+    """That the all-to-all reached by itself."""
+    worst: float
+    """Largest relative error of a fitted row."""
+    measured: dict[int, float]
+    """Seconds a step by number of GPUs: the best measured row with replicated weights."""
+
+    def step(self, dims: ParallelDims, host: int, slower: float) -> dict[str, float]:
+        """Seconds of one step (both conditionings) by what they are spent on.
+
+        Args:
+            host: GPUs that NVLink joins; ranks beyond it are reached over the network.
+            slower: how many times longer a byte takes there.
+        """
+        share = features(self.spec, self.tokens, dims, self.fp8)
+        group = ranks_of(dims)
+        parts = dict.fromkeys(("work", "overhead", "exchange", "network", "fixed"), 0.0)
+        blocks = self.spec.num_layers
+        for name in PARTS:
+            ms = blocks * self.block[name] * share[name]
+            if name in ("work", "overhead"):
+                parts[name] += ms
+                continue
+            outside = outside_share(group[name], host)
+            parts["exchange"] += ms * (1 - outside)
+            parts["network"] += ms * outside * slower
+        parts["fixed"] += self.fixed
+        outside, gathered = outside_share(group["stream"], host), self.stream * stream_gb(self.spec, self.tokens, dims)
+        parts["exchange"] += gathered * (1 - outside)
+        parts["network"] += gathered * outside * slower
+        return {name: (2 // dims.cfg) * ms / 1000 for name, ms in parts.items()}
+
+    def best(self, gpus: int, host: int, slower: float) -> tuple[ParallelDims, dict[str, float]]:
+        """The fastest layout with replicated weights."""
+        found = [(dims, self.step(dims, host, slower)) for dims in layouts(gpus, self.spec.num_heads)]
+        return min(found, key=lambda pair: sum(pair[1].values()))
+
+
+def ranks_of(dims: ParallelDims) -> dict[str, list[int]]:
+    """The ranks that rank 0 sends to, itself included, by what is sent."""
+    return {
+        "heads": list(range(dims.ulysses)),
+        "keys": list(range(0, dims.sequence, dims.ulysses)),
+        "stream": list(range(dims.sequence)),
+        "weights": list(range(dims.shard)),
+    }
+
+
+def outside_share(group: Sequence[int], host: int) -> float:
+    """What share of the bytes for the others of a group leaves the host of rank 0."""
+    others = [rank for rank in group if rank]
+    return sum(rank >= host for rank in others) / len(others) if others else 0.0
+
+
+def layouts(gpus: int, heads: int) -> list[ParallelDims]:
+    """All of them, weights replicated."""
+    found = []
+    for cfg in (1, 2) if gpus % 2 == 0 else (1,):
+        each = gpus // cfg
+        for ulysses in range(1, each + 1):
+            if each % ulysses == 0 and heads % ulysses == 0:
+                found.append(ParallelDims(cfg=cfg, ulysses=ulysses, ring=each // ulysses))
+    return found
+
+
+def fit(rows: Sequence[dict]) -> Model:
+    """The model of rows of ``benchmarks/dit.py`` that differ in nothing but the number of GPUs and the layout.
+
+    Raises:
+        ValueError: rows that say too little.
+    """
+    first = rows[0]
+    spec, tokens, fp8 = MODELS[first["model"]], first["tokens"], first["recipe"] != "none"
+    layouts_of = [ranks.topology(row["topology"] or "one") for row in rows]
+    if max(dims.sequence for dims in layouts_of) == 1 or min(dims.world for dims in layouts_of) > 1:
+        raise ValueError(
+            f"{label(first)}: a fit needs a row of one GPU and one whose ranks share a sequence; the files have "
+            f"{', '.join(str(row['topology']) for row in rows)}"
+        )
+    shares = [features(spec, tokens, dims, fp8) for dims in layouts_of]
+    found = least_squares([[share[name] for name in PARTS] for share in shares], [row["layer_ms"] for row in rows])
+    block = dict(zip(PARTS, found, strict=True))
+    streams = [[1.0, stream_gb(spec, tokens, dims)] for dims in layouts_of]
+    fixed, stream = least_squares(streams, [max(row["fixed_ms"], 0.1) for row in rows])
+    rates = [row["exchange_alone"].get("all_to_all_gbs") for row in rows if row.get("exchange_alone")]
+    measured: dict[int, float] = {}
+    for row, dims in zip(rows, layouts_of, strict=True):
+        if dims.shard == 1:
+            seconds = row["seconds_40_steps"] / 40
+            measured[dims.world] = min(seconds, measured.get(dims.world, seconds))
+    modelled = [sum(block[name] * share[name] for name in PARTS) for share in shares]
+    worst = max(abs(ours / row["layer_ms"] - 1) for ours, row in zip(modelled, rows, strict=True))
+    return Model(
+        name=label(first),
+        spec=spec,
+        tokens=tokens,
+        fp8=fp8,
+        block=block,
+        fixed=fixed,
+        stream=stream,
+        link_gbs=max((rate for rate in rates if rate), default=0.0),
+        worst=worst,
+        measured=measured,
+    )
+
+
+def label(row: dict) -> str:
+    """What rows of one fit share."""
+    return f"{row['model']} {row['size']}x{row['frames']}, {row['recipe']}, {row['attention']}"
+
+
+# ---- what is written -------------------------------------------------------------------------------------------------
+
+
+def table(model: Model, host: int, slower: float, title: str) -> list[str]:
+    """Markdown: one line a size, and what its time is spent on."""
+    lines = [
+        f"**{model.name}**, {title}",
+        "",
+        "| GPUs | layout | s a step | measured | efficiency | work | overhead | exchange | network | fixed |",
+        "| --- | --- | --- | --- | --- | --- | --- | --- | --- | --- |",
+    ]
+    alone = sum(model.best(1, host, slower)[1].values())
+    for gpus in SIZES:
+        dims, parts = model.best(gpus, host, slower)
+        total = sum(parts.values())
+        measured = f"{model.measured[gpus]:.2f}" if gpus in model.measured else "-"
+        shares = " | ".join(f"{100 * seconds / total:.1f} %" for seconds in parts.values())
+        name = ranks.name_of(dims) or "one"
+        lines.append(f"| {gpus} | {name} | {total:.2f} | {measured} | {100 * alone / gpus / total:.1f} % | {shares} |")
+    return lines
+
+
+def figure(model: Model, host: int, slower: float) -> str:
+    """SVG: bars of a step's seconds times the number of GPUs, stacked by what they are spent on; perfect scaling is a
+    bar as high as the first. Full colour where measured, pale where predicted."""
+    width, height, left, bottom, top = 760, 360, 60, 300, 30
+    found = [(gpus, *model.best(gpus, host, slower)) for gpus in SIZES]
+    most = max(gpus * sum(parts.values()) for gpus, _, parts in found) * 1.05
+    step = (width - left - 20) / len(found)
+    scale = (bottom - top) / most
+    out = [
+        f'<svg xmlns="http://www.w3.org/2000/svg" viewBox="0 0 {width} {height}" font-family="sans-serif" '
+        'font-size="12">',
+        f'<rect width="{width}" height="{height}" fill="white"/>',
+        f'<text x="{left}" y="18">{model.name}: GPU seconds of one step</text>',
+    ]
+    first = sum(found[0][2].values()) * scale
+    out.append(
+        f'<line x1="{left}" x2="{width - 20}" y1="{bottom - first:.1f}" y2="{bottom - first:.1f}" stroke="#333" '
+        'stroke-dasharray="4 3"/>'
+    )
+    for index, (gpus, dims, parts) in enumerate(found):
+        x, y = left + index * step + 8, float(bottom)
+        opacity = 1.0 if gpus in model.measured else 0.55
+        for name, seconds in parts.items():
+            tall = gpus * seconds * scale
+            y -= tall
+            out.append(
+                f'<rect x="{x:.1f}" y="{y:.1f}" width="{step - 16:.1f}" height="{tall:.1f}" fill="{COLORS[name]}" '
+                f'opacity="{opacity}"/>'
+            )
+        middle, total = x + step / 2 - 8, sum(parts.values())
+        name = (ranks.name_of(dims) or "one").replace("ulysses", "u").replace("cfg", "c").replace("ring", "r")
+        for offset, text in ((16, f"{gpus} GPU"), (30, name)):
+            out.append(f'<text x="{middle:.1f}" y="{bottom + offset}" text-anchor="middle">{text}</text>')
+        out.append(f'<text x="{middle:.1f}" y="{y - 4:.1f}" text-anchor="middle">{total:.2f} s</text>')
+        if gpus in model.measured:
+            dot = bottom - gpus * model.measured[gpus] * scale
+            out.append(f'<circle cx="{middle:.1f}" cy="{dot:.1f}" r="4" fill="white" stroke="black"/>')
+    for index, (name, color) in enumerate(COLORS.items()):
+        x = left + index * 110
+        out.append(f'<rect x="{x}" y="{height - 18}" width="10" height="10" fill="{color}"/>')
+        out.append(f'<text x="{x + 14}" y="{height - 9}">{name}</text>')
+    out.append(f'<text x="{left + 5 * 110}" y="{height - 9}">o measured; pale: predicted</text>')
+    return "\n".join([*out, "</svg>"]) + "\n"
+
+
+HEADLINE_PARTS = ("t5_s", "vae_encode_s", "dit_s", "vae_decode_s")
+
+
+def headline_table(files: Sequence[Path]) -> list[str]:
+    """Rows of ``benchmarks/headline.py``: each part as ``shared / GPUs + rest``, and what that says for 8 GPUs."""
+    by_row: dict[str, list[dict]] = {}
+    for path in files:
+        for row in json_module.loads(path.read_text())["rows"]:
+            by_row.setdefault(row["row"], []).append(row)
+    lines = [
+        "| row | measured: s (GPUs) | T5, VAE encode, DiT loop, VAE decode on 8 | total on 8 | published, 8 H100 |",
+        "| --- | --- | --- | --- | --- |",
+    ]
+    for name, rows in by_row.items():
+        sizes = sorted({row["world_size"] for row in rows})
+        if len(sizes) < 2:
+            raise ValueError(f"row {name} was measured on {sizes[0]} GPUs only: a prediction needs two numbers of GPUs")
+        features_of = [[1 / row["world_size"], 1.0] for row in rows]
+        parts = []
+        for part in HEADLINE_PARTS:
+            shared, rest = least_squares(features_of, [max(row[part], 1e-3) for row in rows])
+            parts.append(shared / 8 + rest)
+        known = [f"{sum(row[part] for part in HEADLINE_PARTS):.2f} ({row['world_size']})" for row in rows]
+        published = rows[0]["published_s_8_h100"]
+        lines.append(
+            f"| {name} | {', '.join(known)} | {', '.join(f'{value:.2f}' for value in parts)} | {sum(parts):.2f} | "
+            f"{published or '-'} |"
+        )
+    return lines
+
+
+def write_between(path: Path, lines: Sequence[str]) -> None:
+    """Put lines where the page keeps a place for them."""
+    before, _, rest = path.read_text().partition(BEGIN)
+    _, _, after = rest.partition(END)
+    path.write_text("\n".join([f"{before}{BEGIN}", "", *lines, "", END]) + after)
+
+
+def main(
+    results: Annotated[list[Path], typer.Argument(help="Files of benchmarks/dit.py, of one kind of GPU.")],
+    headline: Annotated[list[Path] | None, typer.Option(help="Files of benchmarks/headline.py.")] = None,
+    network_gbs: Annotated[
+        float, typer.Option(help="GB/s of a GPU's own link to other hosts: 400 Gb/s are 50.")
+    ] = 50.0,
+    nvlink_gbs: Annotated[float, typer.Option(help="GB/s that NVLink has each way on paper.")] = 450.0,
+    page: Annotated[Path, typer.Option(help="The page whose tables are written.")] = DOCS / "scaling.md",
+    svg: Annotated[Path, typer.Option(help="The figure.")] = DOCS / "images" / "scaling.svg",
+) -> None:
+    """Fit the model and write its tables and its figure."""
+    files = [json_module.loads(path.read_text()) for path in results]
+    devices = sorted({file["device"] for file in files})
+    if len(devices) > 1:
+        raise typer.BadParameter(f"the files are of different GPUs: {', '.join(devices)}")
+    settings: dict[str, list[dict]] = {}
+    for row in itertools.chain.from_iterable(file["rows"] for file in files):
+        if row.get("overlap") is not False and "merge" not in (row["topology"] or ""):
+            settings.setdefault(label(row), []).append(row)
+    lines = [f"Measured on {devices[0]}, {max(file['date'] for file in files)}, from {len(files)} result files."]
+    slower = nvlink_gbs / network_gbs
+    drawn = None
+    for rows in settings.values():
+        try:
+            model = fit(rows)
+        except ValueError as error:
+            print(f"left out: {error}")
+            continue
+        lines += ["", *table(model, HOST, slower, f"hosts of {HOST} GPUs, {8 * network_gbs:g} Gb/s a GPU between them")]
+        lines += ["", *table(model, max(SIZES), 1.0, "all GPUs joined by NVLink")]
+        terms = ", ".join(f"{name} {value:.3f}" for name, value in model.block.items())
+        lines += [
+            "",
+            f"Coefficients of a block (ms, ms a GB): {terms}; of a forward: fixed {model.fixed:.2f}, stream "
+            f"{model.stream:.3f}. Largest error of a fitted row {100 * model.worst:.1f} %. The all-to-all alone: "
+            f"{model.link_gbs:.0f} GB/s.",
+        ]
+        if drawn is None:
+            drawn = figure(model, HOST, slower)
+    if drawn is None:
+        raise typer.BadParameter("no setting has rows of one GPU and of several: run benchmarks/dit.py under torchrun")
+    if headline:
+        lines += ["", "Whole videos, predicted for 8 GPUs from fewer:", "", *headline_table(headline)]
+    svg.parent.mkdir(parents=True, exist_ok=True)
+    svg.write_text(drawn)
+    write_between(page, lines)
+    print("\n".join(lines))
+
+
+if __name__ == "__main__":
+    typer.run(main)
