@@ -1,6 +1,6 @@
 """The pictures of the help pages: every node of the pack as the editor draws it.
 
-    python tests/ui/make_pictures.py          needs Chromium; writes web/docs/<NodeId>.jpg
+    python tests/ui/make_pictures.py          needs Chromium; writes web/docs/<NodeId>.jpg, docs/images/status.jpg
 
 Run with the pinned host's interpreter (``.host/venv/bin/python``).
 """
@@ -12,6 +12,7 @@ import io
 import sys
 import tempfile
 from pathlib import Path
+from typing import Any
 
 PACK = Path(__file__).resolve().parents[2]
 sys.path[:0] = [str(PACK / "scripts"), str(Path(__file__).resolve().parent)]
@@ -37,6 +38,28 @@ DRAW = """(kind) => {
     return [node.size[0], node.size[1]];
 }""" % (LEFT, TOP)  # noqa: UP031 - braces all over
 
+STATUS = {"step": 12, "steps": 40, "seconds_per_step": 17.4, "expert": "high noise", "skipped": 4, "memory_gib": 31.2}
+SHOW = """async (status) => {
+    const { api } = await import('/scripts/api.js');
+    const node = String(app.graph._nodes[0].id);
+    api.dispatchEvent(new CustomEvent('wan_fp8.status', { detail: { ...status, node } }));
+}"""
+TITLE = 52
+"""Height of a node's title and of the badge above it."""
+
+
+def picture(editor: Editor, kind: str, status: dict[str, Any] | None, target: Path) -> None:
+    """Draw one node, with a status on it if there is one, and save what is seen."""
+    width, height = editor.page.evaluate(DRAW, kind)
+    if status is not None:
+        editor.page.evaluate(SHOW, status)
+    editor.page.wait_for_timeout(700)
+    x, y = LEFT - MARGIN, TOP - TITLE - MARGIN
+    clip = {"x": x, "y": y, "width": width + 2 * MARGIN, "height": height + TITLE + 2 * MARGIN}
+    seen = Image.open(io.BytesIO(editor.page.screenshot(clip=clip))).convert("RGB")
+    seen.save(target, quality=72, optimize=True)
+    print(f"{target.relative_to(PACK)} {seen.size}")
+
 
 def main() -> int:
     with contextlib.ExitStack() as stack:
@@ -45,15 +68,9 @@ def main() -> int:
         server = stack.enter_context(start_server(host.build(), base=base, extra=front))
         chromium = stack.enter_context(sync_playwright()).chromium.launch(executable_path=find_chromium(), args=FLAGS)
         editor = Editor(chromium, server.url, environments.FRONTEND.partition("==")[2])
-        title = 30
         for kind in sorted(name for name in editor.client.object_info() if name.startswith("WanFP8")):
-            width, height = editor.page.evaluate(DRAW, kind)
-            editor.page.wait_for_timeout(700)
-            x, y = LEFT - MARGIN, TOP - title - 22 - MARGIN
-            clip = {"x": x, "y": y, "width": width + 2 * MARGIN, "height": height + title + 22 + 2 * MARGIN}
-            picture = Image.open(io.BytesIO(editor.page.screenshot(clip=clip))).convert("RGB")
-            picture.save(PACK / "web" / "docs" / f"{kind}.jpg", quality=72, optimize=True)
-            print(f"web/docs/{kind}.jpg {picture.size}")
+            picture(editor, kind, None, PACK / "web" / "docs" / f"{kind}.jpg")
+        picture(editor, "WanFP8SampleT2V", STATUS, PACK / "docs" / "images" / "status.jpg")
         chromium.close()
     return 0
 
