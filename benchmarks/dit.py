@@ -3,6 +3,9 @@
     python benchmarks/dit.py --model i2v-A14B --size 1280x720 --frames 81 --layers 3,6 --attention fa3 \\
         --recipe rowwise,DelayedScaling --backend torch,transformer_engine --json out.json
 
+With ``--sparsity 0.5`` every block attends to that share of the key blocks: choosing and measuring included, the bound
+off, since random weights attend to everything alike.
+
 Time per block is the difference between two layer counts, run in turn. ``floor_ms`` is the sum, for one block, of every
 GEMM and attention call by itself, the fastest of two times five runs, plus the bytes that fused passes must move over
 the copy bandwidth of the same run; every term is printed. Each term is measured right after a forward: a GPU that has
@@ -42,8 +45,10 @@ from rich.table import Table
 from torch import Tensor
 
 from wan_fp8 import Attention, Lora, Recipe, apply_recipe, compile_blocks, remove_lora, set_attention, set_lora
-from wan_fp8.attention import AttentionCore
+from wan_fp8.attention import AttentionCore, attention_cores
 from wan_fp8.attention.backends import flash3
+from wan_fp8.attention.sparse import Sparsity
+from wan_fp8.attention.sparse.run import SparseRun
 from wan_fp8.compile import MODES
 from wan_fp8.errors import BackendUnavailableError
 from wan_fp8.gemm import token_multiple
@@ -122,13 +127,21 @@ def model_inputs(
     return x, timestep, context
 
 
-def open_window(attention: str) -> Attention:
-    """The setting of a backend by name; a low-precision one in every step and block, its guard on."""
-    return Attention(attention, skip_first_steps=0, skip_last_steps=0, skip_first_blocks=0, skip_last_blocks=0)
+def open_window(attention: str, density: float | None = None) -> Attention:
+    """The setting of a backend by name; a low-precision one in every step and block, its guard on. With a density,
+    block-sparse in every block."""
+    none = {"skip_first_blocks": 0, "skip_last_blocks": 0}
+    sparsity = None
+    if density is not None:
+        sparsity = Sparsity(policy="density", density=density, bound=None, skip_first=0.0, skip_last=0.0, **none)
+    return Attention(attention, skip_first_steps=0, skip_last_steps=0, **none, sparsity=sparsity)
 
 
 def attention_alone(core: AttentionCore, q: Tensor, k: Tensor, v: Tensor):
-    """The kernel by itself: for FP8, on operands that are cast already."""
+    """The kernel by itself: for FP8, on operands that are cast already; block-sparse, on blocks that are chosen."""
+    if core.setting.sparsity is not None and not core.always_exact:
+        backend, selection = SparseRun(core.setting.sparsity, 0, 1).selected(q, k, v, None, None)
+        return lambda: backend.run(q, k, v, selection)
     if core.setting.is_exact or core.always_exact:
         return lambda: core(q, k, v)
     cast = attention_cast.fused(q, k, v)
@@ -196,6 +209,8 @@ def floor_terms(
     if not block.self_attn.inner_attention.setting.is_exact:
         # k and v read twice (statistics, cast), q once and a sixteenth, all written in FP8; V's mean added to the end
         moved["fp8_attention_casts"] = int(one * (3 * (half + 1) + (2 + 1 / 16) * half + 2 * half))
+    if block.self_attn.inner_attention.setting.sparsity is not None:
+        moved["block_statistics"] = 2 * one * half
     terms |= {name: value / bandwidth for name, value in moved.items()}
     gigabytes = sum(moved.values()) / 1e9
     console.print(f"copy bandwidth {bandwidth / 1e9:.2f} TB/s; fused passes move {gigabytes:.1f} GB a block")
@@ -307,6 +322,7 @@ def measure(
     dims: ParallelDims | None = None,
     overlap: bool = True,
     with_floor: bool = True,
+    density: float | None = None,
 ) -> dict:
     """One row of results."""
     dims = dims or ParallelDims()
@@ -316,7 +332,7 @@ def measure(
     grid = latent_grid(spec, width, height, frames)
     tokens = grid[0] * grid[1] * grid[2] // 4
     model = random_model(spec, layers[1], device, dtype)
-    set_attention(model, open_window(attention))
+    set_attention(model, open_window(attention, density))
     model.fused_kernels, model.stream_dtype_override = kernels, stream
     originals = None
     if recipe is not None or dims.shard > 1:
@@ -391,7 +407,11 @@ def measure(
         else model.quantization.resolve(torch.device(device), dtype).backend.name,  # type: ignore[attr-defined]
         "attention": attention if attention != "auto" else resolution.backend.name,
         "lora_rank": lora_rank,
-        "sparsity": None,
+        "sparsity": density,
+        "sparse_backend": next(
+            (name for core in attention_cores(model) for run in core.sparse_runs.values() for name in run.answered),
+            None,
+        ),
         "cache": None,
         "world_size": dims.world,
         "topology": ranks.name_of(dims),
@@ -520,6 +540,9 @@ def main(
     lora_rank: Annotated[
         str, typer.Option(help="Rank of a live LoRA on all ten linears, 0 for none; or several: one row each.")
     ] = "0",
+    sparsity: Annotated[
+        str, typer.Option(help="Share of the key blocks that self-attention keeps, or off; or several: one row each.")
+    ] = "off",
     ulysses: Annotated[int, typer.Option(help="Under torchrun: ranks that trade tokens for heads.")] = 1,
     ring: Annotated[int, typer.Option(help="Under torchrun: ranks that gather keys and values.")] = 1,
     cfg_parallel: Annotated[bool, typer.Option(help="Under torchrun: cond and uncond on different ranks.")] = False,
@@ -548,7 +571,7 @@ def main(
             raise typer.BadParameter(f"{dims} takes {dims.world} ranks; torchrun started {ranks.world()}")
     first, second = (int(n) for n in layers.split(","))
     rows: list[dict] = []
-    for name, stored, mode, scaling, rank, dims, early in itertools.product(
+    for name, stored, mode, scaling, rank, dims, early, share in itertools.product(
         attention.split(","),
         stream.split(","),
         compiled.split(","),
@@ -556,6 +579,7 @@ def main(
         (int(number) for number in lora_rank.split(",")),
         layouts,
         overlap.split(","),
+        (None if number == "off" else float(number) for number in sparsity.split(",")),
     ):
         if early == "off" and dims.ulysses == 1 and "on" in overlap:
             continue  # the same again
@@ -578,6 +602,7 @@ def main(
                 dims,
                 early == "on",
                 floor,
+                share,
             )
         rows.append(row | efficiency(rows, row))
         show(rows[-1])

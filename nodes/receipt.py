@@ -188,6 +188,8 @@ class Side:
     cost: bridge.Measured = field(default_factory=bridge.Measured)
     kernels: dict[int, dict[str, Any]] = field(default_factory=dict)
     said: list[str] = field(default_factory=list)
+    sparsity: list[dict[str, Any]] = field(default_factory=list)
+    """What sparse attention did, an entry for each expert."""
     marks: list[float] = field(default_factory=list)
 
     def sample(self, positive: Any, negative: Any, latent: dict[str, Tensor], settings: Settings) -> dict[str, Tensor]:
@@ -196,6 +198,8 @@ class Side:
         with bridge.measured(torch.device(self.experts[0].load_device)) as self.cost:
             result = run(self.experts, positive, negative, latent, settings, self._observe)
         self.said = bridge.kept_words()[heard:]
+        nets = [expert.model.diffusion_model for expert in self.experts]
+        self.sparsity = [facts for net in nets for facts in getattr(net, "sparse_facts", ())]
         return result
 
     def _observe(self, step: int, clean: Tensor) -> None:
@@ -219,6 +223,7 @@ class Side:
             "seconds_of_a_step": round((self.marks[-1] - self.marks[0]) / later, 4) if later > 0 else None,
             "peak_gib": None if self.cost.peak_gib is None else round(self.cost.peak_gib, 3),
             "kernels": [used for _, used in sorted(self.kernels.items())],
+            "sparsity": self.sparsity,
             "said": [line for text in self.said for line in text.splitlines()],
         }
 

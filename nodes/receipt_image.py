@@ -4,6 +4,7 @@ pages."""
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 from typing import Any
 
 import numpy as np
@@ -16,6 +17,7 @@ from .curve_image import FAINT, FAINT_INK, GROUND, INK, font
 WIDTH, HEIGHT = 1120, 620
 LEFT, RIGHT, TOP, BOTTOM = 96, 28, 126, 540
 LINE, DOT = (255, 176, 64), 4
+SPARSE = (96, 190, 255)
 COLUMNS, FRAME_WIDTH, BAR, GAP = 6, 240, 34, 4
 MOST_GAIN = 64
 
@@ -48,6 +50,7 @@ def receipt_plot(facts: dict[str, Any]) -> Tensor:
         draw.line(points, LINE, 2, joint="curve")
     for px, py in points:
         draw.ellipse([px - DOT, py - DOT, px + DOT, py + DOT], fill=LINE)
+    _draw_densities(draw, facts["setting"].get("sparsity") or [], x)
     every = max(1, len(steps) // 10)
     for entry in steps[::every]:
         draw.text((x(entry["step"]), BOTTOM + 14), str(entry["step"]), INK, font(15), anchor="mt")
@@ -55,6 +58,25 @@ def receipt_plot(facts: dict[str, Any]) -> Tensor:
     about = "relative error of the clean estimate against the reference, by step; lower is better"
     draw.text((WIDTH - RIGHT, HEIGHT - 20), about, FAINT_INK, font(14), anchor="rm")
     return _image(picture)
+
+
+def _draw_densities(draw: ImageDraw.ImageDraw, found: list[dict[str, Any]], x: Callable[[int], float]) -> None:
+    """The share of key blocks that sparse attention kept at each step, from 0 at the bottom to 1 at the top, and what
+    that lost."""
+    for number, facts in enumerate(found):
+        points = [(x(int(s)), BOTTOM - share * (BOTTOM - TOP)) for s, share in facts["density_by_step"].items()]
+        if len(points) > 1:
+            draw.line(points, SPARSE, 2, joint="curve")
+        for px, py in points:
+            draw.rectangle([px - DOT, py - DOT, px + DOT, py + DOT], fill=SPARSE)
+        if facts["density"] is None:
+            continue
+        lost, saved = facts["dropped_mass"], facts["seconds_saved"]
+        text = (
+            f"blocks kept {facts['density']:.0%}; attention mass lost {lost['mean']:.2%}, at worst {lost['worst']:.1%}"
+        )
+        text += "" if saved is None else f"; {saved:.3g} s saved"
+        draw.text((WIDTH - RIGHT, TOP + 8 + 22 * number), text, SPARSE, font(15), anchor="rt")
 
 
 def _title(facts: dict[str, Any]) -> list[str]:
@@ -74,7 +96,8 @@ def _title(facts: dict[str, Any]) -> list[str]:
 def _choices(side: dict[str, Any]) -> str:
     model = side["models"][0]
     attention = model["attention"]
-    attention = attention if isinstance(attention, str) else attention["backend"]
+    if not isinstance(attention, str):
+        attention = attention["backend"] + (" sparse" if attention["sparsity"] else "")
     cache = model["cache"].partition(":")[0]
     return f"recipe {model['recipe']}, attention {attention}, cache {cache}"
 

@@ -5,6 +5,7 @@ Each takes a MODEL of ours or of core's and returns a copy; the MODEL that came 
 
 from __future__ import annotations
 
+import dataclasses
 import logging
 from collections.abc import Callable
 from typing import Any
@@ -14,9 +15,11 @@ from comfy_api.latest import io
 
 from ..wan_fp8.attention import ATTENTION, Attention, AttentionRequest
 from ..wan_fp8.attention.backends.sdpa import torch_choice
+from ..wan_fp8.attention.sparse import SPARSE, SparseRequest, Sparsity, presets
 from ..wan_fp8.compile import MODES, Compile, refusal
 from ..wan_fp8.errors import BackendUnavailableError
 from . import bridge
+from .choices import check_choice
 from .missing import Missing, require
 from .notices import node_id, notice
 from .schema import SETTINGS, node_schema
@@ -27,6 +30,8 @@ BACKENDS = ("auto", "sdpa", "cudnn", "fa2", "fa3", "fa4", "fa3-fp8", "sage", "re
 """Saved in workflows: the order stays, new ones go last. A test holds both lists against the registry."""
 
 OFF = "off"
+SPARSITIES = (OFF, "safe", "balanced", "fast")
+"""Saved in workflows as well."""
 STREAM_TYPES = {"float32": None, "bfloat16": torch.bfloat16}
 """None: the model's own, which is float32."""
 
@@ -42,9 +47,10 @@ class WanFP8Attention(io.ComfyNode):
             category=SETTINGS,
             description="Chooses the attention kernel of a Wan2.2 MODEL, ours or core's, and checks at once that it "
             "runs on this machine. FP8 and INT8 attention is used inside a window of steps and blocks only, and a "
-            "guard compares it with the exact result on the run's own data before it is trusted. Without this node "
-            "the fastest exact kernel is used.",
-            search_aliases=["flash attention", "sage attention", "fp8 attention", "fa3", "sdpa"],
+            "guard compares it with the exact result on the run's own data before it is trusted. Self-attention can "
+            "be block-sparse, with its error measured while it runs. Without this node the fastest exact kernel is "
+            "used, over all keys.",
+            search_aliases=["flash attention", "sage attention", "fp8 attention", "fa3", "sdpa", "sparse attention"],
             inputs=[
                 model_input("Two-expert checkpoints: the high-noise expert here, the other at 'model_low'."),
                 io.Combo.Input(
@@ -101,6 +107,30 @@ class WanFP8Attention(io.ComfyNode):
                     "(0.058) and its known failure (0.114). Costs under 1 % of one step. 0 turns the guard off.",
                 ),
                 low_input(),
+                io.Combo.Input(
+                    "sparsity",
+                    options=list(SPARSITIES),
+                    default=OFF,
+                    optional=True,
+                    tooltip="Block-sparse self-attention: each head computes the blocks of keys that hold most of its "
+                    "attention, and samples of what was left out are measured in every step. Default off: all keys. "
+                    "safe, balanced and fast allow an error of 2, 5 and 10 % of a head's output and leave the first "
+                    "25, 20 and 15 % of the steps dense; a head that cannot keep the bound is computed densely. The "
+                    "node that samples shows what was kept, lost and saved. Choosing and measuring cost about 2 % of "
+                    "a dense attention at 720p (docs/sparse.md).",
+                ),
+                io.Float.Input(
+                    "sparsity_bound",
+                    default=0.0,
+                    min=0.0,
+                    max=1.0,
+                    step=0.005,
+                    round=0.001,
+                    optional=True,
+                    tooltip="With sparsity: the relative error of a head's attention output that is allowed, in place "
+                    "of the preset's own (safe 0.02, balanced 0.05, fast 0.1). Default 0: the preset's. Smaller keeps "
+                    "more blocks and saves less time.",
+                ),
             ],
             outputs=outputs("with this attention"),
             hidden=[io.Hidden.unique_id],
@@ -118,7 +148,10 @@ class WanFP8Attention(io.ComfyNode):
         skip_last_blocks: int,
         bound: float,
         model_low: Any = None,
+        sparsity: str = OFF,
+        sparsity_bound: float = 0.0,
     ) -> io.NodeOutput:
+        check_choice("sparsity", sparsity, SPARSITIES)
         attention = Attention(
             backend=backend,
             exact=exact,
@@ -127,6 +160,7 @@ class WanFP8Attention(io.ComfyNode):
             skip_first_blocks=skip_first_blocks,
             skip_last_blocks=skip_last_blocks,
             bound=bound or None,
+            sparsity=_sparsity(sparsity, sparsity_bound),
         )
         requests = [bridge.attention_request(require(given)) for given in (model, model_low) if given is not None]
         lines = list(dict.fromkeys(line for request in requests for line in _choices(attention, request)))
@@ -151,7 +185,30 @@ def _choices(attention: Attention, request: AttentionRequest) -> list[str]:
         lines += [f"passed over {other}: {reason}" for other, reason in resolution.refused.items()]
     if not attention.is_exact and attention.bound is None:
         lines.append(f"the guard is off: nothing will notice if {attention.backend} fails on this video")
+    if attention.sparsity is not None:
+        lines += _sparse_choice(attention.sparsity, request)
     return lines
+
+
+def _sparsity(name: str, bound: float) -> Sparsity | None:
+    """The preset, with the user's own bound where there is one."""
+    if name == OFF:
+        return None
+    preset = presets()[name]
+    return dataclasses.replace(preset, bound=bound) if bound else preset
+
+
+def _sparse_choice(sparsity: Sparsity, request: AttentionRequest) -> list[str]:
+    """Which block-sparse kernel will run, in words."""
+    asked = SparseRequest(request.caps, request.dtype, request.head_dim, request.num_queries, request.num_keys)
+    resolution = SPARSE.resolve(sparsity.backend, asked)
+    lines = [
+        f"sparse attention: {resolution.backend.name}, between the first {sparsity.skip_first:.0%} and the last "
+        f"{sparsity.skip_last:.0%} of the steps, error of a head at most {sparsity.bound:g}"
+    ]
+    if resolution.backend.name == "masked":
+        lines.append("it builds the whole score matrix here: for tests on small videos, slower than dense attention")
+    return lines + [f"passed over {other} for sparse: {reason}" for other, reason in resolution.refused.items()]
 
 
 class WanFP8Compile(io.ComfyNode):

@@ -19,6 +19,7 @@ _EXPORTS = {
     "remove_lora": "checkpoint.live_lora",
     "set_attention": "attention",
     "Attention": "attention",
+    "Sparsity": "attention",
     "compile_blocks": "compile",
     "remove_compile": "compile",
     "Compile": "compile",

@@ -185,7 +185,8 @@ def kernels_used(model: nn.Module, attention: Attention | None = None) -> dict[s
     Args:
         attention: The setting of the run, where it came with each forward; None: the model's own.
     Returns:
-        ``attention``: names, with self-attentions served for a low-precision setting; ``gemm``: who multiplied in FP8.
+        ``attention``: names, with self-attentions served for a low-precision or sparse setting; ``gemm``: who
+        multiplied in FP8.
     """
     names: set[str] = set()
     counts: dict[str, int] = {}
@@ -193,6 +194,11 @@ def kernels_used(model: nn.Module, attention: Attention | None = None) -> dict[s
         setting = attention or core.setting
         for name, calls in core.answered.get(setting, {}).items():
             counts[name] = counts.get(name, 0) + calls
+        run = None if setting.sparsity is None else core.sparse_runs.get(setting.sparsity)
+        for name, calls in () if run is None else run.answered.items():
+            if name != "dense" or setting.is_exact:  # else the low-precision setting has counted it
+                shown = name if name == "dense" else f"{name} block-sparse"
+                counts[shown] = counts.get(shown, 0) + calls
         if setting.is_exact and not core.always_exact:
             names |= core.backends_of(setting.backend)
     quantization = getattr(model, "quantization", None)

@@ -23,7 +23,7 @@ import torch
 from torch import Tensor, nn
 
 from ...wan_fp8 import kernels
-from ...wan_fp8.attention import attention_report
+from ...wan_fp8.attention import attention_report, sparsity_report
 from ...wan_fp8.caching import StepCache
 from ...wan_fp8.checkpoint.quantized import COMFY_SUFFIX, format_name
 from ...wan_fp8.checkpoint.save import comfy_mark
@@ -302,9 +302,17 @@ def _around_run(executor: Any, *args: Any, **kwargs: Any) -> Any:
 
 
 def _report_attention(net: HostedModel) -> None:
-    """Tell the user what a low-precision attention did in the run that ends."""
+    """Tell the user what a low-precision or sparse attention did in the run that ends."""
     for report in attention_report(net):
-        say("\n".join(report.lines()), level=logging.INFO if report.as_asked else logging.WARNING, keep=True)
+        _tell(report.lines(), report.as_asked)
+    sparse = sparsity_report(net)
+    net.sparse_facts = tuple(report.facts() for report in sparse)
+    for found in sparse:
+        _tell(found.lines(), found.as_asked)
+
+
+def _tell(lines: list[str], as_asked: bool) -> None:
+    say("\n".join(lines), level=logging.INFO if as_asked else logging.WARNING, keep=True)
 
 
 def _on_load(patcher: Any, *args: Any, **kwargs: Any) -> None:

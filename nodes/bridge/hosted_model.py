@@ -89,6 +89,9 @@ class HostedModel(WanModel):
     caches: dict[Policy, StepCache]
     """Of the run, by setting."""
 
+    sparse_facts: tuple[dict[str, Any], ...] = ()
+    """What sparse attention did in the last run that ended, for a receipt."""
+
     _shell: weakref.ref[nn.Module] | None = None
     _prompts: OrderedDict[Hashable, Tensor]
 
@@ -198,7 +201,7 @@ class HostedModel(WanModel):
                 text_key=text_key,
                 cache_text=text_key is not None,
                 attention=settings.attention,
-                step=None if settings.attention is None or settings.attention.is_exact else step_of_run(options),
+                step=step_of_run(options) if settings.attention is not None and settings.attention.needs_step else None,
                 position=position,
                 attention_override=options.get("optimized_attention_override"),
                 block_replace=block_replacements(options, self.num_layers),

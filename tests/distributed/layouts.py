@@ -18,7 +18,7 @@ import torch
 from torch import Tensor
 
 import wan_fp8
-from wan_fp8.attention import Attention
+from wan_fp8.attention import Attention, AttentionCore, Sparsity, attention_cores
 from wan_fp8.caching import Conditioning, Curve, EasyCache, MagCache, RunPosition, apply_cache, apply_magcache, cache_of
 from wan_fp8.errors import InputError
 from wan_fp8.models.blocks import ForwardOptions
@@ -303,6 +303,40 @@ def check_compiled(dims: ParallelDims) -> None:
     close(velocities[2:], velocities[:1], 1e-7)
 
 
+def check_sparse_attention(dims: ParallelDims) -> None:
+    """Blocks are chosen for the heads of a rank, among all tokens: the same choices as in one process. A ring splits
+    keys and is refused."""
+    sparsity = Sparsity(
+        density=0.5,
+        policy="density",
+        bound=None,
+        skip_first=0.0,
+        skip_last=0.0,
+        skip_first_blocks=0,
+        skip_last_blocks=0,
+    )
+    models = [model_of(Task.TI2V, torch.float64), parallelize(model_of(Task.TI2V, torch.float64), dims)]
+    for model in models:
+        wan_fp8.set_attention(model, Attention(sparsity=sparsity))
+    video = Video(Task.TI2V, 1, frames=6, rows=20, columns=18)  # 540 tokens, 90 of them a first frame: 5 blocks
+    if dims.ring > 1:
+        refused(lambda: video.forward(models[1], 0), "which a ring splits")
+        return
+    theirs, ours = (video.forward(model, 0) for model in models)
+    close([ours], [theirs], 1e-7)
+    whole, part = (next(iter(_core(model).sparse_runs.values())) for model in models)
+    heads = HEADS // dims.ulysses
+    first = heads * _core(models[1]).share[0]
+    assert part.calls[0].density.tolist() == whole.calls[0].density[first : first + heads].tolist()
+    assert 0 < float(part.calls[0].density.mean()) < 1
+    remove_parallel(models[1])
+    assert _core(models[1]).share == (0, 1)
+
+
+def _core(model: WanModel) -> AttentionCore:
+    return next(core for core in attention_cores(model) if not core.always_exact)
+
+
 def check_undone(dims: ParallelDims) -> None:
     """Attaching changes no weight and leaves nothing behind; attaching twice is attaching once."""
     model = model_of(Task.T2V, torch.float32, "DelayedScaling")
@@ -455,6 +489,7 @@ def _two_ranks(name: str, dims: ParallelDims) -> Iterator[tuple[str, Callable[[]
         yield f"{name}: compiled", partial(check_compiled, dims)
     if dims.sequence > 1:
         yield f"{name}: FP8 attention", partial(check_fp8_attention, dims)
+        yield f"{name}: sparse attention", partial(check_sparse_attention, dims)
         yield f"{name}: NaN", partial(check_nan, dims)
         yield f"{name}: a skipped pass is silent", partial(check_skipped_pass_is_silent, dims)
 

@@ -40,7 +40,8 @@ CONTRACT = {
     ),
     "WanFP8Solver": ("solver", "sampler"),
     "WanFP8Attention": (
-        "model backend exact skip_first_steps skip_last_steps skip_first_blocks skip_last_blocks bound model_low",
+        "model backend exact skip_first_steps skip_last_steps skip_first_blocks skip_last_blocks bound model_low "
+        "sparsity sparsity_bound",
         "model model_low",
     ),
     "WanFP8Recipe": (

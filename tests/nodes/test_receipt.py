@@ -130,6 +130,33 @@ def test_a_cache_says_what_it_skipped(t2v):
     assert facts["reference"]["models"][0]["cache"] == "none"
 
 
+def test_sparse_attention_is_told_and_drawn(t2v, monkeypatch):
+    sparse = nodes_kit.module("wan_fp8.attention.sparse")
+    opened = {
+        "policy": "density",
+        "density": 0.5,
+        "bound": 0.9,
+        "skip_first": 0.0,
+        "skip_first_blocks": 0,
+        "skip_last_blocks": 0,
+    }
+    monkeypatch.setitem(sparse.presets(), "balanced", sparse.Sparsity(**opened))
+    larger = {"samples": torch.zeros(1, 16, 5, 12, 12)}  # 180 tokens, two blocks
+    models = call("WanFP8Attention", model=t2v[0], model_low=t2v[1], sparsity="balanced").args
+    _, before = receipt(*models, latent=larger, steps=6)
+    high, low = before["setting"]["sparsity"]
+    assert before["reference"]["sparsity"] == [], "the reference attends to all keys"
+    assert sorted(map(int, [*high["density_by_step"], *low["density_by_step"]])) == [1, 2, 3, 4, 5]  # the last is dense
+    assert high["dropped_mass"]["mean"] > 0 and high["policy"] == "density" and not before["latent"]["identical"]
+    image = nodes_kit.module("nodes.receipt_image")
+    plots = [
+        image.receipt_plot(facts) for facts in (before, {**before, "setting": {**before["setting"], "sparsity": []}})
+    ]
+    colour = torch.tensor(image.SPARSE) / 255
+    drawn = [int(((plot[0] - colour).abs().amax(-1) < 1e-3).sum()) for plot in plots]
+    assert drawn[0] > 5 * (2 * image.DOT) ** 2 > drawn[1] == 0, "a mark for each sparse step, and none without"
+
+
 def test_the_reference_in_float32_computes_in_float32():
     load, bridge = nodes_kit.module("wan_fp8.checkpoint.load"), nodes_kit.module("nodes.bridge")
     weights = {name: value.bfloat16() for name, value in kit.core_weights("t2v").items()}

@@ -97,6 +97,7 @@ def test_every_backend_is_offered_and_the_order_stays(pack):
 def test_defaults_are_the_engines(pack):
     schema = nodes_kit.load_pack()["WanFP8Attention"].GET_SCHEMA()
     defaults = {i.id: i.default for i in schema.inputs if getattr(i, "default", None) is not None}
+    assert (defaults.pop("sparsity"), defaults.pop("sparsity_bound")) == ("off", 0.0)
     assert pack.Attention(**defaults) == pack.Attention()
 
 
@@ -295,3 +296,40 @@ def test_cores_sampler_is_told_as_well(caplog, node_texts):
         kit.ksample(model)
     assert "attention reference-fp8: used for 1 of 4 self-attentions" in caplog.text
     assert "used for 1 of 4" in node_texts[-1]
+
+
+# ---- sparse attention ----------------------------------------------------------------------------------------------
+
+
+LARGER = {"width": 96, "height": 96, "length": 17}
+"""180 tokens: two blocks."""
+
+
+def test_sparsity_presets_are_the_engines(t2v, pack):
+    sparse = nodes_kit.module("wan_fp8.attention.sparse")
+    settings_of = nodes_kit.module("nodes.bridge").settings_of
+    assert ("off", *sparse.presets()) == nodes_kit.module("nodes.settings").SPARSITIES
+    output = call("WanFP8Attention", model=t2v[0], sparsity="fast", sparsity_bound=0.07)
+    chosen = settings_of(output.args[0]).attention.sparsity
+    assert (chosen.bound, chosen.coverage) == (0.07, sparse.presets()["fast"].coverage)
+    assert "sparse attention: masked, between the first 15% and the last 5%" in told(output)
+    assert "passed over fa4 for sparse: it needs a Hopper or Blackwell GPU" in told(output)
+    assert settings_of(attended(t2v[0], sparsity="balanced")[0]).attention.sparsity == sparse.presets()["balanced"]
+    with pytest.raises(nodes_kit.module("wan_fp8.errors").InputError, match="sparsity must be one of off, safe"):
+        attended(t2v[0], sparsity="most")
+
+
+def test_sparse_attention_in_a_run(t2v, monkeypatch, caplog, node_texts):
+    sparse = nodes_kit.module("wan_fp8.attention.sparse")
+    everywhere = sparse.Sparsity(policy="density", density=0.5, skip_first=0.3, skip_first_blocks=0, skip_last_blocks=0)
+    monkeypatch.setitem(sparse.presets(), "fast", everywhere)
+    plain = sample(t2v[0], guidance=1.0, **LARGER)
+    model, _ = attended(t2v[0], sparsity="fast", sparsity_bound=0.0)
+    with caplog.at_level(logging.INFO):
+        got = sample(model, guidance=1.0, **LARGER)
+    assert got.shape == plain.shape and 0 < float((got - plain).norm() / plain.norm()) < 0.5
+    assert "sparse attention (density, masked): 6 of 12 self-attentions" in caplog.text  # 2 blocks, steps 3 to 5 of 6
+    assert "dropped attention mass, measured on 6 samples" in node_texts[-1]
+    (facts,) = model.model.diffusion_model.sparse_facts
+    assert list(facts["density_by_step"]) == ["3", "4", "5"] and facts["answered"] == {"dense": 6, "masked": 6}
+    assert facts["seconds_saved"] is not None

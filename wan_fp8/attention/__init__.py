@@ -1,5 +1,5 @@
 """Attention backends behind one registry, chosen per device, dtype and shape; low-precision ones windowed and
-guarded."""
+guarded; block-sparse attention (``sparse``) around them."""
 
 from __future__ import annotations
 
@@ -13,7 +13,8 @@ from .core import (
     reset_guard,
     set_attention,
 )
-from .report import AttentionReport, attention_report
+from .report import AttentionReport, attention_report, sparsity_report
+from .sparse import Sparsity
 
 __all__ = [
     "ATTENTION",
@@ -21,9 +22,11 @@ __all__ = [
     "AttentionCore",
     "AttentionReport",
     "AttentionRequest",
+    "Sparsity",
     "Step",
     "attention_cores",
     "attention_report",
     "reset_guard",
     "set_attention",
+    "sparsity_report",
 ]

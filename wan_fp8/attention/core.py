@@ -16,6 +16,9 @@ from ..errors import InputError
 from ..hardware import DeviceCaps, device_caps
 from ..registry import Backend, KernelRegistry, Resolution
 from .guard import Verdict, measure_error
+from .sparse.order import BlockLayout
+from .sparse.run import SparseRun
+from .sparse.setting import Sparsity
 
 log = logging.getLogger("wan_fp8")
 
@@ -66,6 +69,9 @@ class Attention:
     """The guard's limit: relative L2 error of a block's attention on its real q, k and v, measured at its first use in
     a run. Between what FP8
     costs on Gaussian data at 75,600 tokens (0.055) and the failure that a mean in V causes (0.114). None: no guard."""
+    sparsity: Sparsity | None = None
+    """Self-attention over chosen blocks of keys, in a window of its own; outside it the fields above hold. None: all
+    keys, always."""
 
     def __post_init__(self) -> None:
         register_backends()
@@ -83,6 +89,11 @@ class Attention:
     def is_exact(self) -> bool:
         """True if no low-precision kernel is asked for."""
         return self.backend == "auto" or ATTENTION.backend(self.backend).exact
+
+    @property
+    def needs_step(self) -> bool:
+        """Whether a forward must say which step it is."""
+        return not self.is_exact or (self.sparsity is not None and self.sparsity.needs_step)
 
     def allows(self, step: Step | None, block: int, num_blocks: int) -> bool:
         """True inside the window of steps and blocks.
@@ -122,6 +133,14 @@ class AttentionCore(nn.Module):
         """What the guard found in this run, by setting."""
         self.answered: dict[Attention, Counter[str]] = {}
         """Calls of this run by the backend that answered them, for each low-precision setting."""
+        self.layout: BlockLayout | None = None
+        """Where the tokens of the forward that is running lie; set by the model while its setting is sparse."""
+        self.share = (0, 1)
+        """Which part of the block's heads come here: (rank, ranks)."""
+        self.sparse_refusal: str | None = None
+        """Why attention cannot be sparse here (its tokens are split); None where it can."""
+        self.sparse_runs: dict[Sparsity, SparseRun] = {}
+        """What sparse attention did in this run, by setting."""
         self._resolved: dict[tuple[str, AttentionRequest], Resolution[AttentionRequest]] = {}
 
     def forward(
@@ -135,6 +154,18 @@ class AttentionCore(nn.Module):
             step: For a setting with a window of steps.
         """
         setting = setting or self.setting
+        if setting.sparsity is None or self.always_exact:
+            return self._over_all_keys(q_BSNE, k_BLNE, v_BLNE, setting, step)
+        run = self.sparse_runs.get(setting.sparsity)
+        if run is None:
+            run = self.sparse_runs[setting.sparsity] = SparseRun(setting.sparsity, self.block, self.num_blocks)
+        if run.wants(step):
+            return run.sparse(q_BSNE, k_BLNE, v_BLNE, step, self.layout, self.share)
+        return run.dense(lambda: self._over_all_keys(q_BSNE, k_BLNE, v_BLNE, setting, step), q_BSNE.device)
+
+    def _over_all_keys(
+        self, q_BSNE: Tensor, k_BLNE: Tensor, v_BLNE: Tensor, setting: Attention, step: Step | None
+    ) -> Tensor:
         if setting.is_exact or self.always_exact:
             name = setting.backend if setting.is_exact else setting.exact
             return self.resolve(q_BSNE, k_BLNE, name).backend.run(q_BSNE, k_BLNE, v_BLNE)
@@ -206,4 +237,5 @@ def reset_guard(model: nn.Module) -> None:
     for module in attention_cores(model):
         module.verdicts.clear()
         module.answered.clear()
+        module.sparse_runs.clear()
         module._resolved.clear()

@@ -9,6 +9,7 @@ from torch import nn
 
 from .core import Attention, attention_cores
 from .guard import Verdict
+from .sparse.report import SparseReport, sparse_report
 
 MOST_BLOCKS = 8
 """Refused blocks that a line names one by one."""
@@ -67,3 +68,8 @@ def attention_report(model: nn.Module) -> list[AttentionReport]:
             if setting in core.verdicts:
                 verdicts.setdefault(setting, {})[core.block] = core.verdicts[setting]
     return [AttentionReport(setting, calls, verdicts.get(setting, {})) for setting, calls in answered.items()]
+
+
+def sparsity_report(model: nn.Module) -> list[SparseReport]:
+    """One report for each sparse setting that was asked for since ``reset_guard``. Waits for the GPU."""
+    return sparse_report(run for core in attention_cores(model) for run in core.sparse_runs.values())

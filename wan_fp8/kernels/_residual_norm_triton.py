@@ -43,11 +43,14 @@ def _scaled(normed, scale_ptr, shift_ptr, columns, inside, MODULATED: tl.constex
 def residual_norm_kernel(
     x_ptr, branch_ptr, gate_ptr, scale_ptr, shift_ptr, row_ptr, x_out_ptr, out_ptr,
     out_scale_ptr, multiplier_ptr, amax_ptr,
-    tokens, dim, eps, gate_stride, table_stride,
+    tokens, dim, gate_stride, table_stride, EPS: tl.constexpr,
     ADD: tl.constexpr, GATED: tl.constexpr, NORM: tl.constexpr, MODULATED: tl.constexpr, HAS_ROWS: tl.constexpr,
     MODE: tl.constexpr, POWER_OF_2: tl.constexpr, COLLECT: tl.constexpr, HEAD: tl.constexpr, TAIL: tl.constexpr,
 ):  # fmt: skip
-    """One token per program: its whole row stays in registers between the sum, the statistics and the output."""
+    """One token per program: its whole row stays in registers between the sum, the statistics and the output.
+
+    ``EPS`` is a constant: torch.compile would pass a number as float64, and all that it touches would be float64.
+    """
     token, rows = tl.program_id(0), tl.num_programs(0)
     row = (tl.load(row_ptr + token) if HAS_ROWS else token // tokens).to(tl.int64)
     start = token.to(tl.int64) * dim
@@ -70,7 +73,7 @@ def residual_norm_kernel(
         if TAIL > 0:
             x_rest = tl.where(inside, x_rest - mean, 0.0)
             squares += tl.sum(x_rest * x_rest, axis=0)
-        inverse = tl.rsqrt(squares / dim + eps)
+        inverse = tl.rsqrt(squares / dim + EPS)
         scale_ptr += row * table_stride
         shift_ptr += row * table_stride
         y = _scaled(x * inverse, scale_ptr, shift_ptr, first, all_inside, MODULATED)

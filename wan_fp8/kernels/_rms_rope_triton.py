@@ -8,7 +8,7 @@ import triton.language as tl
 
 @triton.jit
 def rms_rope_kernel(
-    x_ptr, out_ptr, weight_ptr, cos_ptr, sin_ptr, tokens, dim, eps,
+    x_ptr, out_ptr, weight_ptr, cos_ptr, sin_ptr, tokens, dim, EPS: tl.constexpr,
     HEAD_DIM: tl.constexpr, ROPE: tl.constexpr, PARTS: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
     """One token per program. Adjacent channels (2i, 2i+1) are a pair; pair p turns by angle p mod (HEAD_DIM / 2).
@@ -19,7 +19,7 @@ def rms_rope_kernel(
     offset = token.to(tl.int64) * dim + columns
     x = tl.load(x_ptr + offset, mask=inside, other=0.0).to(tl.float32)
     gain = tl.load(weight_ptr + columns, mask=inside, other=0.0).to(tl.float32)
-    y = x * tl.rsqrt(tl.sum(x * x, axis=0) / dim + eps) * gain
+    y = x * tl.rsqrt(tl.sum(x * x, axis=0) / dim + EPS) * gain
     if ROPE:
         pair = tl.arange(0, BLOCK // 2)
         place = (token % tokens).to(tl.int64) * (HEAD_DIM // 2) + pair % (HEAD_DIM // 2)

@@ -136,10 +136,10 @@ def fused(
     residual_norm_kernel[(batch * tokens,)](
         x_BSD, branch_BSD, gate_RD, scale, shift, rows, x_out, out,
         out_scale, None if cast is None else cast.multiplier, amax,
-        tokens, dim, eps,
+        tokens, dim,
         0 if gate_RD is None else gate_RD.stride(0),
         scale.stride(0) if scale is not None and modulated else 0,
-        ADD=branch_BSD is not None, GATED=gate_RD is not None, NORM=table is not None,
+        EPS=eps, ADD=branch_BSD is not None, GATED=gate_RD is not None, NORM=table is not None,
         MODULATED=modulated, HAS_ROWS=rows is not None,
         MODE=quantized.MODES[None if cast is None else cast.granularity],
         POWER_OF_2=cast is not None and cast.power_of_2, COLLECT=amax is not None,

@@ -80,7 +80,7 @@ def fused_(
     block = triton.next_power_of_2(dim)
     out = x_BSD if parts == 1 else x_BSD.new_empty(batch, parts, tokens, dim // parts)
     rms_rope_kernel[(batch * tokens,)](
-        x_BSD, out, weight, cos, sin, tokens, dim, eps,
+        x_BSD, out, weight, cos, sin, tokens, dim, EPS=eps,
         HEAD_DIM=head_dim, ROPE=rope is not None, PARTS=parts, BLOCK=block, num_warps=min(8, max(1, block // 1024)),
     )  # fmt: skip
     return out

@@ -101,13 +101,13 @@ class FaceFuser(nn.Module):
     def forward(self, x_BSD: Tensor, face_BFKD: Tensor, state: ForwardState) -> Tensor:
         """Normed video tokens (padding included) and normed face tokens -> what is added to the video, [B, S, D]."""
         frames, padding = face_BFKD.shape[1], x_BSD.shape[1] - state.num_tokens
-        q = self._normed(self.q_norm, self.linear1_q(x_BSD), state)[:, : state.num_tokens]
+        q = state.video_in_frames(self._normed(self.q_norm, self.linear1_q(x_BSD), state), state.num_tokens)
         k, v = self.linear1_kv(face_BFKD).chunk(2, dim=-1)
         k = self._normed(self.k_norm, k.flatten(0, 1).contiguous(), state)
         v = v.flatten(0, 1).unflatten(-1, (self.num_heads, self.head_dim))
         q = q.unflatten(1, (frames, -1)).flatten(0, 1)
         y = self.inner_attention(q, k, v, state.options.attention, state.options.step)
-        y = y.flatten(2).unflatten(0, (-1, frames)).flatten(1, 2)
+        y = state.video_in_sequence(y.flatten(2).unflatten(0, (-1, frames)).flatten(1, 2))
         return self.linear2(F.pad(y, (0, 0, 0, padding)) if padding else y)
 
     def _normed(self, norm: NormWeight, x_BSD: Tensor, state: ForwardState) -> Tensor:

@@ -15,6 +15,7 @@ from torch import Tensor, nn
 
 from ..attention import Attention as AttentionSetting
 from ..attention import AttentionCore, Step
+from ..attention.sparse import TokenOrder
 from ..compile import Compile, Run, run_plainly
 from ..kernels import residual_norm, rms_rope
 from ..kernels.quantize import Cast, QuantizedActivation
@@ -108,6 +109,16 @@ class ForwardState:
     """Set by a parallel layout whose ranks trade tokens for heads while the projections still run."""
     owned: bool = True
     """Nobody needs the tokens before the first block as they are: sums may be written over them."""
+    order: TokenOrder | None = None
+    """How the tokens stand; None: in the frame order."""
+
+    def video_in_frames(self, x: Tensor, video: int) -> Tensor:
+        """The first ``video`` tokens [B, S, ...] in the frame order; what stands behind them is cut off."""
+        return x[:, :video] if self.order is None else self.order.video_in_frames(x)
+
+    def video_in_sequence(self, x: Tensor) -> Tensor:
+        """The reverse: from the frame order to that of the blocks."""
+        return x if self.order is None else self.order.video_in_blocks(x)
 
 
 class TextContext:

@@ -222,9 +222,11 @@ class S2VModel(WanModel):
         table = self.audio_injector.injector_adain_layers[number](whole, state.compute_dtype, self.high_dtype)
         video, tokens = state.task["video_tokens"], stream.settled().shape[1]
         frames = state.task["frame_of_token"]
-        row = F.pad(frames.repeat_interleave(video // frames.shape[1], dim=1), (0, tokens - video))
-        x = stream.normed_by(table, row, state.compute_dtype, ADAIN_EPS)[:, :video].contiguous()
-        stream.add(F.pad(injector.hear(x, parts, state), (0, 0, 0, tokens - video)), None)
+        of_video = state.video_in_sequence(frames.repeat_interleave(video // frames.shape[1], dim=1))
+        row = F.pad(of_video, (0, tokens - video))
+        normed = stream.normed_by(table, row, state.compute_dtype, ADAIN_EPS)
+        heard = injector.hear(state.video_in_frames(normed, video).contiguous(), parts, state)
+        stream.add(F.pad(state.video_in_sequence(heard), (0, 0, 0, tokens - video)), None)
         return stream
 
     def _time_rows(

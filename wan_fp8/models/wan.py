@@ -23,7 +23,8 @@ import torch
 from torch import Tensor, nn
 
 from .. import kernels
-from ..attention import reset_guard
+from ..attention import AttentionCore, reset_guard
+from ..attention.sparse import TokenOrder, token_order
 from ..compile import Compile, CompiledParts, Run, run_plainly
 from ..errors import InputError
 from ..kernels.residual_norm import NormTable
@@ -87,6 +88,8 @@ bf16."""
 MAX_CACHED_CONDITIONS = 4
 """Encoded faces or sounds that are kept: cond and uncond, twice. A few MB each."""
 MAX_CACHED_ROPE_TABLES = 4
+GIVEN_FIRST_FRAME = (Task.I2V, Task.TI2V, Task.ANIMATE)
+"""Tasks whose first latent frame is, or may be, a given picture: sparse attention keeps it for every query."""
 
 
 class Head(nn.Module):
@@ -232,18 +235,24 @@ class WanModel(nn.Module):
             task=task,
             owned=not any(getattr(wrapper, "keeps_input", True) for wrapper in self.stack_wrappers.values()),
         )
+        video = math.prod(grid)  # what a task put behind the video ends here
+        state.order = self._order(options, grid, tokens.shape[1] - video, tokens.device)
+        if state.order is not None:
+            tokens = self._ordered(tokens, state, state.order)
         multiple = self.token_multiple
         if self.quantization is not None:
             multiple *= self.quantization.begin(tokens.device, state.compute_dtype, state.fused)
         tokens = self._padded(tokens, state, multiple)
         if self.quantization is not None:
             self.quantization.padded(tokens.shape[1], state.num_tokens)
-        video = math.prod(grid)  # what a task put behind the video ends here
-        tokens = self._stack()(tokens, state)[:, :video].contiguous()
+        order = state.order
+        tokens = self._stack()(tokens, state)
+        tokens = tokens[:, :video].contiguous() if order is None else order.video_in_frames(tokens)
         if self.quantization is not None:
             self.quantization.end(timestep)
-        if state.modulation.row_of_token is not None:
-            state.modulation.row_of_token = state.modulation.row_of_token[:, :video].contiguous()
+        row = state.modulation.row_of_token
+        if row is not None:
+            state.modulation.row_of_token = row[:, :video].contiguous() if order is None else order.video_in_frames(row)
         return self.unpatchify(self.head(ResidualStream(tokens, state, self.spec.eps), embedding), grid)
 
     def embed(self, x: Tensor, task_inputs: dict[str, Any], options: ForwardOptions) -> Embedded:
@@ -434,6 +443,35 @@ class WanModel(nn.Module):
         rows = self.time_projection(embedding).unflatten(1, (6, self.spec.dim))
         return embedding, Modulation(rows, row_of_token)
 
+    def _order(
+        self, options: ForwardOptions, grid: tuple[int, int, int], behind: int, device: torch.device
+    ) -> TokenOrder | None:
+        """The order in which tokens stand where attention is sparse in any step of the run: a cache of steps keeps
+        residuals in it, so that it must not change. The attentions are told where the tokens lie."""
+        cores = [_core_of(block) for block in self.blocks]
+        setting = options.attention or cores[0].setting
+        if setting.sparsity is None:
+            return None
+        if cores[0].sparse_refusal is not None:
+            raise InputError(cores[0].sparse_refusal)
+        if options.attention_override is not None:
+            raise InputError(
+                "another node replaces the attention of this model, which would then not be sparse: remove it, or turn "
+                "sparsity off"
+            )
+        order = token_order(grid, behind, self.spec.task in GIVEN_FIRST_FRAME, device)
+        for core in cores:
+            core.layout = order.layout
+        return order
+
+    def _ordered(self, tokens: Tensor, state: ForwardState, order: TokenOrder) -> Tensor:
+        """Put the tokens into ``order``; rotary angles and row indices follow."""
+        cos, sin = state.rope
+        state.rope = (order.apply(cos, 0), order.apply(sin, 0))
+        if state.modulation.row_of_token is not None:
+            state.modulation.row_of_token = order.apply(state.modulation.row_of_token)
+        return order.apply(tokens)
+
     def _padded(self, tokens: Tensor, state: ForwardState, multiple: int) -> Tensor:
         """Pad the token axis once, to ``multiple``; rotary angles and row indices follow."""
         extra = -tokens.shape[1] % multiple
@@ -455,23 +493,39 @@ class WanModel(nn.Module):
     def _replaced(
         self, block: nn.Module, replace: Callable, stream: ResidualStream, state: ForwardState
     ) -> ResidualStream:
-        """A host's replacement of one block sees and returns plain tokens."""
+        """A host's replacement of one block sees and returns plain tokens, in the frame order."""
+
+        order = state.order
 
         def original(args: dict[str, Any]) -> dict[str, Any]:
-            return {"img": block(ResidualStream(args["img"], state, self.spec.eps), state).settled()}
+            tokens = args["img"] if order is None else order.apply(args["img"])
+            tokens = block(ResidualStream(tokens, state, self.spec.eps), state).settled()
+            return {"img": tokens if order is None else order.undo(tokens)}
 
+        tokens, rope = stream.settled(), state.rope
+        if order is not None:
+            tokens, rope = order.undo(tokens), (order.undo(rope[0], 0), order.undo(rope[1], 0))
         args = {
-            "img": stream.settled(),
+            "img": tokens,
             "txt": state.context.tokens_BLD,
             "vec": state.modulation.rows,
-            "pe": state.rope,
+            "pe": rope,
             "transformer_options": state.options.host_options,
         }
-        return ResidualStream(replace(args, {"original_block": original})["img"], state, self.spec.eps)
+        tokens = replace(args, {"original_block": original})["img"]
+        return ResidualStream(tokens if order is None else order.apply(tokens), state, self.spec.eps)
 
 
 def _nothing() -> None:
     pass
+
+
+def _core_of(block: nn.Module) -> AttentionCore:
+    """The self-attention of a block, which a parallel layout may have wrapped."""
+    inner = block.get_submodule("self_attn.inner_attention")
+    core = inner if isinstance(inner, AttentionCore) else inner.get_submodule("core")
+    assert isinstance(core, AttentionCore)
+    return core
 
 
 def _wrapped(wrapper: StackWrapper, inner: StackFunction) -> StackFunction:

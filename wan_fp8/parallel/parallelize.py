@@ -8,6 +8,7 @@ import torch.distributed as dist
 from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 
+from ..attention import AttentionCore
 from ..errors import InputError
 from ..models.wan import WanModel
 from .dims import Groups, ParallelDims, build_groups
@@ -15,6 +16,11 @@ from .exchange import Traffic
 from .fsdp import shard_blocks
 from .guidance import GuidanceParallel
 from .ulysses import NAME, ParallelCore, SequenceParallel
+
+RING_AND_SPARSE = (
+    "sparse attention chooses blocks among all queries and keys of a head, which a ring splits: use ulysses alone, or "
+    "turn sparsity off"
+)
 
 
 class SharedMaxima:
@@ -75,7 +81,11 @@ def parallelize(model: WanModel, dims: ParallelDims, *, device_type: str | None 
         model.token_multiple = dims.sequence
         model.stack_wrappers[NAME] = split
         for attention in _self_attentions(model):
-            attention.inner_attention = ParallelCore(attention.get_submodule("inner_attention"), split)
+            core = attention.get_submodule("inner_attention")
+            attention.inner_attention = ParallelCore(core, split)
+            if isinstance(core, AttentionCore):
+                core.share = (groups.ulysses.rank(), dims.ulysses)
+                core.sparse_refusal = RING_AND_SPARSE if dims.ring > 1 else None
     handles = GuidanceParallel(groups, traffic).attach(model) if dims.cfg > 1 else ()
     _reduce_with(model, SharedMaxima(groups) if dims.world > 1 else None)
     model.layout = Layout(dims, groups, traffic, tuple(handles))
@@ -100,7 +110,9 @@ def remove_parallel(model: WanModel) -> WanModel:
     model.stack_wrappers.pop(NAME, None)
     for attention in _self_attentions(model):
         if isinstance(attention.inner_attention, ParallelCore):
-            attention.inner_attention = attention.inner_attention.core
+            core = attention.inner_attention = attention.inner_attention.core
+            if isinstance(core, AttentionCore):
+                core.share, core.sparse_refusal = (0, 1), None
     _reduce_with(model, None)
     model.layout = None
     model.clear_text_cache()

@@ -1,0 +1,256 @@
+"""Block-sparse attention of one transformer block in one sampling run: when, with which blocks, and what came of it."""
+
+from __future__ import annotations
+
+import time
+from collections import Counter
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from ...errors import InputError
+from ...hardware import device_caps
+from ...registry import Backend
+from .guarantee import TRIALS, HeadControl, Measured, Sample, measure, sample
+from .order import BLOCK, BlockLayout
+from .policies import Asked, policy
+from .registry import SPARSE, Selection, SparseRequest, query_rows, register_backends
+from .selection import BlockStatistics, choose, use_fused
+from .setting import Sparsity
+
+
+@dataclass(slots=True)
+class Call:
+    """One sparse attention; the tensors stay on the device until they are reported."""
+
+    step: int
+    density: Tensor
+    """[N]"""
+    at: Sample
+    found: Measured
+
+
+@dataclass(slots=True)
+class Times:
+    """Seconds of attentions, without making the host wait for a GPU."""
+
+    seconds: dict[str, list[float]] = field(default_factory=lambda: {"dense": [], "sparse": []})
+    _events: list[tuple[str, Any, Any]] = field(default_factory=list)
+
+    def start(self, device: torch.device) -> Any:
+        """Before the work is queued."""
+        if device.type != "cuda":
+            return time.perf_counter()
+        event = torch.cuda.Event(enable_timing=True)
+        event.record()
+        return event
+
+    def stop(self, kind: str, began: Any) -> None:
+        """After it is queued."""
+        if isinstance(began, float):
+            self.seconds[kind].append(time.perf_counter() - began)
+            return
+        ended = torch.cuda.Event(enable_timing=True)
+        ended.record()
+        self._events.append((kind, began, ended))
+
+    def read(self) -> dict[str, list[float]]:
+        """All of them; waits for the GPU."""
+        for kind, began, ended in self._events:
+            ended.synchronize()
+            self.seconds[kind].append(began.elapsed_time(ended) / 1000)
+        self._events.clear()
+        return self.seconds
+
+
+class SparseRun:
+    """State of one transformer block under one setting, from ``reset_guard`` to the next."""
+
+    def __init__(self, sparsity: Sparsity, block: int, num_blocks: int) -> None:
+        register_backends()
+        self.sparsity, self.block, self.num_blocks = sparsity, block, num_blocks
+        self.calls: list[Call] = []
+        self.times = Times()
+        self.answered: Counter[str] = Counter()
+        """Calls by the backend that answered them; ``dense`` outside the window."""
+        self.control: HeadControl | None = None
+        self.head_counts: Tensor | None = None
+        self._kept: dict[tuple[int, tuple[int, ...]], tuple[int, Selection]] = {}
+        """Choices that serve several steps: by place of the call in its step, and shape."""
+        self._place = (-1, 0)
+        self._looks = 0
+
+    def wants(self, step: Any) -> bool:
+        """Whether this forward's attention is sparse.
+
+        Raises:
+            InputError: there is a window of steps, and the caller did not say which step this is.
+        """
+        sparsity = self.sparsity
+        if not sparsity.allows_block(self.block, self.num_blocks):
+            return False
+        if step is None:
+            if sparsity.needs_step:
+                raise InputError(
+                    "sparsity is limited to a window of steps, and this forward does not say its step: pass "
+                    "ForwardOptions(step=Step(index, total)), or set skip_first and skip_last to 0"
+                )
+            return True
+        return step.index in sparsity.steps(step.total)
+
+    def dense(self, attend: Callable[[], Tensor], device: torch.device) -> Tensor:
+        """An attention outside the window, timed: what the sparse ones are compared with."""
+        began = self.times.start(device)
+        out = attend()
+        self.times.stop("dense", began)
+        self.answered["dense"] += 1
+        return out
+
+    def sparse(
+        self,
+        q_BSNE: Tensor,
+        k_BLNE: Tensor,
+        v_BLNE: Tensor,
+        step: Any,
+        layout: BlockLayout | None,
+        share: tuple[int, int] = (0, 1),
+    ) -> Tensor:
+        """Choose blocks, attend, look at samples.
+
+        Args:
+            layout: Where the tokens lie; None: nothing is known, and each block keeps its own only.
+            share: Which part of the transformer block's heads these are: (rank, ranks).
+        """
+        began = self.times.start(q_BSNE.device)
+        backend, selection = self.selected(q_BSNE, k_BLNE, v_BLNE, step, layout, share)
+        out = backend.run(q_BSNE, k_BLNE, v_BLNE, selection)
+        at = self._look(q_BSNE, selection)
+        found = measure(q_BSNE, k_BLNE, v_BLNE, out, selection, at, use_fused(q_BSNE))
+        assert self.control is not None
+        self.control.learn(at, found)
+        self.calls.append(Call(0 if step is None else step.index, selection.density(), at, found))
+        self.times.stop("sparse", began)
+        self.answered[backend.name] += 1
+        return out
+
+    def selected(
+        self,
+        q_BSNE: Tensor,
+        k_BLNE: Tensor,
+        v_BLNE: Tensor,
+        step: Any,
+        layout: BlockLayout | None,
+        share: tuple[int, int] = (0, 1),
+    ) -> tuple[Backend[SparseRequest], Selection]:
+        """Who will attend, and to which blocks; as ``sparse``.
+
+        Raises:
+            InputError: some of the tokens are missing.
+        """
+        layout = layout or BlockLayout(k_BLNE.shape[1])
+        if layout.num_tokens != k_BLNE.shape[1] or q_BSNE.shape[1] < k_BLNE.shape[1]:
+            raise InputError(
+                f"sparsity needs all {layout.num_tokens} tokens as queries and as keys; got {q_BSNE.shape[1]} and "
+                f"{k_BLNE.shape[1]}: split heads (ulysses), not tokens (ring)"
+            )
+        backend = self.backend(q_BSNE, k_BLNE)
+        index, total = (0, 1) if step is None else (step.index, step.total)
+        if self.control is None:
+            self.control = HeadControl(q_BSNE.shape[2], self.sparsity.bound, self.sparsity.least, q_BSNE.device)
+        return backend, self._selection(q_BSNE, k_BLNE, v_BLNE, backend.name, index, total, layout, share)
+
+    def backend(self, q_BSNE: Tensor, k_BLNE: Tensor) -> Backend[SparseRequest]:
+        """Who computes tensors like these."""
+        request = SparseRequest(
+            device_caps(q_BSNE.device), q_BSNE.dtype, q_BSNE.shape[3], q_BSNE.shape[1], k_BLNE.shape[1]
+        )
+        return SPARSE.resolve(self.sparsity.backend, request).backend
+
+    def _look(self, q_BSNE: Tensor, selection: Selection, *, every_head: bool = False) -> Sample:
+        self._looks += 1
+        blocks = -(-selection.num_keys // selection.query_rows)  # not those of padding
+        return sample(self._looks, q_BSNE.shape[2], blocks, q_BSNE.device, every_head=every_head)
+
+    def _selection(
+        self,
+        q: Tensor,
+        k: Tensor,
+        v: Tensor,
+        backend: str,
+        step: int,
+        total: int,
+        layout: BlockLayout,
+        share: tuple[int, int],
+    ) -> Selection:
+        """The blocks of this call: chosen now, or in one of the last steps."""
+        fused = use_fused(q)
+        self._place = (step, self._place[1] + 1 if self._place[0] == step else 0)
+        key = (self._place[1], tuple(q.shape))
+        chosen = self._kept.get(key)
+        if chosen is not None and 0 <= step - chosen[0] < self.sparsity.reuse:
+            return chosen[1]
+        self._kept.pop(key, None)
+        chooser = Chooser(self, q, k, backend, step, total, layout, share, fused)
+        selection = chooser()
+        assert self.control is not None
+        if not self.calls and self.sparsity.bound is not None:
+            for _ in range(TRIALS):
+                at = self._look(q, selection, every_head=True)
+                self.control.learn(at, measure(q, k, v, None, selection, at, fused))
+                selection = chooser()
+            self.control.forgive()  # trials move a head; only what was used can make it dense
+        if self.sparsity.reuse > 1:
+            self._kept[key] = (step, selection)
+        return selection
+
+
+class Chooser:
+    """One call's scores, from which blocks are chosen once or, on trial, several times."""
+
+    def __init__(
+        self,
+        run: SparseRun,
+        q: Tensor,
+        k: Tensor,
+        backend: str,
+        step: int,
+        total: int,
+        layout: BlockLayout,
+        share: tuple[int, int],
+        fused: bool,
+    ) -> None:
+        self.run, self.layout, self.fused = run, layout, fused
+        self.num_queries, self.batch = q.shape[1], q.shape[0]
+        self.rows = query_rows(backend, device_caps(q.device))
+        heads = q.shape[2]
+        rows, tokens = self.rows, layout.num_tokens
+
+        def statistics() -> tuple[BlockStatistics, BlockStatistics]:
+            return BlockStatistics.of(q, tokens, rows, fused), BlockStatistics.of(k, tokens, BLOCK, fused)
+
+        asked = Asked(
+            sparsity=run.sparsity,
+            layout=layout,
+            statistics=statistics,
+            heads=slice(share[0] * heads, (share[0] + 1) * heads),
+            num_heads=share[1] * heads,
+            block=run.block,
+            step=step,
+            total=total,
+            query_rows=rows,
+            query_blocks=-(-q.shape[1] // rows),
+            device=q.device,
+        )
+        self.choice = policy(run.sparsity.policy)(asked)
+
+    def __call__(self) -> Selection:
+        control = self.run.control
+        assert control is not None
+        scores = self.choice.scores.expand(self.batch, -1, -1, -1)
+        amount = control.amount(self.choice.amount)
+        return choose(
+            scores, amount, control.dense, self.choice.rule, self.layout, self.num_queries, self.rows, self.fused
+        )
