@@ -59,7 +59,7 @@ class Preset:
             + ("" if recipe.is_none else f", backend {recipe.backend}, all else as it comes"),
             f"Wan2.2 Attention: backend {attention.backend}{window}",
             "Wan2.2 MagCache: " + ("none" if cache is None else f"preset {named}, all else as it comes"),
-            "Wan2.2 Compile and Precision: none (what it gains has not been measured)",
+            "Wan2.2 Compile and Precision: none (a block takes as long with it: measured on an H200)",
             *self.reasons,
         ]
 
