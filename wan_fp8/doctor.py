@@ -33,7 +33,7 @@ from .attention.guard import measure_error
 from .checkpoint.detect import inspect
 from .checkpoint.folder import resolve_folder
 from .checkpoint.listing import find_checkpoints
-from .errors import BackendUnavailableError, WanFP8Error
+from .errors import BackendUnavailableError, InputError, WanFP8Error
 from .gemm import GEMM, GemmRequest, GemmRunner, token_multiple
 from .gemm import register_backends as register_gemm
 from .hardware import DeviceCaps, device_caps, driver_version, free_memory_bytes, gpu_devices, has_module
@@ -41,6 +41,7 @@ from .kernels.quantize import Cast, Granularity, quantize, quantize_weight
 from .libraries import LIBRARIES, Package, pick, this_machine
 from .models.memory import activation_bytes, weight_bytes
 from .models.specs import SPECS, ModelSpec
+from .parallel.plan import Machine, Workload, plan
 from .quant.recipe import GRANULARITIES, Recipe
 from .sampling import DEFAULTS
 
@@ -430,14 +431,32 @@ def recommendation(patient: Patient) -> list[Row]:
     setting = presets.choose("balanced", patient.caps, torch.bfloat16, spec)
     rows = [Row("Wan2.2 Preset", "balanced", "; ".join(setting.reasons) or "FP8 weights and products, exact attention")]
     rows += [Row("which is", line) for line in setting.lines()[:3]]
-    rows.append(
-        Row("topology", "one GPU" if len(gpu_devices()) < 2 else f"{len(gpu_devices())} GPUs: docs/parallel.md")
-    )
+    rows.append(Row("topology", *_topology(spec, setting.recipe)))
     for model, sizes in SIZES.items():
         chosen = presets.choose("balanced", patient.caps, torch.bfloat16, SPECS[model])
         for size in sizes:
             rows.append(Row(f"{model}, {size}", *_expected(patient, model, size, chosen.recipe)))
     return rows
+
+
+def _topology(spec: ModelSpec, recipe: Recipe) -> tuple[str, str]:
+    """What several GPUs would do together for a video of 720p, by the planner."""
+    gpus = [device_caps(device) for device in gpu_devices() if device.type == "cuda"]
+    if len(gpus) < 2:
+        return "one GPU", ""
+    if len({gpu.name for gpu in gpus}) > 1:
+        return "one GPU", f"the {len(gpus)} GPUs are of different kinds, and would wait for the slowest one"
+    memory = min(gpu.total_memory_bytes or 0 for gpu in gpus) / GIB
+    shape = presets.latent_shape(spec)
+    tokens = math.prod(n // p for n, p in zip(shape[2:], spec.patch_size, strict=True))
+    try:
+        made = plan(
+            Machine(gpus=len(gpus), memory_gib=memory),
+            Workload(spec=spec, tokens=tokens, experts=2, fp8=not recipe.is_none),
+        )
+    except InputError as error:
+        return "one GPU", str(error)
+    return str(made.dims), f"{made.reason} Estimated, not measured; docs/parallel.md"
 
 
 def _expected(patient: Patient, model: str, size: str, recipe: Recipe) -> tuple[str, str]:
@@ -481,7 +500,7 @@ SECTIONS: dict[str, Callable[[Patient], list[Row]]] = {
 
 # ---- command line --------------------------------------------------------------------------------------------------
 
-KINDS = ("wan", "diffusion_models", "text_encoders", "vae", "loras")
+KINDS = ("wan", "diffusion_models", "text_encoders", "vae", "loras", "clip_vision", "audio_encoders")
 
 
 def default_folders(models: Path | None) -> dict[str, list[Path]]:

@@ -112,6 +112,20 @@ def test_a_measured_gpu_gets_times_and_another_one_none(monkeypatch: pytest.Monk
     )
 
 
+def test_several_gpus_get_a_topology(monkeypatch: pytest.MonkeyPatch) -> None:
+    fakes = {torch.device("cuda", index): on("NVIDIA H200", (9, 0), 140).caps for index in range(4)}
+    monkeypatch.setattr(doctor, "gpu_devices", lambda: list(fakes))
+    monkeypatch.setattr(doctor, "device_caps", lambda device: fakes[device])
+    spec = doctor.SPECS["i2v-A14B"]
+    found, why = doctor._topology(spec, doctor.Recipe("rowwise"))
+    assert found.startswith("cfg 2 x ulysses 2") and "guidance share nothing" in why and "Estimated" in why
+    fakes[torch.device("cuda", 3)] = on("NVIDIA A100", (8, 0), 80).caps
+    assert "different kinds" in doctor._topology(spec, doctor.Recipe("rowwise"))[1]
+    for device in fakes:
+        fakes[device] = on("NVIDIA RTX A400", (8, 6), 4).caps
+    assert "needs" in doctor._topology(spec, doctor.Recipe("none"))[1], "it does not fit, however it is split"
+
+
 def test_memory_that_does_not_fit_is_said() -> None:
     small = text(doctor.recommendation(on("NVIDIA GeForce RTX 4070", (8, 9), 11.7)))
     assert "weights are streamed from host memory" in small
