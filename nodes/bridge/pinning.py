@@ -82,7 +82,9 @@ def forget_refused_pins() -> None:
     def pin_memory(tensor: Tensor) -> Any:
         pinned = plain(tensor)
         if not pinned and tensor.device.type == "cpu" and not tensor.is_pinned():
-            _take_refusal_back(comfy.model_management.get_torch_device())
+            refusal = _take_refusal_back(comfy.model_management.get_torch_device())
+            if refusal is not None:
+                log.debug("%d bytes at %#x were not pinned: %s", _bytes(tensor), tensor.data_ptr(), refusal)
         return pinned
 
     pin_memory.wan_fp8_plain = plain  # type: ignore[attr-defined]
@@ -108,14 +110,16 @@ def _bytes(value: Tensor) -> int:
     return value.numel() * value.element_size()
 
 
-def _take_refusal_back(device: torch.device) -> None:
-    """Take the error of a refused pin away, which would be raised at the next kernel launch; any other is raised."""
+def _take_refusal_back(device: torch.device) -> str | None:
+    """Take the error of a refused pin away, which would be raised at the next kernel launch, and say what it was; any
+    other is raised."""
     if torch.device(device).type != "cuda":
-        return
+        return None
     try:
         torch.zeros(1, device=device)
         torch.cuda.synchronize(device)
     except RuntimeError as error:
         if not any(words in str(error) for words in REFUSALS):
             raise
-        log.debug("a weight could not be pinned where it lies: %s", str(error).splitlines()[0])
+        return str(error).splitlines()[0]
+    return None

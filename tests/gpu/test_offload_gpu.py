@@ -40,10 +40,14 @@ def core():
 
 
 @pytest.fixture(autouse=True)
-def inference():
+def inference(caplog):
+    """And every weight that stays in host memory is pinned: nothing was refused."""
+    caplog.set_level("DEBUG", "wan_fp8")
     with torch.inference_mode():
         yield
     kit.unload_everything()
+    refused = [record.getMessage() for record in caplog.records if "not pinned" in record.getMessage()]
+    assert not refused, (len(refused), refused[:8])
 
 
 def own(seed: int = 0):

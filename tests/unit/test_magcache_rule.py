@@ -387,3 +387,16 @@ def test_no_json_is_refused(tmp_path):
         load_curve(path)
     with pytest.raises(InputError, match=r"gone\.json is no readable JSON"):
         load_curve(tmp_path / "gone.json")
+
+
+def test_measured_figures_of_the_page_are_those_of_the_script() -> None:
+    pack = Path(__file__).resolve().parents[2]
+    page = (pack / "docs" / "magcache.md").read_text(encoding="utf-8")
+    rows = json.loads((pack / "benchmarks/results/cache_i2v-a14b_1280x720_h200.json").read_text())["rows"]
+    for row in rows:
+        cells = (
+            f"`{row['cache']}`", row["passes_computed"], row["passes_skipped"], f"{row['skipped_pass_ms']:.1f}",
+            f"{row['loop_ratio']:.3f}", row["activations_per_conditioning"],
+        )  # fmt: skip
+        assert "| " + " | ".join(map(str, cells)) + " |\n" in page
+        assert row["passes_computed"] + row["passes_skipped"] == 80
