@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 
 import torch
+
 from wan_fp8 import doctor, presets
 from wan_fp8.hardware import device_caps
 from wan_fp8.models.specs import I2V_A14B
