@@ -1,7 +1,6 @@
 # make demo   a video from nothing: sets up ComfyUI, makes a tiny checkpoint, runs workflows/t2v_a14b.json
 # make test   the whole test suite against that ComfyUI          make ui     only the tests in a browser
 # make check  ruff and mypy                                      make host   only set up the ComfyUI, in .host/
-# make soak   200 mixed prompts in one server: what they leave behind
 # make clean  removes caches, .out/ and .host/, never output/
 #
 # COMFYUI_DIR=... make demo uses your own ComfyUI. PYTHON=... names the interpreter to build with.
@@ -17,7 +16,7 @@ TESTS ?=
 # Triton, for its interpreter only: kept out of the environment, where PyTorch would find it and take it for a GPU's.
 TRITON = $(WAN_FP8_HOST_DIR)/triton
 
-.PHONY: demo test check host clean ui triton soak
+.PHONY: demo test check host clean ui triton
 
 demo:
 	@$(PYTHON) scripts/demo.py
@@ -37,9 +36,6 @@ test: host triton
 ui: host
 	@$(PYTEST) tests/ui
 
-soak: host
-	@$(PINNED) $(VENV)/python scripts/soak.py prompts
-
 # The pack's modules import each other relatively; the link gives mypy a package name to resolve that from.
 check: host
 	@$(VENV)/ruff check .
@@ -47,6 +43,11 @@ check: host
 	@mkdir -p .out/typing && ln -sfn ../.. .out/typing/wan_fp8_pack
 	@$(VENV)/mypy -p wan_fp8_pack.wan_fp8 -p wan_fp8_pack.nodes
 	@$(VENV)/mypy scripts
+
+# Some minutes: 200 mixed prompts in one server, and what they leave behind.
+.PHONY: prompts
+prompts: host
+	@$(PINNED) $(VENV)/python scripts/soak_prompts.py
 
 clean:
 	rm -rf .host .out .pytest_cache .mypy_cache .ruff_cache .hypothesis

@@ -1,4 +1,4 @@
-"""A short slice of ``make soak``, and that it would notice what it is there for."""
+"""A short slice of ``make prompts``, and that it would notice what it is there for."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ import time
 from typing import Any
 
 import pytest
-import soak
+import soak_prompts as soak
 from headless.client import Client
 
 pytestmark = pytest.mark.skipif(not sys.platform.startswith("linux"), reason="it reads /proc, which only Linux has")

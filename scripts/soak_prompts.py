@@ -1,8 +1,8 @@
 #!/usr/bin/env python3
 """Many mixed prompts in one server, and what they leave behind: memory, open files, threads. Linux.
 
-    python scripts/soak.py prompts                 200 prompts on tiny checkpoints; 'make soak' does this
-    python scripts/soak.py prompts --count 1000
+    python scripts/soak_prompts.py                 200 prompts on tiny checkpoints; 'make prompts' does this
+    python scripts/soak_prompts.py --count 1000
 
 Every kind of sampler, recipe, attention, cache and LoRA, with prompts that are cancelled and prompts that fail in
 between. Now and then ComfyUI is asked to free its memory and the process is looked at. Exit code 1: something grew.
@@ -225,8 +225,12 @@ def soak(
 # ---- command line --------------------------------------------------------------------------------------------------
 
 
-def prompts(asked: argparse.Namespace) -> int:
-    """The subcommand of that name."""
+def main(arguments: Sequence[str] | None = None) -> int:
+    parser = argparse.ArgumentParser(description="Mixed prompts in one server on tiny checkpoints: what they leave.")
+    parser.add_argument("--count", type=int, default=200, help="how many prompts; default 200")
+    asked = parser.parse_args(arguments)
+    if not sys.platform.startswith("linux"):
+        parser.error("it reads /proc, which only Linux has")
     import host
     from comfy_server import start_server
     from headless.client import Client
@@ -240,26 +244,10 @@ def prompts(asked: argparse.Namespace) -> int:
         (base / "input").mkdir()
         (base / "input" / "example.png").write_bytes((chosen.comfyui / "input" / "example.png").read_bytes())
         server = stack.enter_context(start_server(chosen, base=base))
-        looks = soak(Client(server.url), server.pid, server.url, TASKS, asked.count, EVERY, print)
+        looks = soak(Client(server.url), server.pid, server.url, TASKS, asked.count)
     found = findings(looks)
     print("\n".join(found) or f"{asked.count} prompts: nothing grew")
     return int(bool(found))
-
-
-SUBCOMMANDS: dict[str, tuple[Callable[[argparse.Namespace], int], str]] = {
-    "prompts": (prompts, "mixed prompts in one server on tiny checkpoints"),
-}
-
-
-def main(arguments: Sequence[str] | None = None) -> int:
-    parser = argparse.ArgumentParser(description="What many prompts leave behind.")
-    chosen = parser.add_subparsers(dest="what", required=True)
-    for name, (_, what) in SUBCOMMANDS.items():
-        chosen.add_parser(name, help=what).add_argument("--count", type=int, default=200, help="how many; default 200")
-    asked = parser.parse_args(arguments)
-    if not sys.platform.startswith("linux"):
-        parser.error("it reads /proc, which only Linux has")
-    return SUBCOMMANDS[asked.what][0](asked)
 
 
 if __name__ == "__main__":
