@@ -1,6 +1,7 @@
 # make demo   a video from nothing: sets up ComfyUI, makes a tiny checkpoint, runs workflows/t2v_a14b.json
 # make test   the whole test suite against that ComfyUI          make ui     only the tests in a browser
 # make check  ruff and mypy                                      make host   only set up the ComfyUI, in .host/
+# make soak   100 prompts through a pool of two CPU processes, with faults; SOAK="--seconds 120" for less
 # make clean  removes caches, .out/ and .host/, never output/
 #
 # COMFYUI_DIR=... make demo uses your own ComfyUI. PYTHON=... names the interpreter to build with.
@@ -16,7 +17,7 @@ TESTS ?=
 # Triton, for its interpreter only: kept out of the environment, where PyTorch would find it and take it for a GPU's.
 TRITON = $(WAN_FP8_HOST_DIR)/triton
 
-.PHONY: demo test check host clean ui triton
+.PHONY: demo test check host clean ui triton soak
 
 demo:
 	@$(PYTHON) scripts/demo.py
@@ -35,6 +36,9 @@ test: host triton
 
 ui: host
 	@$(PYTEST) tests/ui
+
+soak: host
+	@$(PINNED) OMP_NUM_THREADS=1 $(VENV)/python scripts/soak.py $(SOAK)
 
 # The pack's modules import each other relatively; the link gives mypy a package name to resolve that from.
 check: host

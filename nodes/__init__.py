@@ -12,6 +12,7 @@ from .curves import register_curve_folder
 from .inspect import WanFP8Doctor
 from .loaders import WanFP8LoadCheckpoint
 from .lora import WanFP8LoadLora
+from .multigpu import WanFP8MultiGPU, WanFP8StopPool
 from .preset import WanFP8Preset
 from .receipt import WanFP8QualityReceipt
 from .recipe import WanFP8Recipe
@@ -43,6 +44,8 @@ NODES: list[type[io.ComfyNode]] = [
     WanFP8SaveScales,
     WanFP8QualityReceipt,
     WanFP8Doctor,
+    WanFP8MultiGPU,
+    WanFP8StopPool,
 ]
 
 

@@ -23,6 +23,7 @@ from ..wan_fp8.errors import CheckpointError
 from ..wan_fp8.models.specs import ModelSpec, Task
 from ..wan_fp8.models.text_encoder import load_text_encoder
 from ..wan_fp8.models.tokenizer import find_tokenizer
+from ..wan_fp8.parallel.source import ModelSource
 from . import bridge
 from .choices import check_choice
 from .encoder import TextEncoderHandle
@@ -124,7 +125,12 @@ class WanFP8LoadCheckpoint(io.ComfyNode):
             lines += [part.reason for part in (encoder, decoder) if isinstance(part, Missing)]
         # A pair has its roles from the boxes; one alone, from its name.
         experts: Sequence[str | None] = EXPERTS if len(found) == 2 else [what.expert for _, what in found]
-        models = [bridge.build_model_patcher(net, expert) for net, expert in zip(nets, experts, strict=True)]
+        places = [place for place in (chosen.high, chosen.low) if place is not None]
+        sources = [ModelSource.of(*place, dtype=stored, keep_fp8=auto) for place in places]
+        models = [
+            bridge.build_model_patcher(net, expert, source)
+            for net, expert, source in zip(nets, experts, sources, strict=True)
+        ]
         low = _low_output(models, spec, checkpoint)
         return io.NodeOutput(models[0], low, encoder, decoder, ui=notice(node_id(cls), lines))
 

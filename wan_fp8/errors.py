@@ -27,3 +27,8 @@ class BackendUnavailableError(WanFP8Error, RuntimeError):
 
 class UnsupportedPatchError(WanFP8Error, RuntimeError):
     """Another node attached something to the model that our forward cannot honour; it is named, never ignored."""
+
+
+class PoolError(WanFP8Error, RuntimeError):
+    """A pool of worker processes could not start, lost a worker, or does not answer; the rank and its last words are
+    named."""

@@ -12,6 +12,7 @@ from .hosted_model import HostSettings, settings_of
 from .lora import WithLora, load_lora
 from .measure import Measured, in_float32, measured, plain
 from .recipe import fp8_layers, recipe_of, rounded_again, with_recipe
+from .remote import in_pool, is_remote, remote_of, source_of
 from .residency import make_resident, manage
 from .sampling import (
     core_sigmas,
@@ -43,7 +44,9 @@ __all__ = [
     "fp8_layers",
     "hosted",
     "in_float32",
+    "in_pool",
     "is_hosted",
+    "is_remote",
     "kept_words",
     "lazy_vae",
     "load_lora",
@@ -57,6 +60,7 @@ __all__ = [
     "raw_latents",
     "recipe_of",
     "refuse_other_caches",
+    "remote_of",
     "rounded_again",
     "run_stages",
     "sampler_names",
@@ -66,6 +70,7 @@ __all__ = [
     "scheduler_names",
     "set_shift",
     "settings_of",
+    "source_of",
     "spec_of",
     "with_recipe",
     "with_settings",

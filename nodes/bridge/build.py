@@ -12,11 +12,13 @@ import torch
 from ...wan_fp8.errors import CheckpointError
 from ...wan_fp8.models.layers import HIGH_PRECISION
 from ...wan_fp8.models.wan import WanModel
+from ...wan_fp8.parallel.source import ModelSource
 from .fork import EXPERT, attach, shell_class
 from .hosted_model import adopt, bind
+from .remote import SOURCE
 
 
-def build_model_patcher(net: WanModel, expert: str | None = None) -> Any:
+def build_model_patcher(net: WanModel, expert: str | None = None, source: ModelSource | None = None) -> Any:
     """Put a filled engine model into a stock BaseModel and ModelPatcher: a MODEL like one from core's loader.
 
     Latent format, sampling (flow, shift 8 until a node sets another) and conditioning are those that core chooses for
@@ -26,6 +28,7 @@ def build_model_patcher(net: WanModel, expert: str | None = None) -> Any:
     Args:
         net: Loaded on the CPU. It is turned into a hosted model in place; don't use it elsewhere any more.
         expert: ``high_noise`` or ``low_noise`` where that is known, for ``expert_of``.
+        source: Where the same weights lie on disk, for a pool of processes.
     Raises:
         CheckpointError: core knows no Wan model of these shapes.
     """
@@ -50,6 +53,8 @@ def build_model_patcher(net: WanModel, expert: str | None = None) -> Any:
     attach(patcher)
     if expert is not None:
         patcher.set_attachments(EXPERT, expert)
+    if source is not None:
+        patcher.set_attachments(SOURCE, source)
     return patcher
 
 

@@ -83,7 +83,10 @@ def fingerprint(patcher: Any) -> str:
     does, and so does whether a LoRA is merged or live."""
     digest = hashlib.sha256()
     net = patcher.model.diffusion_model
-    state = net.state_dict() if not hasattr(patcher, "backup") else _stored(patcher, net)
+    if getattr(net, "is_remote", False):
+        state = net.weights_named(SAMPLED)
+    else:
+        state = net.state_dict() if not hasattr(patcher, "backup") else _stored(patcher, net)
     for name in SAMPLED:
         digest.update(name.encode() + _bytes(state[name]))
     for key in sorted(patcher.patches, key=str):

@@ -115,6 +115,11 @@ def fork(patcher: Any) -> Any:
     patcher = _classic(patcher)
     spec = spec_of(patcher)
     refuse_foreign_patches(patcher)
+    if is_hosted(patcher) and patcher.model.diffusion_model.is_remote:
+        raise UnsupportedPatchError(
+            "this MODEL runs in the processes of a pool, and this node needs its weights here: put the node before "
+            "Wan2.2 Multi-GPU"
+        )
     _leave_device(patcher)
     with torch.device("meta"):
         net = build_model(spec, model_class=_engine_class(patcher))
@@ -123,7 +128,7 @@ def fork(patcher: Any) -> Any:
     net.dtype = patcher.model.diffusion_model.dtype
     if is_hosted(patcher):
         _copy_choices(patcher.model.diffusion_model, net)
-    shell = _shell_of(patcher, net)
+    shell = shell_of(patcher, net)
     forked = _patcher_of(patcher, shell)
     attach(forked)
     return forked
@@ -169,7 +174,7 @@ def _copy_choices(old: HostedModel, new: HostedModel) -> None:
     share_recipe(old, new)
 
 
-def _shell_of(patcher: Any, net: HostedModel) -> nn.Module:
+def shell_of(patcher: Any, net: HostedModel) -> nn.Module:
     """A BaseModel around ``net`` that shares everything else with the one it came from, and claims no memory."""
     old = patcher.model
     shell = copy.copy(old)
@@ -247,6 +252,12 @@ def _rebuilt(patcher: Any, shell: nn.Module) -> Any:
     new = comfy.model_patcher.ModelPatcher(
         shell, load_device=patcher.load_device, offload_device=patcher.offload_device
     )
+    copy_attachments(patcher, new)
+    return new
+
+
+def copy_attachments(patcher: Any, new: Any) -> None:
+    """Give a fresh patcher all that nodes put on another one."""
     new.patches = {key: list(entries) for key, entries in patcher.patches.items()}
     new.model_options = copy.deepcopy(patcher.model_options)
     for name in ("object_patches", "weight_wrapper_patches", "attachments", "additional_models", "hook_patches"):
@@ -259,7 +270,6 @@ def _rebuilt(patcher: Any, shell: nn.Module) -> Any:
     for name in ("force_cast_weights", "hook_mode", "forced_hooks"):
         if hasattr(patcher, name):
             setattr(new, name, getattr(patcher, name))
-    return new
 
 
 # ---- what every hosted MODEL carries -------------------------------------------------------------------------------
@@ -294,6 +304,8 @@ def _around_run(executor: Any, *args: Any, **kwargs: Any) -> Any:
         result = executor(*args, **kwargs)
         _report_attention(net)
         report_cache(net)
+        if net.is_remote:
+            net.report_pool()
         return result
     finally:
         net.forget_run()
@@ -316,7 +328,10 @@ def _tell(lines: list[str], as_asked: bool) -> None:
 
 
 def _on_load(patcher: Any, *args: Any, **kwargs: Any) -> None:
-    patcher.model.diffusion_model.settings_of_run = settings_of(patcher)
+    net = patcher.model.diffusion_model
+    net.settings_of_run = settings_of(patcher)
+    if net.is_remote:
+        return
     place_loose_parameters(patcher, *args, **kwargs)
 
 
@@ -326,6 +341,8 @@ def _on_detach(patcher: Any, unpatch_all: bool = True) -> None:
         net = patcher.model.diffusion_model
         net.forget_run()
         net.settings_of_run = HostSettings()  # it may hold the matrices of a LoRA
+        if net.is_remote:
+            net.remote.drop()
 
 
 _SHELLS: dict[type, type] = {}
@@ -344,6 +361,8 @@ def _make_shell_class(base: Any) -> type:
 
     def memory_required(self: Any, input_shape: Any, cond_shapes: Any = None) -> float:
         del cond_shapes
+        if self.diffusion_model.is_remote:
+            return 0.0  # the pool's processes need it, not this one
         compute = self.manual_cast_dtype or self.get_dtype()
         compute = compute if compute in HIGH_PRECISION else torch.bfloat16
         patcher, net = self.current_patcher, self.diffusion_model

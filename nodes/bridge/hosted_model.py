@@ -77,6 +77,9 @@ def settings_of(patcher: Any) -> HostSettings:
 class HostedModel(WanModel):
     """Mixed in before the engine's class by ``hosted_class``; adds no parameters and no state that is saved."""
 
+    is_remote: bool = False
+    """Whether the forward runs in other processes, so that there are no weights here."""
+
     task_inputs: frozenset[str] = frozenset()
     """Keyword inputs that this task's ``embed`` takes from core's conditioning."""
 

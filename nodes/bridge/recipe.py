@@ -12,11 +12,15 @@ from ...wan_fp8.quant import convert
 from ...wan_fp8.quant.linear import FP8Linear, Quantization
 from ...wan_fp8.registry import Resolution
 from .fork import attach, fork, is_hosted
+from .remote import SCALES, is_remote, remote_of, remote_with_recipe
 from .settings import attention_request
 
 
 def recipe_of(patcher: Any) -> quant.Recipe | None:
     """The recipe that this MODEL carries; None for none."""
+    if is_remote(patcher):
+        recipe = remote_of(patcher).recipe
+        return None if recipe.is_none else recipe
     return quant.recipe_of(patcher.model.diffusion_model) if is_hosted(patcher) else None
 
 
@@ -46,6 +50,9 @@ def with_recipe(
     resolution = None if recipe.is_none else Quantization(recipe, ()).resolve(device, asked.dtype)
     if recipe.is_none and recipe_of(patcher) is None:
         return patcher, None
+    if is_remote(patcher):
+        convert.check_recipe(patcher.model.diffusion_model, recipe)
+        return remote_with_recipe(patcher, recipe, scales), resolution
     forked = fork(patcher)
     net = forked.model.diffusion_model
     quant.apply_recipe(net, recipe, device=None if device.type == "cpu" else device, keep_sources=True)
@@ -53,6 +60,7 @@ def with_recipe(
         quant.load_scales(net, scales)
     elif recipe.is_delayed:
         quant.forget_scales(net)  # of a MODEL that came with the same recipe
+    forked.set_attachments(SCALES, None if scales is None else str(scales))
     forked.size = 0  # core measures it at its next use
     attach(forked)  # FP8 weights want another hook mode
     return forked, resolution
@@ -60,7 +68,10 @@ def with_recipe(
 
 def fp8_layers(patcher: Any) -> int:
     """How many linears of this MODEL hold FP8 weights of a recipe."""
-    return sum(isinstance(module, FP8Linear) for module in patcher.model.diffusion_model.modules())
+    net = patcher.model.diffusion_model
+    if is_remote(patcher):
+        return sum(remote_of(patcher).recipe.converts(name) for name, _ in net.named_modules())
+    return sum(isinstance(module, FP8Linear) for module in net.modules())
 
 
 def rounded_again(patcher: Any) -> int:

@@ -27,6 +27,7 @@ def save_model(patcher: Any, path: Path, *, overwrite: bool = False, expert: str
         UnsupportedPatchError: see ``fork``.
     """
     check_target(path, overwrite)
+    _refuse_remote(patcher, "save the MODEL that comes out of the loader, or of a node before it")
     refuse_live_lora(settings_of(patcher).lora, patcher.model.diffusion_model.lora if is_hosted(patcher) else None)
     model = hosted(patcher)
     management = comfy.model_management
@@ -41,12 +42,18 @@ def save_model(patcher: Any, path: Path, *, overwrite: bool = False, expert: str
     return save_checkpoint(net, path, overwrite=overwrite, expert=expert or expert_of(model), progress=progress)
 
 
+def _refuse_remote(patcher: Any, instead: str) -> None:
+    if is_hosted(patcher) and patcher.model.diffusion_model.is_remote:
+        raise InputError(f"what is to be saved of this MODEL lies in the processes of a pool: {instead}")
+
+
 def save_scales(patcher: Any, path: Path, *, overwrite: bool = False) -> None:
     """Write the activation scales that the last run of a DelayedScaling MODEL ended with.
 
     Raises:
         InputError: it has no such recipe or has not run, or the file exists or cannot be written.
     """
+    _refuse_remote(patcher, "save the scales of a run on one GPU; a recipe behind Wan2.2 Multi-GPU takes the file")
     recipe = quant.recipe_of(patcher.model.diffusion_model) if is_hosted(patcher) else None
     if recipe is None or not recipe.is_delayed:
         raise InputError(

@@ -118,10 +118,20 @@ def set_lora(model: Model, *loras: Lora) -> Model:
         told = parts.describe_rest()
         if told is not None:
             log.info("%s: %s", file.label, told)
-    remove_lora(model)
-    for name, changes in merges.items():
-        _merge(model, name, changes)
+    merge_changes(model, merges)
     model.lora = LiveLora(tuple(terms)) if terms else None
+    return model
+
+
+def merge_changes(model: Model, changes: Mapping[str, list[tuple[Entry, float]]]) -> Model:
+    """Merge changes and their strengths into parameters, by name, in place of all LoRAs that were on ``model``.
+
+    Raises:
+        InputError: as ``remove_lora``; nothing was changed.
+    """
+    remove_lora(model)
+    for name, entries in changes.items():
+        _merge(model, name, entries)
     return model
 
 

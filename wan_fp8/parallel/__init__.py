@@ -1,4 +1,5 @@
-"""One forward over several ranks of ``torch.distributed``: tokens, conditionings and weights split, numbers kept."""
+"""One forward over several ranks of ``torch.distributed``: tokens, conditionings and weights split, numbers kept; and
+pools of worker processes that run it for a process that is no rank itself (``pools``, ``remote``)."""
 
 from __future__ import annotations
 

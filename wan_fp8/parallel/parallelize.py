@@ -13,7 +13,6 @@ from ..errors import InputError
 from ..models.wan import WanModel
 from .dims import Groups, ParallelDims, build_groups
 from .exchange import Traffic
-from .fsdp import shard_blocks
 from .guidance import GuidanceParallel
 from .ulysses import NAME, ParallelCore, SequenceParallel
 
@@ -90,6 +89,8 @@ def parallelize(model: WanModel, dims: ParallelDims, *, device_type: str | None 
     _reduce_with(model, SharedMaxima(groups) if dims.world > 1 else None)
     model.layout = Layout(dims, groups, traffic, tuple(handles))
     if dims.shard > 1:
+        from .fsdp import shard_blocks  # imports torch's compiler: seconds that only this needs
+
         shard_blocks(model, groups.weights)
     return model
 

@@ -81,6 +81,16 @@ def apply_recipe(
     return model
 
 
+def check_recipe(model: WanModel, recipe: Recipe) -> None:
+    """
+    Raises:
+        InputError: ``recipe`` does not fit the widths or names of ``model``, whatever its weights.
+    """
+    if not recipe.is_none:
+        _check_widths({name: module for name, module in _block_linears(model) if recipe.converts(name)}, recipe)
+        _check_keep(model, recipe)
+
+
 def remove_recipe(model: WanModel) -> WanModel:
     """Put the original weights back, where the weights are now; returns the model.
 

@@ -1,0 +1,51 @@
+"""What the tests of pools share: graphs, and what may be left on the machine afterwards."""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+from typing import Any
+
+from test_settings_server import graph as settings_graph
+
+
+def graph(prefix: str, gpus: str = "cpu:2", topology: str = "auto", **more: Any) -> dict[str, Any]:
+    """The high-noise expert of the tiny T2V checkpoint in 4 steps through Wan2.2 Multi-GPU."""
+    prompt = settings_graph(prefix)
+    choices = {"gpus": gpus, "topology": topology, "weights": "auto", "address": "", **more}
+    prompt["9"] = {"class_type": "WanFP8MultiGPU", "inputs": {"model": ["1", 0], "model_low": ["1", 1], **choices}}
+    for node in prompt.values():
+        if node["class_type"] == "WanFP8Attention":
+            node["inputs"] |= {"model": ["9", 0], "model_low": ["9", 1]}
+    prompt["4"]["inputs"]["residual_stream"] = "float32"  # bf16 sums in another order are other sums
+    prompt["5"]["inputs"] |= {"guidance": 3.0}
+    return prompt
+
+
+def workers(parent: int) -> list[int]:
+    """Process ids of the workers below ``parent``."""
+    found = []
+    for folder in Path("/proc").iterdir():
+        if folder.name.isdigit():
+            try:
+                status, line = (folder / "status").read_text(), (folder / "cmdline").read_bytes()
+            except OSError:
+                continue
+            if f"PPid:\t{parent}\n" in status and b"wan_fp8.parallel.worker" in line:
+                found.append(int(folder.name))
+    return sorted(found)
+
+
+def alive(pid: int) -> bool:
+    """Whether a process runs; one that waits for its parent to take note of its end does not."""
+    try:
+        return "State:\tZ" not in Path(f"/proc/{pid}/status").read_text()
+    except OSError:
+        return False
+
+
+def folders() -> set[str]:
+    """Meeting places of pools that are on the disk."""
+    import tempfile
+
+    return {name for name in os.listdir(tempfile.gettempdir()) if name.startswith("wan_fp8_pool_")}

@@ -1,0 +1,45 @@
+"""Wan2.2 Multi-GPU in a running ComfyUI, on two processes of the CPU."""
+
+from __future__ import annotations
+
+import time
+from pathlib import Path
+from typing import Any
+
+import pool_graphs
+import torch
+from headless.client import Client
+from test_settings_server import run
+
+
+def latent(client: Client, server: Any, prompt: dict[str, Any]) -> torch.Tensor:
+    from safetensors.torch import load_file
+
+    made = client.run(prompt)
+    path = next(output for output in made if output.filename.endswith(".latent"))
+    return load_file(Path(server.output) / path.subfolder / path.filename)["latent_tensor"]
+
+
+def test_a_graph_in_a_pool_is_the_same_graph(client: Client, server: Any) -> None:
+    one = pool_graphs.graph("pool/one")
+    one["3"]["inputs"] |= {"model": ["1", 0], "model_low": ["1", 1]}
+    del one["9"]
+    theirs = latent(client, server, one)
+    ours = latent(client, server, pool_graphs.graph("pool/two"))
+    assert float((ours - theirs).norm() / theirs.norm()) < 1e-4
+    first = pool_graphs.workers(server.pid)
+    assert len(first) == 2
+    again = pool_graphs.graph("pool/three")
+    again["5"]["inputs"]["seed"] = 2
+    texts, _ = run(client, again)
+    assert pool_graphs.workers(server.pid) == first, "the pool was not used again"
+    stop = {"1": {"class_type": "WanFP8StopPool", "inputs": {}}}
+    texts, _ = run(client, stop)
+    assert texts["1"][-1] == "1 pool ended"
+    assert not pool_graphs.workers(server.pid) and not pool_graphs.folders()
+    began = time.monotonic()
+    again["5"]["inputs"]["seed"] = 1
+    again["6"]["inputs"]["filename_prefix"] = "pool/four"
+    assert torch.equal(latent(client, server, again), ours)
+    assert time.monotonic() - began < 20
+    run(client, stop)

@@ -1,0 +1,444 @@
+"""A model whose forward runs in a pool: called like any other, with the same tensors and options.
+
+It has the modules and names of the real one and no weights. What it is asked for goes over the wire as plain data; what
+cannot (functions of a host) is refused by name. Where the pool's workers read the weights is the caller's to say.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import logging
+import math
+import statistics
+import time
+import uuid
+import weakref
+from collections import Counter, OrderedDict
+from collections.abc import Callable, Hashable, Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from ..attention.core import Attention, attention_cores
+from ..attention.guard import Verdict
+from ..caching import StepCache
+from ..checkpoint.lora import Diff, Entry
+from ..errors import InputError, UnsupportedPatchError
+from ..models.blocks import ForwardOptions
+from ..models.low_rank import LiveLora, LowRankPair
+from ..models.specs import ModelSpec
+from ..models.wan import WanModel
+from ..quant import Recipe
+from . import plain, pools
+from .dims import ParallelDims
+from .plan import Machine, Plan, Workload, plan, weight_bytes
+from .source import HandedSource, ModelSource
+from .wire import Json
+
+log = logging.getLogger("wan_fp8")
+
+USUAL_TOKENS = 75_600
+"""1280x720, 81 frames: what a layout is chosen for before a run is known."""
+NVLINK_FROM = 60.0
+"""GB/s between GPUs above which their link is no PCIe."""
+MAX_NAMES = 4096
+"""Names of prompts and conditionings of one run."""
+
+Changes = Mapping[str, list[tuple[Entry, float]]]
+"""By parameter: what is merged into it, and how strongly."""
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Topology:
+    """How a forward is laid out over the ranks, as far as the user chose; None is for the planner."""
+
+    cfg: int | None = None
+    ulysses: int | None = None
+    ring: int | None = None
+    weights: str = "auto"
+    """``auto``, ``replicate``, ``shard``."""
+    experts: int = 1
+    """Models that stay in the pool together."""
+
+    def plan(
+        self, spec: ModelSpec, machine: Machine, tokens: int, *, fp8: bool, guidance: bool
+    ) -> tuple[ParallelDims, Plan | None]:
+        """The layout, and the plan that it came from where nothing was chosen."""
+        work = Workload(spec=spec, tokens=tokens, experts=self.experts, fp8=fp8, guidance=guidance)
+        inside = machine.gpus_per_host or machine.gpus  # over hosts, weights are whole in each
+        given = (self.cfg, self.ulysses, self.ring)
+        if given == (None, None, None):
+            made = plan(machine, work)
+            shard = {"auto": made.dims.shard, "replicate": 1, "shard": inside}[self.weights]
+            return dataclasses.replace(made.dims, shard=shard), made if self.weights == "auto" else None
+        dims = ParallelDims(cfg=self.cfg or 1, ulysses=self.ulysses or 1, ring=self.ring or 1)
+        if dims.world != machine.gpus:
+            raise InputError(
+                f"cfg {dims.cfg} x ulysses {dims.ulysses} x ring {dims.ring} takes {dims.world} GPUs and the pool has "
+                f"{machine.gpus}: choose numbers whose product is {machine.gpus}, or 'auto'"
+            )
+        dims.check(spec)
+        if self.weights == "auto":
+            return dataclasses.replace(dims, shard=plan(machine, work).dims.shard), None
+        return dataclasses.replace(dims, shard=1 if self.weights == "replicate" else inside), None
+
+
+@dataclass(slots=True)
+class Names:
+    """Small numbers for hashable names, the same for equal ones."""
+
+    _known: dict[Hashable, int] = field(default_factory=dict)
+    _next: int = 0
+
+    def of(self, name: Hashable) -> int:
+        if name not in self._known:
+            if len(self._known) >= MAX_NAMES:
+                self._known.clear()  # numbers are never used again: what was kept under the old ones is not found
+            self._known[name] = self._next = self._next + 1
+        return self._known[name]
+
+
+class Remote:
+    """One model in a pool: where it comes from, what it is made into, and whether it is there already."""
+
+    def __init__(
+        self,
+        spec: ModelSpec,
+        source: ModelSource | HandedSource,
+        pool: pools.PoolSpec,
+        topology: Topology,
+        recipe: Recipe | None = None,
+        scales: str | None = None,
+        state: Callable[[], Mapping[str, Tensor]] | None = None,
+    ) -> None:
+        """
+        Args:
+            scales: File of activation scales for the recipe.
+            state: The weights of a ``HandedSource`` under official names, before any recipe.
+        """
+        self.scales, self.state = scales, state
+        self.spec, self.source, self.pool_spec, self.topology = spec, source, pool, topology
+        self.recipe = recipe or Recipe("none")
+        self.name = uuid.uuid4().hex
+        self.poll: Callable[[], None] = _nothing
+        self.say: Callable[[str], None] = log.info
+        self.changes: Changes = {}
+        self.merged = ""
+        """Name of ``changes``: others have another one."""
+        self.dims: ParallelDims | None = None
+        self._names = Names()
+        self._dirty = False
+        self._seconds: list[float] = []
+        self._memory: list[int] = []
+        self._pool: pools.Pool | None = None
+
+    def with_recipe(self, recipe: Recipe, scales: str | None = None) -> Remote:
+        """The same checkpoint under another recipe: another model of the pool."""
+        return Remote(self.spec, self.source, self.pool_spec, self.topology, recipe, scales, self.state)
+
+    def pool(self) -> pools.Pool:
+        """The pool, started if need be."""
+        pool = pools.ensure(self.pool_spec, user=self, poll=self.poll)
+        if pool is not self._pool:
+            self._pool = pool
+            weakref.finalize(self, pool.garbage.append, self.name)
+        return pool
+
+    def machine(self, pool: pools.Pool) -> Machine:
+        """What the planner knows of the pool."""
+        ready = pool.connection.ready or {}
+        memory, link = ready.get("memory") or 0, ready.get("link_gbs")
+        return Machine(
+            gpus=pool.world,
+            memory_gib=memory / 2**30 if memory else 1024.0,  # a CPU's is not planned with
+            link="nvlink" if link is None or link > NVLINK_FROM else "pcie",
+            link_gbs=link,
+            gpus_per_host=ready.get("per_host"),
+        )
+
+    def layout(
+        self, pool: pools.Pool, tokens: int = USUAL_TOKENS, guidance: bool = True
+    ) -> tuple[ParallelDims, Plan | None]:
+        """How this model is laid out there."""
+        fp8 = not self.recipe.is_none
+        return self.topology.plan(self.spec, self.machine(pool), tokens, fp8=fp8, guidance=guidance)
+
+    # ---- requests ----------------------------------------------------------------------------------------------------
+
+    def forward(
+        self,
+        tensors: dict[str, Tensor],
+        options: ForwardOptions,
+        *,
+        compute: torch.dtype,
+        policy: Any,
+        tokens: int,
+    ) -> tuple[list[Json], Tensor]:
+        """Run one forward in the pool, which gets everything first that it has not got yet."""
+        pool = self.pool()
+        pool.connection.notice = self.say
+        self._load(pool, tokens, guidance=tensors["x"].shape[0] % 2 == 0)
+        lora = None if options.lora is None else self._lora(pool, options.lora)
+        position = options.position
+        if position is not None:
+            parts = tuple(dataclasses.replace(p, key=self._names.of(p.key)) for p in position.conditionings)
+            options = dataclasses.replace(options, position=dataclasses.replace(position, conditionings=parts))
+        fields = {
+            "model": self.name,
+            "options": plain.option_fields(options),
+            "text_key": None if options.text_key is None else self._names.of(options.text_key),
+            "lora": lora,
+            "cache": plain.to_plain(policy),
+            "compute": plain.to_plain(compute),
+        }
+        self._dirty = True
+        began = time.perf_counter()
+        found, out = pool.connection.request("forward", fields, tensors, poll=self.poll)
+        self._seconds.append(time.perf_counter() - began)
+        self._memory = [entry["memory"] for entry in found]
+        return found, out["velocity"]
+
+    def begin_run(self) -> None:
+        """The pool forgets what belongs to one run; it is not waited for."""
+        self._seconds.clear()
+        if self._dirty and self._pool is not None and self._pool.alive:
+            self._dirty = False
+            recent = [number for _, number in list(self._pool.loras.values())[-MAX_LORAS:]]
+            kept = [(key, entry) for key, entry in self._pool.loras.items() if entry[1] in recent]
+            self._pool.loras = OrderedDict(kept)
+            self._pool.connection.post("begin_run", {"models": [self.name], "loras": recent})
+
+    def status_line(self) -> str | None:
+        """How the pool did since the run began: layout, memory of every rank, seconds of a forward; None if it did
+        nothing."""
+        if not self._seconds or self._pool is None:
+            return None
+        places = [entry["device"] for entry in self._pool.connection.ranks] or ["?"] * len(self._memory)
+        memory = ", ".join(
+            place + (f" {count / 2**30:.1f} GiB" if count else "")
+            for place, count in zip(places, self._memory, strict=False)
+        )
+        middle = statistics.median(self._seconds)
+        return f"pool: {self.dims}; {memory}; {middle:.3g} s a forward ({len(self._seconds)} of them)"
+
+    def drop(self) -> None:
+        """The pool frees this model's memory; the next forward loads it again."""
+        if self._pool is not None and self._pool.alive and self._pool.loaded.pop(self.name, None) is not None:
+            self._pool.connection.post("drop", {"models": [self.name]})
+
+    def _load(self, pool: pools.Pool, tokens: int, *, guidance: bool) -> None:
+        there = pool.loaded.get(self.name)
+        if there == self.merged:
+            if not self._dirty and self.dims is not None and self.dims.shard == 1:
+                self._lay_out(pool, tokens, guidance=guidance)  # between runs only: a cache would lose what it keeps
+            return
+        listed, tensors = changes_to_plain(self.changes)
+        fields: Json = {"model": self.name, "changes": listed, "merged": self.merged}
+        if there is not None and self.dims is not None and self.dims.shard == 1:
+            pool.connection.request("merge", fields, tensors, poll=self.poll)
+        else:
+            if there is not None:
+                pool.connection.request("drop", {"models": [self.name]}, poll=self.poll)
+                pool.loaded.pop(self.name, None)
+            self.dims, made = self.layout(pool, tokens, guidance)
+            self.say(f"{self.source.label}: {self.dims}" if made is None else f"{self.source.label}: {made}")
+            work = Workload(spec=self.spec, tokens=tokens, fp8=not self.recipe.is_none)
+            fields |= {
+                "source": plain.to_plain(self.source),
+                "recipe": plain.to_plain(self.recipe),
+                "scales": self.scales,
+                "dims": plain.to_plain(self.dims),
+                "bytes": weight_bytes(work, self.dims.shard),
+            }
+            if self.state is not None:
+                self._hand_over(pool, self.state())
+            found, _ = pool.connection.request("load", fields, tensors, poll=self.poll)
+            for name in found[0]["evicted"]:
+                pool.loaded.pop(name, None)
+        pool.loaded[self.name] = self.merged
+
+    def _hand_over(self, pool: pools.Pool, state: Mapping[str, Tensor]) -> None:
+        """Send weights that no file has, a part at a time."""
+        total = sum(value.numel() * value.element_size() for value in state.values())
+        self.say(f"{self.source.label}: its {total / 2**30:.1f} GiB go to the pool, once")
+        first, part, size = True, {}, 0
+        for name, value in state.items():
+            part[name] = value
+            size += value.numel() * value.element_size()
+            if size >= PART_BYTES or len(part) == MAX_PART:
+                pool.connection.request("weights", {"first": first, "bytes": total}, part, poll=self.poll)
+                first, part, size = False, {}, 0
+        pool.connection.request("weights", {"first": first, "bytes": total}, part, poll=self.poll)
+
+    def _lay_out(self, pool: pools.Pool, tokens: int, *, guidance: bool) -> None:
+        """Weights that are whole everywhere serve any layout."""
+        dims, made = self.layout(pool, tokens, guidance)
+        if dims == self.dims or dims.shard > 1:
+            return
+        pool.connection.request("layout", {"model": self.name, "dims": plain.to_plain(dims)}, poll=self.poll)
+        self.dims = dims
+        self.say(f"{self.source.label}: {dims if made is None else made}")
+
+    def _lora(self, pool: pools.Pool, lora: LiveLora) -> int:
+        known = pool.loras.get(id(lora))
+        if known is not None:
+            pool.loras.move_to_end(id(lora))
+            return known[1]
+        number = 1 + max((number for _, number in pool.loras.values()), default=0)
+        terms: list[Json] = []
+        tensors: dict[str, Tensor] = {}
+        for index, term in enumerate(lora.terms):
+            pairs = {}
+            for name, pair in term.pairs.items():
+                pairs[name] = _pair_to_plain(f"{index}.{name}", pair, tensors)
+            terms.append({"label": term.label, "strength": term.strength, "pairs": pairs})
+        pool.connection.request("lora", {"lora": number, "terms": terms}, tensors, poll=self.poll)
+        pool.loras[id(lora)] = (lora, number)
+        return number
+
+
+PART_BYTES = 2**29
+MAX_PART = 500
+"""Weights that are handed over in one message."""
+MAX_LORAS = 4
+"""Live LoRAs that a pool keeps between runs."""
+
+
+class RemoteWanModel(WanModel):
+    """T2V, I2V and TI2V in a pool. Built on torch's ``meta`` device; ``remote`` is set by whoever builds it."""
+
+    remote: Remote
+
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> RemoteWanModel:
+        """There are no weights to move or cast."""
+        return self
+
+    def forward(
+        self,
+        x: Tensor,
+        timestep: Tensor,
+        context: Tensor,
+        clip_fea: Tensor | None = None,
+        options: ForwardOptions | None = None,
+        **task_inputs: Any,
+    ) -> Tensor:
+        """As ``WanModel.forward``.
+
+        Raises:
+            PoolError: the pool could not start, or was lost.
+            UnsupportedPatchError: an option that is a function of this process.
+        """
+        options = options or ForwardOptions()
+        self._check(x, timestep, context)
+        _refuse(options)
+        policy = self._policy()
+        compute = self.compute_dtype_override or self.compute_dtype
+        tensors = {"x": x, "timestep": timestep, "context": context}
+        if clip_fea is not None:
+            tensors["clip_fea"] = clip_fea
+        tensors |= {f"task.{name}": value for name, value in task_inputs.items()}
+        tokens = x[0, 0].numel() // math.prod(self.spec.patch_size)
+        found, velocity = self.remote.forward(tensors, options, compute=compute, policy=policy, tokens=tokens)
+        self._report(found, options)
+        return velocity.to(x.device)
+
+    def begin_run(self) -> None:
+        super().begin_run()
+        if hasattr(self, "remote"):
+            self.remote.begin_run()
+
+    # ---- pieces ------------------------------------------------------------------------------------------------------
+
+    def _cache(self) -> StepCache | None:
+        others = [name for name, wrapper in self.stack_wrappers.items() if not isinstance(wrapper, StepCache)]
+        if others:
+            raise UnsupportedPatchError(
+                f"{', '.join(map(repr, others))} around the blocks of this MODEL cannot run in the pool's processes: "
+                "take "
+                "Wan2.2 Multi-GPU out while a curve is measured"
+            )
+        caches = [wrapper for wrapper in self.stack_wrappers.values() if isinstance(wrapper, StepCache)]
+        return caches[0] if caches else None
+
+    def _policy(self) -> Any:
+        cache = self._cache()
+        return None if cache is None else cache.policy
+
+    def _report(self, found: list[Json], options: ForwardOptions) -> None:
+        """Enter here what caches and attention did there, so that whoever reports of a run finds it."""
+        cache = self._cache()
+        if cache is not None:
+            dims = self.remote.dims
+            assert dims is not None
+            each = found[:: dims.sequence]  # one rank for each half of guidance
+            _enter_cache(cache, [entry["cache"] for entry in each])
+        setting = options.attention
+        if setting is not None and "attention" in found[0]:
+            _enter_attention(self, setting, [entry["attention"] for entry in found])
+
+
+def _refuse(options: ForwardOptions) -> None:
+    if options.block_replace or options.attention_override is not None:
+        raise UnsupportedPatchError(
+            "another node replaces blocks or the attention of this MODEL with code of its own, which cannot run in the "
+            "pool's processes: remove that node, or Wan2.2 Multi-GPU"
+        )
+
+
+def _enter_cache(cache: StepCache, found: list[Json]) -> None:
+    """Both halves count where guidance is split; they tell of different passes."""
+    report = cache.report
+    for name in ("computed", "skipped", "refused"):
+        setattr(report, name, sum(entry[name] for entry in found))
+    for name in ("steps", "skipped_passes", "outside"):
+        setattr(report, name, {step for entry in found for step in entry[name]})
+    for name in ("worst_error", "most_bytes"):
+        setattr(report, name, max(plain.from_plain(entry[name]) for entry in found))
+    report.total_error = sum(plain.from_plain(entry["total_error"]) for entry in found)
+    report.times = [seconds for entry in found for seconds in plain.from_plain(entry["times"])]
+
+
+def _enter_attention(model: nn.Module, setting: Attention, found: list[Json]) -> None:
+    cores = {core.block: core for core in attention_cores(model) if not core.always_exact}
+    if not cores:
+        return
+    next(iter(cores.values())).answered[setting] = Counter(found[0]["answered"])
+    worst: dict[int, float] = {}
+    for entry in found:
+        for block, error in entry["errors"]:
+            worst[block] = max(worst.get(block, 0.0), plain.from_plain(error))
+    for block, error in worst.items():
+        cores[block].answered.setdefault(setting, Counter())
+        cores[block].verdicts[setting] = Verdict(error, setting.bound or math.inf)
+
+
+def changes_to_plain(changes: Changes) -> tuple[Json, dict[str, Tensor]]:
+    """Changes as names and tensors, as ``serving`` reads them."""
+    listed: Json = {}
+    tensors: dict[str, Tensor] = {}
+    for parameter, entries in changes.items():
+        for index, (entry, strength) in enumerate(entries):
+            name = f"{index}.{parameter}"
+            if isinstance(entry, Diff):
+                tensors[name] = entry.value
+                one: Json = {"value": name}
+            else:
+                one = _pair_to_plain(name, entry, tensors)
+                for part in ("mid", "dora_scale"):
+                    value = getattr(entry, part)
+                    if value is not None:
+                        tensors[f"{name}.{part}"] = value
+                        one[part] = f"{name}.{part}"
+            listed.setdefault(parameter, []).append(one | {"strength": float(strength)})
+    return listed, tensors
+
+
+def _pair_to_plain(name: str, pair: LowRankPair, tensors: dict[str, Tensor]) -> Json:
+    tensors[f"{name}.down"], tensors[f"{name}.up"] = pair.down, pair.up
+    return {"down": f"{name}.down", "up": f"{name}.up", "alpha": float(pair.factor * pair.down.shape[0])}
+
+
+def _nothing() -> None:
+    pass
