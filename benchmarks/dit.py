@@ -70,6 +70,8 @@ TINY = {
     for name, full in (("t2v", "t2v-A14B"), ("i2v", "i2v-A14B"), ("ti2v", "ti2v-5B"))
 }
 MODELS = {name: spec for name, spec in SPECS.items() if spec.task in (Task.T2V, Task.I2V, Task.TI2V)} | TINY
+EXTENDED = ("animate-14B", "s2v-14B", "tiny-animate", "tiny-s2v")
+"""Models that ``dit_extended.py`` measures."""
 console = Console(width=150)
 
 
@@ -522,7 +524,7 @@ def recipes(names: str, backends: str, device: str, dtype: str) -> list[Recipe |
 
 
 def main(
-    model: Annotated[str, typer.Option(help=f"One of {', '.join(MODELS)}.")] = "i2v-A14B",
+    model: Annotated[str, typer.Option(help=f"One of {', '.join((*MODELS, *EXTENDED))}.")] = "i2v-A14B",
     size: Annotated[str, typer.Option(help="Pixels, width x height.")] = "1280x720",
     frames: Annotated[int, typer.Option(help="Pixel frames, 4n+1.")] = 81,
     layers: Annotated[str, typer.Option(help="The two layer counts whose difference is timed.")] = "3,6",
@@ -556,10 +558,18 @@ def main(
     floor: Annotated[bool, typer.Option(help="Measure the floor of the single-GPU rows.")] = True,
     device: Annotated[str, typer.Option(help="cuda or cpu; empty picks.")] = "",
     json: Annotated[str, typer.Option(help="Where to write the results file.")] = "",
+    comfyui: Annotated[str, typer.Option(help="Animate and S2V: a ComfyUI, for core's classes and VAE.")] = "",
 ) -> None:
     """Time a Wan2.2 transformer on random weights against the floor of its own kernels."""
+    device = device or ("cuda" if torch.cuda.is_available() else "cpu")
+    if model in EXTENDED:
+        import dit_extended
+
+        scalings = recipes(recipe, backend, device, dtype)
+        dit_extended.run(model, size, frames, attention, scalings, dtype, device, comfyui, json)
+        return
     if model not in MODELS:
-        raise typer.BadParameter(f"{model!r} is not one of {', '.join(MODELS)}")
+        raise typer.BadParameter(f"{model!r} is not one of {', '.join((*MODELS, *EXTENDED))}")
     if (frames - 1) % 4:
         raise typer.BadParameter(f"frames must be 4n+1; got {frames}")
     device = ranks.start(device)

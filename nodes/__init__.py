@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from comfy_api.latest import ComfyExtension, io
 
+from .animate import WanFP8SampleAnimate
 from .caching import WanFP8MagCache, WanFP8MagCacheCalibrate, WanFP8MagCacheSave
 from .curves import register_curve_folder
 from .inspect import WanFP8Doctor
@@ -16,6 +17,7 @@ from .multigpu import WanFP8MultiGPU, WanFP8StopPool
 from .preset import WanFP8Preset
 from .receipt import WanFP8QualityReceipt
 from .recipe import WanFP8Recipe
+from .s2v import WanFP8SampleS2V
 from .samplers import WanFP8SampleI2V, WanFP8SampleT2V, WanFP8SampleTI2V
 from .save import WanFP8SaveCheckpoint
 from .scales import WanFP8SaveScales
@@ -38,6 +40,8 @@ NODES: list[type[io.ComfyNode]] = [
     WanFP8SampleT2V,
     WanFP8SampleI2V,
     WanFP8SampleTI2V,
+    WanFP8SampleAnimate,
+    WanFP8SampleS2V,
     WanFP8Sigmas,
     WanFP8Solver,
     WanFP8SaveCheckpoint,

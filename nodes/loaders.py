@@ -17,6 +17,7 @@ from ..wan_fp8.checkpoint.folder import VAE_OF_TASK, CheckpointFolder
 from ..wan_fp8.checkpoint.load import build_from, open_transformer
 from ..wan_fp8.checkpoint.naming import EXPERTS
 from ..wan_fp8.checkpoint.reader import open_source
+from ..wan_fp8.checkpoint.senses import audio_encoder_file, load_clip_vision_state_dict
 from ..wan_fp8.checkpoint.signatures import Kind
 from ..wan_fp8.checkpoint.tensors import TensorSource
 from ..wan_fp8.errors import CheckpointError
@@ -25,6 +26,7 @@ from ..wan_fp8.models.text_encoder import load_text_encoder
 from ..wan_fp8.models.tokenizer import find_tokenizer
 from ..wan_fp8.parallel.source import ModelSource
 from . import bridge
+from .audio import AudioEncoderHandle
 from .choices import check_choice
 from .encoder import TextEncoderHandle
 from .missing import Missing
@@ -57,8 +59,6 @@ TEXT_DTYPES = {
     "fp16": torch.float16,
     "fp32": torch.float32,
 }
-SAMPLED = (Task.T2V, Task.I2V, Task.TI2V)
-"""Tasks that there are sampler nodes for; the engine knows more."""
 MODEL_FOLDERS = {"text_encoder": "text_encoders", "vae": "vae"}
 """ComfyUI's folder by box."""
 VAE_DTYPES = {AUTO_DTYPE: None, "fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
@@ -73,16 +73,24 @@ class WanFP8LoadCheckpoint(io.ComfyNode):
             node_id="WanFP8LoadCheckpoint",
             display_name="Load Wan2.2 Checkpoint",
             category=LOADING,
-            description="Loads Wan2.2 T2V-A14B, I2V-A14B or TI2V-5B from an official or Diffusers folder in "
-            "models/wan, or from single files (bf16, fp16, fp8) in models/diffusion_models. What a file is, is seen "
-            "from its tensors and checked before memory is taken. Text encoder and VAE are read when first used.",
+            description="Loads Wan2.2 T2V-A14B, I2V-A14B, TI2V-5B, Animate-14B or S2V-14B from an official or "
+            "Diffusers folder in models/wan, or from single files (bf16, fp16, fp8) in models/diffusion_models. What a "
+            "file is, is seen from its tensors and checked before memory is taken. Encoders and VAE are read when "
+            "first used.",
             search_aliases=["wan2.2", "wan loader", "load diffusion model", "unet loader"],
             inputs=_inputs(),
             outputs=[
-                io.Model.Output(display_name="model", tooltip="The high-noise expert, or the only model of TI2V-5B."),
-                io.Model.Output(display_name="model_low", tooltip="The low-noise expert; of TI2V-5B the same model."),
+                io.Model.Output(display_name="model", tooltip="The high-noise expert, or a checkpoint's only model."),
+                io.Model.Output(display_name="model_low", tooltip="The low-noise expert; else the same model."),
                 TextEncoderSocket.Output(display_name="text_encoder", tooltip="For Encode Wan2.2 Prompt."),
                 io.Vae.Output(display_name="vae", tooltip="For core's VAE Decode and VAE Encode."),
+                io.ClipVision.Output(
+                    display_name="clip_vision",
+                    tooltip="Of an Animate-14B folder, for its sampler or CLIP Vision Encode.",
+                ),
+                io.AudioEncoder.Output(
+                    display_name="audio_encoder", tooltip="Of an S2V-14B folder, for its sampler or AudioEncoderEncode."
+                ),
             ],
             hidden=[io.Hidden.unique_id],
         )
@@ -118,11 +126,13 @@ class WanFP8LoadCheckpoint(io.ComfyNode):
             spec = found[0][1].require_transformer(checkpoint)
             encoder = _text_encoder(chosen, checkpoint, text_encoder, encoder_dtype, spec)
             decoder = _vae(chosen, checkpoint, vae, computed, spec)
+            senses = [_clip_vision(chosen, checkpoint, spec), _audio_encoder(chosen, checkpoint, spec)]
             auto = weight_dtype == AUTO_DTYPE
             nets = [build_from(source, what, dtype=stored, keep_fp8=auto) for source, what in found]
             lines = _report(found)
         if chosen.folder is not None:  # here too, for the one who would find out after sampling
-            lines += [part.reason for part in (encoder, decoder) if isinstance(part, Missing)]
+            needed = [encoder, decoder, *(s for s, task in zip(senses, SENSES, strict=True) if task is spec.task)]
+            lines += [part.reason for part in needed if isinstance(part, Missing)]
         # A pair has its roles from the boxes; one alone, from its name.
         experts: Sequence[str | None] = EXPERTS if len(found) == 2 else [what.expert for _, what in found]
         places = [place for place in (chosen.high, chosen.low) if place is not None]
@@ -132,7 +142,7 @@ class WanFP8LoadCheckpoint(io.ComfyNode):
             for net, expert, source in zip(nets, experts, sources, strict=True)
         ]
         low = _low_output(models, spec, checkpoint)
-        return io.NodeOutput(models[0], low, encoder, decoder, ui=notice(node_id(cls), lines))
+        return io.NodeOutput(models[0], low, encoder, decoder, *senses, ui=notice(node_id(cls), lines))
 
 
 def _inputs() -> list[io.Input]:
@@ -150,7 +160,7 @@ def _inputs() -> list[io.Input]:
             default=AUTO,
             tooltip="The low-noise expert of T2V-A14B and I2V-A14B. Default auto: from the same folder, or the file "
             "whose name differs only in 'low' for 'high'. none loads 'checkpoint' alone, which halves host memory. "
-            "TI2V-5B has one model: leave it at auto.",
+            "TI2V-5B, Animate-14B and S2V-14B have one model: leave it at auto.",
         ),
         io.Combo.Input(
             "text_encoder",
@@ -163,8 +173,8 @@ def _inputs() -> list[io.Input]:
             "vae",
             options=[FROM_CHECKPOINT, *folder_paths.get_filename_list("vae")],
             default=FROM_CHECKPOINT,
-            tooltip="Wan 2.1 VAE for T2V-A14B and I2V-A14B, Wan 2.2 VAE for TI2V-5B. Default from checkpoint: the one "
-            "in the folder. For a single file choose one in models/vae. It is read when first used.",
+            tooltip="Wan 2.1 VAE, for TI2V-5B the Wan 2.2 VAE. Default from checkpoint: the one in the folder. For a "
+            "single file choose one in models/vae. It is read when first used.",
         ),
         io.Combo.Input(
             "weight_dtype",
@@ -205,13 +215,13 @@ def _open_experts(chosen: Selection, name: str, opened: ExitStack) -> list[tuple
     """
     high = _open(*chosen.high, opened)
     if chosen.low is None:
-        if not chosen.alone and high[1].task is not Task.TI2V:
+        if not chosen.alone and _task(high).two_experts:
             raise CheckpointError(
                 f"{name} is {high[1].label}, one of two experts, and no other file is named like it with 'low' for "
                 f"'high': choose the other expert under 'low_noise', or '{NONE}' to load this one alone"
             )
         return [high]
-    if high[1].task is Task.TI2V:
+    if not _task(high).two_experts:
         raise CheckpointError(f"{name} is {high[1].label}, which has one model: set low_noise to '{AUTO}'")
     low = _open(*chosen.low, opened)
     require_expert_pair(high[1], low[1], high[0].label)
@@ -221,16 +231,15 @@ def _open_experts(chosen: Selection, name: str, opened: ExitStack) -> list[tuple
 def _open(path: Path, expert: str | None, opened: ExitStack) -> tuple[TensorSource, Detected]:
     source, what = open_transformer(path, expert)
     opened.callback(source.close)
-    if what.task not in SAMPLED:
-        raise CheckpointError(
-            f"{source.label} is {what.label}, which cannot be sampled by this version's nodes: choose a T2V-A14B, "
-            "I2V-A14B or TI2V-5B checkpoint"
-        )
     return source, what
 
 
+def _task(found: tuple[TensorSource, Detected]) -> Task:
+    return found[1].require_transformer(found[0].label).task
+
+
 def _low_output(models: list[Any], spec: ModelSpec, name: str) -> Any:
-    if len(models) == 2 or spec.task is Task.TI2V:
+    if len(models) == 2 or not spec.task.two_experts:
         return models[-1]
     return Missing(
         f"the low-noise expert of {name} was not loaded because 'low_noise' is '{NONE}': choose it there, or leave "
@@ -292,6 +301,47 @@ def _vae(chosen: Selection, name: str, choice: str, dtype: torch.dtype | None, s
         raise CheckpointError(f"{path.name} is {what.label}: choose the Wan VAE under 'vae'")
     require_vae_version(path.name, what.version, VAE_OF_TASK[spec.task])
     return bridge.lazy_vae(lambda: load_vae_state_dict(path).state_dict, dtype=dtype)
+
+
+SENSES = (Task.ANIMATE, Task.S2V)
+"""The task that has a CLIP vision encoder, and the one that has an audio encoder."""
+
+
+def _clip_vision(chosen: Selection, name: str, spec: ModelSpec) -> Any:
+    """The CLIP vision encoder of an Animate checkpoint, to be read later; what it is, is checked now."""
+    if spec.task is not Task.ANIMATE:
+        return Missing(f"{name} is a {spec.task.upper()} checkpoint, which has no CLIP vision encoder: Animate-14B has")
+    path = None if chosen.folder is None else chosen.folder.clip_vision
+    if path is None:
+        return Missing(
+            f"{name} comes without a CLIP vision encoder: put clip_vision_h.safetensors into models/clip_vision and "
+            "load it with core's Load CLIP Vision, or models_clip_open-clip-xlm-roberta-large-vit-huge-14.pth into the "
+            "checkpoint's folder"
+        )
+    _check_kind(path, Kind.CLIP_VISION, "a CLIP vision encoder")
+    return bridge.lazy_clip_vision(lambda: load_clip_vision_state_dict(path))
+
+
+def _audio_encoder(chosen: Selection, name: str, spec: ModelSpec) -> Any:
+    """The audio encoder of an S2V checkpoint, to be read later; what it is, is checked now."""
+    if spec.task is not Task.S2V:
+        return Missing(f"{name} is a {spec.task.upper()} checkpoint, which has no audio encoder: S2V-14B has one")
+    path = None if chosen.folder is None else chosen.folder.audio_encoder
+    if path is None:
+        return Missing(
+            f"{name} comes without an audio encoder: put one into models/audio_encoders and load it with core's "
+            "AudioEncoderLoader, or the folder wav2vec2-large-xlsr-53-english into the checkpoint's"
+        )
+    path = audio_encoder_file(path)
+    _check_kind(path, Kind.AUDIO_ENCODER, "a wav2vec2 audio encoder")
+    return AudioEncoderHandle(path)
+
+
+def _check_kind(path: Path, kind: Kind, wanted: str) -> None:
+    with open_source(path) as source:
+        what = detect(source, path)
+    if what.kind is not kind:
+        raise CheckpointError(f"{path.name} is {what.label}, and should be {wanted}: download it again")
 
 
 def _no_part(folder: CheckpointFolder | None, name: str, part: str, box: str) -> str:

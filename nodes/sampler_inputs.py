@@ -22,12 +22,16 @@ CONFIG_FILES = {
     Task.T2V: "wan/configs/wan_t2v_A14B.py",
     Task.I2V: "wan/configs/wan_i2v_A14B.py",
     Task.TI2V: "wan/configs/wan_ti2v_5B.py",
+    Task.ANIMATE: "wan/configs/wan_animate_14B.py",
+    Task.S2V: "wan/configs/wan_s2v_14B.py",
 }
 """Where the published defaults come from (Wan-Video/Wan2.2); named in tooltips."""
 SIZE_SOURCES = {
     Task.T2V: "--size of generate.py",
     Task.I2V: "--size of generate.py",
     Task.TI2V: "SUPPORTED_SIZES in wan/configs/__init__.py",
+    Task.ANIMATE: "SUPPORTED_SIZES in wan/configs/__init__.py",
+    Task.S2V: "--size of generate.py",
 }
 FRAME_SOURCES = {
     Task.T2V: "wan/configs/shared_config.py",
@@ -74,6 +78,11 @@ def low_noise_input() -> io.Input:
 
 def size_inputs(task: Task, *, when: str = "") -> list[io.Input]:
     """Width, height and length in pixels and frames."""
+    return [*pixel_inputs(task, when=when), length_input(task)]
+
+
+def pixel_inputs(task: Task, *, when: str = "") -> list[io.Input]:
+    """Width and height."""
     (width, height), multiple = DEFAULTS[task].sizes[0], LAYOUTS[task].multiple
     source = f"Default {width} x {height}: the published one ({SIZE_SOURCES[task]})."
     cost = "Time grows faster than the pixel count, because attention compares all pairs of tokens."
@@ -83,7 +92,6 @@ def size_inputs(task: Task, *, when: str = "") -> list[io.Input]:
             "width", default=width, **common, tooltip=f"Pixels, a multiple of {multiple}. {when}{source} {cost}"
         ),
         io.Int.Input("height", default=height, **common, tooltip=f"Pixels, a multiple of {multiple}. {when}{source}"),
-        length_input(task),
     ]
 
 

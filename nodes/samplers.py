@@ -35,6 +35,8 @@ NODE_OF_TASK = {
     Task.T2V: "Sample Wan2.2 Text to Video",
     Task.I2V: "Sample Wan2.2 Image to Video",
     Task.TI2V: "Sample Wan2.2 5B Text/Image to Video",
+    Task.ANIMATE: "Sample Wan2.2 Animate",
+    Task.S2V: "Sample Wan2.2 Speech to Video",
 }
 
 

@@ -21,6 +21,7 @@ import typer
 
 sys.path.insert(0, str(Path(__file__).resolve().parent))
 
+from tiny_checkpoint.extended import CLASSES
 from tiny_checkpoint.layouts import LAYOUTS, Checkpoint
 from tiny_checkpoint.transformer import FP8_FORMATS, SIZES
 
@@ -43,8 +44,8 @@ def make_tiny_checkpoint(
 
     Args:
         out_dir: A folder that is not there yet, is empty, or was written by this function.
-        task: "t2v", "i2v" (two experts each) or "ti2v" (one transformer).
-        layout: "official", "diffusers" or "comfy".
+        task: "t2v", "i2v" (two experts each), "ti2v", "animate" or "s2v" (one transformer).
+        layout: "official", "diffusers" (the first three tasks) or "comfy".
         seed: Of the weights, 0 or more.
         dtype: Of the transformers; text encoder and VAE keep the published types.
         fp8: Storage of the transformers in the comfy layout: "scaled_fp8", "comfy_quant", "metadata" or None.
@@ -80,6 +81,8 @@ def _check(task: str, layout: str, seed: int, dtype: torch.dtype, fp8: str | Non
         raise ValueError(f"task must be one of {', '.join(SIZES)}; got {task!r}")
     if layout not in LAYOUTS:
         raise ValueError(f"layout must be one of {', '.join(LAYOUTS)}; got {layout!r}")
+    if layout == "diffusers" and task in CLASSES:
+        raise ValueError(f"the diffusers layout is written for the other tasks only; got {task!r}")
     if seed < 0:
         raise ValueError(f"seed must be 0 or more; got {seed}")
     if dtype not in DTYPES.values():

@@ -14,7 +14,13 @@ PACK = Path(__file__).resolve().parent.parent
 ARTEFACTS = PACK / ".out"
 """Ignored by git; CI keeps what tests leave here."""
 SLOW_NODES = Path(__file__).resolve().parent / "slow_nodes"
-TASKS = {"t2v": "Wan2.2-T2V-A14B", "i2v": "Wan2.2-I2V-A14B", "ti2v": "Wan2.2-TI2V-5B"}
+TASKS = {
+    "t2v": "Wan2.2-T2V-A14B",
+    "i2v": "Wan2.2-I2V-A14B",
+    "ti2v": "Wan2.2-TI2V-5B",
+    "animate": "Wan2.2-Animate-14B",
+    "s2v": "Wan2.2-S2V-14B",
+}
 """Tasks, and the official folder name of each, under which ``models/wan`` holds a tiny checkpoint."""
 
 
@@ -83,6 +89,20 @@ def _save_distilled_lora(path: Path, expert: Path) -> None:
     save_file(file, path)
 
 
+def save_relighting_lora(path: Path, width: int = 256, rank: int = 4) -> None:
+    """A LoRA as Animate's official folder brings it: PEFT's names in a checkpoint of a trainer."""
+    import torch
+
+    generator = torch.Generator().manual_seed(0)
+    state = {}
+    for layer in ("self_attn.q", "cross_attn.k_img", "ffn.2"):
+        width_in = 2 * width if layer == "ffn.2" else width
+        down = torch.randn(rank, width_in, generator=generator) / width_in**0.5
+        state[f"blocks.0.{layer}.lora_A.weight"] = down
+        state[f"blocks.0.{layer}.lora_B.weight"] = torch.randn(width, rank, generator=generator)
+    torch.save({"state_dict": state}, path)
+
+
 @pytest.fixture(scope="session")
 def make_server(
     tmp_path_factory: pytest.TempPathFactory, checkpoints: dict[str, Path], single_files: dict[str, Path]
@@ -99,6 +119,8 @@ def make_server(
         for place, path in single_files.items():
             (base / "models" / place).parent.mkdir(exist_ok=True)
             (base / "models" / place).symlink_to(path)
+        (base / "models" / "loras").mkdir()
+        save_relighting_lora(base / "models" / "loras" / "relighting_lora.ckpt")
         (base / "custom_nodes").mkdir()
         (base / "custom_nodes" / SLOW_NODES.name).symlink_to(SLOW_NODES, target_is_directory=True)
         pinned = {key: value for key, value in os.environ.items() if key != "COMFYUI_DIR"}

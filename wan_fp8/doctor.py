@@ -329,14 +329,19 @@ def _file(path: Path) -> tuple[str, str]:
 
 # ---- worker pools --------------------------------------------------------------------------------------------------
 
-POOLS: list[Callable[[], Sequence[Row]]] = []
-"""Whoever starts worker processes adds a function here that describes them."""
-
 
 def pools(patient: Patient) -> list[Row]:
     """Several GPUs: what is running, and what this platform allows."""
     del patient
-    rows = [row for describe in POOLS for row in describe()]
+    from .parallel.pools import live_pools
+
+    rows = []
+    for index, status in enumerate(live_pools(), 1):
+        found = (
+            f"{len(status['devices'])} processes: {', '.join(map(str, status['devices']))}; {status['models']} models"
+        )
+        note = "alive" if status["alive"] else f"ended: {status['failure'] or 'stopped'}"
+        rows.append(Row(f"pool {index}", found, note))
     if not rows:
         linux = sys.platform == "linux"
         rows = [Row("worker pools", "none running", "" if linux else "pools of several GPUs run on Linux only")]

@@ -10,17 +10,24 @@ from __future__ import annotations
 from typing import Any
 
 import comfy.ldm.wan.model
+import comfy.ldm.wan.model_animate
 import torch
 from torch import Tensor, nn
 
+from ...wan_fp8.checkpoint.detect import BLUR_KERNEL
 from ...wan_fp8.errors import CheckpointError, UnsupportedPatchError
 from ...wan_fp8.models.layers import HIGH_PRECISION, Leaf
+from ...wan_fp8.models.s2v import INJECTED
 from ...wan_fp8.models.specs import ModelSpec, Task
 
 FP8 = (torch.float8_e4m3fn, torch.float8_e5m2)
 
 _TASKS = {(16, 16): Task.T2V, (36, 16): Task.I2V, (48, 48): Task.TI2V}
 """(input channels, output channels) of the Wan2.2 models without further inputs."""
+_EXTENDED = {"WanModel_S2V": (Task.S2V, (16, 16)), "AnimateWanModel": (Task.ANIMATE, (36, 16))}
+"""The others, by core's class."""
+_INJECTORS = ("audio_injector.injector.", "audio_injector.injector_adain_layers.")
+"""Core builds twelve of each, whatever the number of blocks."""
 
 
 def core_spec(net: Any) -> ModelSpec:
@@ -29,11 +36,15 @@ def core_spec(net: Any) -> ModelSpec:
     Raises:
         UnsupportedPatchError: anything else; the message names it.
     """
-    wanted = "Wan FP8 takes Wan2.2 T2V-A14B, I2V-A14B and TI2V-5B: connect the MODEL of such a checkpoint"
-    if type(net) is not comfy.ldm.wan.model.WanModel:
+    wanted = (
+        "Wan FP8 takes Wan2.2 T2V-A14B, I2V-A14B, TI2V-5B, Animate-14B and S2V-14B: connect the MODEL of such a "
+        "checkpoint"
+    )
+    task, channels = _EXTENDED.get(_class_name(net), (None, None))
+    if task is None and type(net) is not comfy.ldm.wan.model.WanModel:
         raise UnsupportedPatchError(f"this MODEL holds a {_kind(net)}. {wanted}")
     weights = dict(net.named_parameters())
-    if any(name.startswith("img_emb.") for name in weights):
+    if task is None and any(name.startswith("img_emb.") for name in weights):
         raise UnsupportedPatchError(
             f"this MODEL is a Wan2.1 image-to-video model (it has a CLIP vision branch). {wanted}"
         )
@@ -41,20 +52,20 @@ def core_spec(net: Any) -> ModelSpec:
         raise UnsupportedPatchError(f"this MODEL is a Fun model with a reference image (ref_conv). {wanted}")
     patch, head = weights["patch_embedding.weight"].shape, weights["head.head.weight"].shape
     patch_size = (int(patch[2]), int(patch[3]), int(patch[4]))
-    channels = (int(patch[1]), int(head[0]) // (patch_size[0] * patch_size[1] * patch_size[2]))
-    if channels not in _TASKS:
+    found = (int(patch[1]), int(head[0]) // (patch_size[0] * patch_size[1] * patch_size[2]))
+    if found != channels and (task is not None or found not in _TASKS):
         raise UnsupportedPatchError(
-            f"this MODEL is a Wan model with {channels[0]} input and {channels[1]} output channels (a Fun or control "
+            f"this MODEL is a Wan model with {found[0]} input and {found[1]} output channels (a Fun or control "
             f"model). {wanted}"
         )
     return ModelSpec(
-        task=_TASKS[channels],
+        task=task or _TASKS[found],
         dim=int(patch[0]),
         ffn_dim=int(weights["blocks.0.ffn.0.weight"].shape[0]),
         num_heads=int(net.num_heads),
         num_layers=len(net.blocks),
-        in_dim=channels[0],
-        out_dim=channels[1],
+        in_dim=found[0],
+        out_dim=found[1],
         text_dim=int(weights["text_embedding.0.weight"].shape[1]),
         freq_dim=int(weights["time_embedding.0.weight"].shape[1]),
         patch_size=patch_size,
@@ -87,7 +98,15 @@ def clean_weights(patcher: Any) -> dict[str, Tensor]:
             weights[name.removesuffix("weight") + "weight_scale"] = scale
         else:
             weights[name] = value.detach()
-    return weights
+    return {name: value for name, value in weights.items() if not _is_left_out(name, net)}
+
+
+def _is_left_out(name: str, net: Any) -> bool:
+    """Constants that our definition makes itself, and injectors that stand after no block."""
+    if not name.startswith(_INJECTORS):
+        return BLUR_KERNEL.fullmatch(name) is not None
+    number = int(name.split(".")[2])
+    return INJECTED[number] >= len(net.blocks)
 
 
 def assign_weights(net: nn.Module, weights: dict[str, Tensor]) -> None:
@@ -129,14 +148,18 @@ def _plain_parts(name: str, value: Any) -> tuple[Tensor, Tensor]:
     return data.detach(), scale.reshape(-1, 1) if scale.numel() == data.shape[0] > 1 else scale.reshape(())
 
 
+def _class_name(net: Any) -> str:
+    """The name of core's own class, not of one that is derived from it."""
+    known = (comfy.ldm.wan.model, comfy.ldm.wan.model_animate)
+    return type(net).__name__ if any(getattr(m, type(net).__name__, None) is type(net) for m in known) else ""
+
+
 def _kind(net: Any) -> str:
     if net is None:
         return "no diffusion model"
     known = {
         "VaceWanModel": "Wan VACE model",
         "CameraWanModel": "Wan Fun camera model",
-        "WanModel_S2V": "Wan2.2 S2V model",
-        "AnimateWanModel": "Wan2.2 Animate model",
         "HumoWanModel": "HuMo model",
         "OptimizedModule": "model that is already compiled (put the compile node after ours)",
     }

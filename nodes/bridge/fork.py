@@ -31,9 +31,9 @@ from ...wan_fp8.checkpoint.tensors import FP8_DTYPES
 from ...wan_fp8.errors import UnsupportedPatchError
 from ...wan_fp8.kernels.quantize import weight_granularity
 from ...wan_fp8.models.layers import HIGH_PRECISION
-from ...wan_fp8.models.memory import activation_bytes
+from ...wan_fp8.models.memory import activation_bytes, extra_tokens
 from ...wan_fp8.models.specs import ModelSpec
-from ...wan_fp8.models.wan import WanModel, build_model
+from ...wan_fp8.models.wan import WanModel, build_model, class_of
 from ...wan_fp8.quant.convert import share_recipe
 from .caching import prepare_cache, report_cache
 from .core_weights import assign_weights, clean_weights, core_spec, has_fp8
@@ -69,7 +69,7 @@ def spec_of(patcher: Any) -> ModelSpec:
     """What kind of Wan2.2 transformer this MODEL holds.
 
     Raises:
-        UnsupportedPatchError: it is not a Wan2.2 T2V, I2V or TI2V model; the message names what it is.
+        UnsupportedPatchError: it is not a Wan2.2 model; the message names what it is.
     """
     net = getattr(getattr(patcher, "model", None), "diffusion_model", None)
     return net.spec if isinstance(net, HostedModel) else core_spec(net)
@@ -109,8 +109,8 @@ def fork(patcher: Any) -> Any:
     ours. If the weights lie on the GPU they are unloaded first: two models on one GPU copy would be counted once.
 
     Raises:
-        UnsupportedPatchError: not a Wan2.2 T2V, I2V or TI2V model, a storage format that we don't read, or foreign
-            patches on its modules.
+        UnsupportedPatchError: not a Wan2.2 model, a storage format that we don't read, or foreign patches on its
+            modules.
     """
     patcher = _classic(patcher)
     spec = spec_of(patcher)
@@ -122,7 +122,7 @@ def fork(patcher: Any) -> Any:
         )
     _leave_device(patcher)
     with torch.device("meta"):
-        net = build_model(spec, model_class=_engine_class(patcher))
+        net = build_model(spec, model_class=_engine_class(patcher, spec))
     assign_weights(net, clean_weights(patcher))
     net = adopt(net)
     net.dtype = patcher.model.diffusion_model.dtype
@@ -147,9 +147,9 @@ def _classic(patcher: Any) -> Any:
     return patcher.clone(disable_dynamic=True)
 
 
-def _engine_class(patcher: Any) -> type[WanModel]:
+def _engine_class(patcher: Any, spec: ModelSpec) -> type[WanModel]:
     net = patcher.model.diffusion_model
-    return type(net) if isinstance(net, HostedModel) else hosted_class(WanModel)
+    return type(net) if isinstance(net, HostedModel) else hosted_class(class_of(spec.task))
 
 
 def _leave_device(patcher: Any) -> None:
@@ -360,7 +360,6 @@ def shell_class(base: Any) -> Any:
 def _make_shell_class(base: Any) -> type:
 
     def memory_required(self: Any, input_shape: Any, cond_shapes: Any = None) -> float:
-        del cond_shapes
         if self.diffusion_model.is_remote:
             return 0.0  # the pool's processes need it, not this one
         compute = self.manual_cast_dtype or self.get_dtype()
@@ -379,6 +378,7 @@ def _make_shell_class(base: Any) -> type:
             fused=fused,
             low_precision_attention=quantised,
             kept_residuals=0 if cache is None else cache.depth,
+            extra_tokens=extra_tokens(net.spec, cond_shapes),
         )
 
     def state_dict_for_saving(self: Any, *args: Any, **kwargs: Any) -> dict[str, Tensor]:

@@ -80,9 +80,6 @@ class HostedModel(WanModel):
     is_remote: bool = False
     """Whether the forward runs in other processes, so that there are no weights here."""
 
-    task_inputs: frozenset[str] = frozenset()
-    """Keyword inputs that this task's ``embed`` takes from core's conditioning."""
-
     settings_of_run: HostSettings = HostSettings()
     """Of the MODEL that is being sampled, or was loaded last: the forward's memory is estimated before any forward,
     and a file is saved without one."""
@@ -190,10 +187,11 @@ class HostedModel(WanModel):
         if time_dim_concat is not None:
             extra = comfy.ldm.common_dit.pad_to_patch_size(time_dim_concat, self.patch_size)
             x = torch.cat([x, extra.to(x)], dim=2)
+        compare = may_change_text(patcher, options)
         text_key = (
             None
             if patcher is not None and weights_change_mid_run(patcher)
-            else self._prompt_key(context, options, compare=may_change_text(patcher, options))
+            else self._prompt_key(context, options, compare=compare)
         )
         velocity = super().forward(
             x,
@@ -202,6 +200,7 @@ class HostedModel(WanModel):
             clip_fea,
             ForwardOptions(
                 text_key=text_key,
+                inputs_key=None if compare else text_key,
                 cache_text=text_key is not None,
                 attention=settings.attention,
                 step=step_of_run(options) if settings.attention is not None and settings.attention.needs_step else None,
@@ -459,8 +458,19 @@ def refuse_foreign_patches(patcher: Any) -> None:
         )
 
 
+def refuse_context_windows(patcher: Any) -> None:
+    """Raise where core's context windows are on a MODEL whose video is made in segments: they cut latents along time,
+    and not the face, pose and sound that belong to them."""
+    if patcher.model_options.get("context_handler") is not None:
+        raise UnsupportedPatchError(
+            "this MODEL carries context windows, and this sampler makes long videos in segments of its own: remove the "
+            "node that adds context windows"
+        )
+
+
 _SEE_TEXT = ("CALC_COND_BATCH", "PREDICT_NOISE", "APPLY_MODEL", "DIFFUSION_MODEL")
-"""Kinds of wrappers that text rows pass through on their way from core's conditioning to our forward."""
+"""Kinds of wrappers that text rows, faces and sounds pass through on their way from core's conditioning to our
+forward."""
 
 
 def may_change_text(patcher: Any, options: Mapping[str, Any]) -> bool:

@@ -114,6 +114,13 @@ def raw_latents(model: Any, normalised: Tensor) -> Tensor:
     return model.get_model_object("latent_format").process_out(normalised)
 
 
+def where_it_computes(model: Any, value: Tensor) -> Tensor:
+    """A tensor in the type and on the device that MODEL computes in, so that it crosses the bus once and not with
+    every step."""
+    base = model.model
+    return value.to(model.load_device, base.manual_cast_dtype or base.get_dtype())
+
+
 # ---- what a run sees of a model ------------------------------------------------------------------------------------
 
 

@@ -47,6 +47,18 @@ class Stage:
     """Index of the first step that this model serves; 0 for the first stage."""
 
 
+@dataclass(frozen=True, slots=True)
+class Progress:
+    """One run's place on a bar that counts several."""
+
+    done: int
+    """Steps of the runs before it."""
+    steps: int
+    """Of all of them."""
+    hidden: int = 0
+    """Latent frames at the start that a preview leaves out: not part of the video."""
+
+
 def run_stages(
     stages: Sequence[Stage],
     *,
@@ -60,6 +72,7 @@ def run_stages(
     noise: Tensor | None = None,
     timesteps: Tensor | None = None,
     observe: Callable[[int, Tensor], None] | None = None,
+    progress: Progress | None = None,
 ) -> tuple[dict[str, Any], dict[str, Any]]:
     """Sample ``latent`` over ``sigmas``; each model call goes to the stage that its sigma belongs to.
 
@@ -77,6 +90,7 @@ def run_stages(
         noise: Noise from elsewhere, in the shape of the latents; None to draw it from ``seed``.
         timesteps: [steps] what the model is told at each step; None for core's ``1000 * sigma``.
         observe: Told each step, counted from 0, and its clean estimate, normalised, on the model's device.
+        progress: Where this run stands among others that one bar counts; None: it has a bar of its own.
     Returns:
         The LATENT and its last clean estimate, both raw VAE latents on core's intermediate device.
     Raises:
@@ -104,11 +118,15 @@ def run_stages(
     elif noise.shape != samples.shape:
         raise InputError(f"noise must have the shape of the latents, {list(samples.shape)}; got {list(noise.shape)}")
     last_clean: dict[str, Tensor] = {}
-    show = latent_preview.prepare_callback(first, len(sigmas) - 1, last_clean)
-    status = RunStatus([stage.model for stage in stages], [stage.first_step for stage in stages], len(sigmas) - 1)
+    bar = progress or Progress(0, len(sigmas) - 1)
+    starts = [stage.first_step for stage in stages]
+    status = RunStatus([stage.model for stage in stages], starts, bar.steps, bar.done)
+    show = latent_preview.prepare_callback(first, bar.steps)
 
     def callback(step: int, clean: Tensor, x: Tensor, steps: int) -> None:
-        show(step, clean, x, steps)
+        del steps
+        last_clean["x0"] = clean
+        show(bar.done + step, clean[:, :, bar.hidden :] if bar.hidden else clean, x, bar.steps)
         status.step(step)
         if observe is not None:
             observe(step, clean)

@@ -23,9 +23,10 @@ NAMES = {"high_noise": "high noise", "low_noise": "low noise"}
 class RunStatus:
     """Told of each step of one sampler run. Nothing waits for a GPU: times are those at which the host arrives."""
 
-    def __init__(self, models: Sequence[Any], first_steps: Sequence[int], steps: int) -> None:
-        """``models`` and the step at which each begins."""
+    def __init__(self, models: Sequence[Any], first_steps: Sequence[int], steps: int, done: int = 0) -> None:
+        """``models`` and the step at which each begins; ``steps`` of all runs of a node, ``done`` of them before this."""
         self._models, self._first_steps, self._steps = list(models), list(first_steps), steps
+        self._done = done
         self._context = get_executing_context()
         self._marks = [time.perf_counter()]
         self._skipped: dict[int, list[int]] = {}
@@ -45,7 +46,7 @@ class RunStatus:
             {
                 "node": self._context.node_id,
                 "prompt_id": self._context.prompt_id,
-                "step": index + 1,
+                "step": self._done + index + 1,
                 "steps": self._steps,
                 "seconds_per_step": round(statistics.median(gaps), 3) if gaps else None,
                 "expert": NAMES.get(expert_of(model) or "") if len(self._models) > 1 else None,

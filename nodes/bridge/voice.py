@@ -1,10 +1,12 @@
-"""What a run has to say while a node executes: in the log, and as text on that node, whichever sampler it is."""
+"""What a run has to say while a node executes: in the log, and as text on that node, whichever sampler it is. And
+whether anybody still listens."""
 
 from __future__ import annotations
 
 import logging
 from typing import Any
 
+import comfy.model_management
 from comfy_execution.utils import get_executing_context
 
 from ..notices import logger, show_on_node
@@ -34,3 +36,8 @@ def kept_words() -> list[str]:
     """What was said to stay since the node that executes now began."""
     context = get_executing_context()
     return list(_kept[1]) if context is not None and _kept[0] == context else []
+
+
+def stop_if_cancelled() -> None:
+    """Raise core's InterruptProcessingException if the user has cancelled."""
+    comfy.model_management.throw_exception_if_processing_interrupted()

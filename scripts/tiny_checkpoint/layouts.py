@@ -12,12 +12,18 @@ import torch
 from safetensors.torch import save_file
 from torch import Tensor
 
-from . import text, transformer, vae
+from . import extended, senses, text, transformer, vae
 from .weights import random_weights
 
 EXPERTS = ("high_noise", "low_noise")
 BOUNDARIES = {"t2v": 0.875, "i2v": 0.9}
-MODEL_NAMES = {"t2v": "t2v_{expert}_14B", "i2v": "i2v_{expert}_14B", "ti2v": "ti2v_5B"}
+MODEL_NAMES = {
+    "t2v": "t2v_{expert}_14B",
+    "i2v": "i2v_{expert}_14B",
+    "ti2v": "ti2v_5B",
+    "animate": "animate_14B",
+    "s2v": "s2v_14B",
+}
 PIPELINES = {"t2v": "WanPipeline", "i2v": "WanImageToVideoPipeline", "ti2v": "WanPipeline"}
 FLOW_SHIFT = {"t2v": 12.0, "i2v": 5.0, "ti2v": 5.0}
 
@@ -39,8 +45,8 @@ class Checkpoint:
 
     @property
     def experts(self) -> tuple[str, ...]:
-        """High noise first; TI2V-5B has one transformer."""
-        return ("",) if self.task == "ti2v" else EXPERTS
+        """High noise first; all but the first two tasks have one transformer."""
+        return EXPERTS if self.task in BOUNDARIES else ("",)
 
     @property
     def vae_size(self) -> vae.VaeSize:
@@ -49,11 +55,20 @@ class Checkpoint:
 
     def expert(self, name: str) -> dict[str, Tensor]:
         """One transformer under official names."""
-        return random_weights(transformer.shapes(self.size), seed=self.seed, part=f"dit/{name}", dtype=self.dtype)
+        shapes = transformer.shapes(self.size) | extended.extras(self.task, self.size)
+        return random_weights(shapes, seed=self.seed, part=f"dit/{name}", dtype=self.dtype)
 
     def vae(self) -> dict[str, Tensor]:
         """The VAE under official names."""
         return random_weights(vae.shapes(self.vae_size), seed=self.seed, part="vae", dtype=torch.float32)
+
+    def clip_vision(self) -> dict[str, Tensor]:
+        """Animate's CLIP under official names."""
+        return random_weights(senses.clip_shapes(), seed=self.seed, part="clip", dtype=torch.float16)
+
+    def audio_encoder(self) -> dict[str, Tensor]:
+        """S2V's wav2vec2 under Hugging Face's names, without the attentions' matrices."""
+        return random_weights(senses.audio_shapes(), seed=self.seed, part="wav2vec2", dtype=torch.float16)
 
     def text_encoder(self, rows: int) -> dict[str, Tensor]:
         """UMT5 under official names."""
@@ -65,12 +80,19 @@ def write_official(folder: Path, checkpoint: Checkpoint) -> None:
     for expert in checkpoint.experts:
         target = folder / f"{expert}_model" if expert else folder
         target.mkdir(exist_ok=True)
-        _write_json(target / "config.json", transformer.config(checkpoint.size, checkpoint.task))
+        name = extended.CLASSES.get(checkpoint.task, "WanModel")
+        _write_json(target / "config.json", transformer.config(checkpoint.size, checkpoint.task, name))
         _write_shards(target, checkpoint.expert(expert))
     model = text.train_sentencepiece()
     text.write_tokenizer(folder / "google" / "umt5-xxl", model)
     torch.save(checkpoint.text_encoder(text.vocab_rows(model)), folder / "models_t5_umt5-xxl-enc-bf16.pth")
     torch.save(checkpoint.vae(), folder / f"Wan{checkpoint.vae_size.version}_VAE.pth")
+    if checkpoint.task == "animate":
+        torch.save(checkpoint.clip_vision(), folder / senses.CLIP_FILE)
+    if checkpoint.task == "s2v":
+        (folder / senses.AUDIO_FOLDER).mkdir()
+        weights = folder / senses.AUDIO_FOLDER / "model.safetensors"
+        senses.write_with_holes(weights, checkpoint.audio_encoder(), senses.audio_zeros())
 
 
 def write_diffusers(folder: Path, checkpoint: Checkpoint) -> None:

@@ -39,6 +39,8 @@ SIZES = {
     "t2v": TransformerSize(in_dim=16, out_dim=16),
     "i2v": TransformerSize(in_dim=36, out_dim=16),
     "ti2v": TransformerSize(in_dim=48, out_dim=48),
+    "animate": TransformerSize(in_dim=36, out_dim=16, num_layers=5),
+    "s2v": TransformerSize(in_dim=16, out_dim=16),
 }
 
 
@@ -75,10 +77,10 @@ def shapes(size: TransformerSize) -> dict[str, tuple[int, ...]]:
     return result
 
 
-def config(size: TransformerSize, task: str) -> dict[str, Any]:
+def config(size: TransformerSize, task: str, class_name: str = "WanModel") -> dict[str, Any]:
     """``config.json`` beside official weights."""
     return {
-        "_class_name": "WanModel",
+        "_class_name": class_name,
         "_diffusers_version": "0.33.0",
         "dim": size.dim,
         "eps": 1e-06,

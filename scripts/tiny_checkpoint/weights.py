@@ -31,7 +31,7 @@ def random_weights(
 
 
 def _draw(name: str, shape: tuple[int, ...], seed: int, part: str) -> Tensor:
-    if name.endswith("gamma") or (len(shape) == 1 and name.endswith("weight")):
+    if name.endswith(("gamma", "weight_g", "audio_encoder.weights")) or (len(shape) == 1 and name.endswith("weight")):
         return torch.ones(shape)
     # The generator uses 32 bits of its seed, so everything that tells streams apart goes through a hash of that size.
     generator = torch.Generator().manual_seed(zlib.crc32(f"{seed}/{part}/{name}".encode()))
@@ -44,6 +44,8 @@ def _std(name: str, shape: tuple[int, ...]) -> float:
     if name.endswith("modulation"):
         return shape[-1] ** -0.5
     if name.endswith("embedding.weight") and len(shape) == 2:  # tables of rows, not matrices
+        return 1.0
+    if name.startswith("motion_encoder."):  # scaled in the forward
         return 1.0
     fan_in = math.prod(shape[1:])
     if name.endswith("attn.q.weight") and len(shape) == 2 and shape[0] == text.HEADS * text.HEAD_DIM:

@@ -72,12 +72,78 @@ LAYOUTS: dict[int, dict[str, ParallelDims]] = {
 }
 
 
+CHANNELS = {Task.T2V: (16, 16), Task.I2V: (36, 16), Task.TI2V: (48, 48), Task.ANIMATE: (36, 16), Task.S2V: (16, 16)}
+
+
 def spec(task: Task) -> ModelSpec:
-    channels = {Task.T2V: (16, 16), Task.I2V: (36, 16), Task.TI2V: (48, 48)}[task]
+    channels, layers = CHANNELS[task], 5 if task in EXTENDED else 2
     return ModelSpec(
-        task=task, dim=WIDTH, ffn_dim=256, num_heads=HEADS, num_layers=2, in_dim=channels[0], out_dim=channels[1],
+        task=task, dim=WIDTH, ffn_dim=256, num_heads=HEADS, num_layers=layers, in_dim=channels[0], out_dim=channels[1],
         text_dim=TEXT,
     )  # fmt: skip
+
+
+EXTENDED = (Task.ANIMATE, Task.S2V)
+
+
+class MeanColour(torch.nn.Module):
+    """In place of Animate's motion encoder, which takes seconds a frame on a CPU."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.calls = 0
+
+    def forward(self, faces: Tensor) -> Tensor:
+        self.calls += 1
+        return faces.transpose(1, 2).flatten(3).std(3).repeat(1, 1, 171)[..., :512] - 0.5
+
+
+def extended_inputs(task: Task, batch: int, grid: tuple[int, int, int], dtype: torch.dtype) -> dict[str, Tensor]:
+    """What Animate and S2V are told beside latents and text; no two samples the same."""
+    generator = torch.Generator().manual_seed(4)
+
+    def randn(*shape: int) -> Tensor:
+        return torch.randn(batch, *shape, generator=generator).to(DEVICE, dtype)
+
+    frames, rows, columns = grid
+    if task is Task.ANIMATE:
+        faces = torch.rand(batch, 3, 4 * frames - 7, 512, 512, generator=generator).to(DEVICE, dtype)
+        return {
+            "clip_fea": randn(9, 1280),
+            "pose_latents": randn(16, frames - 1, rows, columns),
+            "face_pixel_values": faces,
+        }
+    return {
+        "audio_embed": randn(25, 1024, 4 * frames),
+        "reference_latent": randn(16, 1, rows, columns),
+        "reference_motion": randn(16, 19, rows, columns),
+        "control_video": randn(16, frames, rows, columns),
+    }
+
+
+def check_extended(dims: ParallelDims, task: Task, recipe: str, batch: int, dtype: torch.dtype = torch.float64) -> None:
+    """Tokens of a rank begin and end inside a latent frame, and of S2V the last rank has few of the video: the same as
+    one process; faces and sounds are encoded once for all steps."""
+    grid = (3, 8, 10)
+    given, results = extended_inputs(task, batch, grid, dtype), []
+    for layout in (None, dims):
+        model = model_of(task, dtype, recipe)
+        if task is Task.ANIMATE:
+            model.motion_encoder = MeanColour()
+        else:
+            model.casual_audio_encoder.weights.data.abs_()
+        if layout is not None:
+            parallelize(model, layout)
+        video = Video(task, batch, grid)
+        made = []
+        for step in range(2):
+            time, text = video.timestep(step, slice(None)), video.context.to(dtype)
+            made.append(model(video.x[step].to(dtype), time, context=text, **given).clone())
+        results.append(made)
+        if task is Task.ANIMATE:
+            assert model.motion_encoder.calls == 1
+    same_on_every_rank(results[1][-1])
+    close(results[1], results[0], bound_of(recipe, dtype))
 
 
 def model_of(task: Task, dtype: torch.dtype, recipe: str = "none") -> WanModel:
@@ -318,7 +384,7 @@ def check_sparse_attention(dims: ParallelDims) -> None:
     models = [model_of(Task.TI2V, torch.float64), parallelize(model_of(Task.TI2V, torch.float64), dims)]
     for model in models:
         wan_fp8.set_attention(model, Attention(sparsity=sparsity))
-    video = Video(Task.TI2V, 1, frames=6, rows=20, columns=18)  # 540 tokens, 90 of them a first frame: 5 blocks
+    video = Video(Task.TI2V, 1, (6, 20, 18))  # 540 tokens, 90 of them a first frame: 5 blocks
     if dims.ring > 1:
         refused(lambda: video.forward(models[1], 0), "which a ring splits")
         return
@@ -419,8 +485,6 @@ def check_refusals(ranks: int) -> None:
     video = Video(Task.T2V, 1)
     refused(lambda: video.forward(model, 0, attention_override=lambda *_: None), "remove it, or use cfg alone")
     refused(lambda: video.forward(model, 0, block_replace={0: lambda *_: None}), "remove it, or use cfg alone")
-    model.embed = lambda *given: (*type(model).embed(model, *given)[:3], {"motion": 1})
-    refused(lambda: video.forward(model, 0), "adds motion between its blocks")
     if ranks % 2 == 0:
         halves = parallelize(model_of(Task.T2V, torch.float32), ParallelDims(cfg=2, ulysses=ranks // 2))
         apply_cache(halves, EasyCache())
@@ -453,7 +517,7 @@ def _cases(ranks: int) -> Iterator[tuple[str, Callable[[], None]]]:
             for batch in (2,) if sharded or few else (1, 2):
                 if sharded and recipe in ("rowwise", "Float8CurrentScaling"):
                     continue
-                task = list(Task)[(number + batch) % 3]
+                task = list(CHANNELS)[(number + batch) % 3]
                 yield (
                     f"{name}: {task} {recipe} batch {batch} fp64",
                     partial(check, dims, task, recipe, torch.float64, batch),
@@ -477,6 +541,11 @@ def _cases(ranks: int) -> Iterator[tuple[str, Callable[[], None]]]:
     for frames in (1, 13):
         yield f"VAE, {frames} frames", partial(check_vae, ranks, frames)
     yield "refusals", partial(check_refusals, ranks)
+    for name, dims in LAYOUTS[ranks].items():
+        if dims.shard == 1 and not dims.merge:
+            recipe, batch = "none" if few else "rowwise", max(dims.cfg, 1)
+            for task in EXTENDED:
+                yield f"{name}: {task} {recipe}", partial(check_extended, dims, task, recipe, batch)
 
 
 def _two_ranks(name: str, dims: ParallelDims) -> Iterator[tuple[str, Callable[[], None]]]:

@@ -62,7 +62,7 @@ def unload() -> int:
 
 def load(checkpoints, task, dtype="fp32"):
     boxes = {"weight_dtype": dtype, "text_encoder_dtype": dtype, "vae_dtype": dtype}
-    return call("WanFP8LoadCheckpoint", checkpoint=checkpoints[task].name, **boxes).args
+    return call("WanFP8LoadCheckpoint", checkpoint=checkpoints[task].name, **boxes).args[:4]
 
 
 def plain_loop(checkpoints, text, *, steps, noise=None):

@@ -147,7 +147,7 @@ def test_every_layout_gives_the_same_models(models, made, task, layout):
         }
     else:
         name, inputs = put(models, made(task, layout)), {}
-    high, low, encoder, vae = call(NODE, checkpoint=name, **inputs).args
+    high, low, encoder, vae, *_ = call(NODE, checkpoint=name, **inputs).args
     reference = {
         expert: load_file(made(task, "comfy") / "diffusion_models" / file)
         for expert, file in zip(
@@ -170,7 +170,7 @@ def test_every_layout_gives_the_same_models(models, made, task, layout):
 
 def test_what_it_loads_samples(models, made):
     name = put(models, made("t2v"))
-    high, low, encoder, vae = call(NODE, checkpoint=name, weight_dtype="fp32").args
+    high, low, encoder, vae, *_ = call(NODE, checkpoint=name, weight_dtype="fp32").args
     positive, negative = call("WanFP8TextEncode", text_encoder=encoder, prompt="a cat").args
     common = dict(model=high, model_low=low, positive=positive, negative=negative, width=32, height=32, length=5)
     out = latents(call("WanFP8SampleT2V", **common, steps=4))
@@ -201,7 +201,7 @@ def test_text_encoder_and_vae_are_read_when_first_used(models, made, monkeypatch
         monkeypatch.setattr(
             loaders, name, lambda *a, _name=name, _original=original, **k: (reads.append(_name), _original(*a, **k))[1]
         )
-    _, _, encoder, vae = call(NODE, checkpoint=put(models, made("t2v"))).args
+    _, _, encoder, vae, *_ = call(NODE, checkpoint=put(models, made("t2v"))).args
     assert vae.get_ram_usage() == 0 and not encoder.loaded
     assert reads == []
     vae.decode(torch.zeros(1, 16, 1, 2, 2))
@@ -356,20 +356,48 @@ def test_a_pth_with_code_is_refused_not_run(models, made, tmp_path, monkeypatch)
     assert (tmp_path / "sprung").exists(), "the trap itself works"
 
 
-@pytest.mark.usefixtures("no_weights")
-@pytest.mark.parametrize("task", ["animate", "s2v"])
-def test_models_without_a_sampler_node_are_refused_by_name(models, task):
-    specs, wan = nodes_kit.module("wan_fp8.models.specs"), nodes_kit.module("wan_fp8.models.wan")
-    spec = specs.ModelSpec(
-        task=specs.Task(task), dim=128, ffn_dim=256, num_heads=1, num_layers=5, out_dim=16, text_dim=64,
-        in_dim=36 if task == "animate" else 16,
-    )  # fmt: skip
-    with torch.device("meta"):
-        state = wan.build_model(spec).state_dict()
-    zeros = {name: torch.zeros(value.shape, dtype=torch.bfloat16) for name, value in state.items()}
-    save_file(zeros, models / "diffusion_models" / "m.safetensors")
-    message = refused(checkpoint="m.safetensors")
-    assert f"a Wan2.2 {task.upper()} transformer" in message and "cannot be sampled by this version's nodes" in message
+@pytest.mark.parametrize(
+    ("task", "output", "words"),
+    [("animate", 4, r"without a CLIP vision encoder: put clip_vision_h"), ("s2v", 5, r"without an audio encoder: put")],
+)
+def test_single_files_of_animate_and_s2v(models, made, task, output, words):
+    """One MODEL on both outputs, core's own kind of shell, and a sentence where a file has no encoder."""
+    files = put_comfy(models, made(task, "comfy"))
+    out = call(NODE, checkpoint=files[0])
+    high, low, _, vae, *senses = out.args
+    assert low is high and type(high.model).__name__ == {"animate": "WAN22_Animate", "s2v": "WAN22_S2V"}[task]
+    assert f"a Wan2.2 {task.upper()} transformer" in out.ui.value
+    errors = nodes_kit.module("wan_fp8.errors")
+    with pytest.raises(errors.InputError, match=words):
+        _ = out.args[output].model
+    with pytest.raises(errors.InputError, match="checkpoint, which has no"):
+        _ = senses[5 - output].model
+    with pytest.raises(errors.InputError, match=r"without a VAE.*models/vae"):
+        vae.decode(torch.zeros(1, 16, 1, 2, 2))
+    assert "leave" in refused(checkpoint=files[0], low_noise=files[0]) or "one model" in refused(
+        checkpoint=files[0], low_noise=files[0]
+    )
+
+
+def test_folders_of_animate_and_s2v(models, made):
+    """The encoders that see and hear are read when first used; a wrong file in their place is refused before."""
+    bridge_module = nodes_kit.module("nodes.bridge")
+    out = call(NODE, checkpoint=put(models, made("animate"), name="a"))
+    assert "_pending" in vars(out.args[4]) and out.args[4].encode_image(torch.rand(1, 30, 40, 3)) is not None
+    assert "_pending" not in vars(out.args[4]) and bridge_module.spec_of(out.args[0]).task == "animate"
+    out = call(NODE, checkpoint=put(models, made("s2v"), name="s"))
+    assert not out.args[5].loaded and out.ui.value.count("without") == 0
+    for task, part in (("animate", "models_clip*"), ("s2v", "wav2vec2*/model.safetensors")):
+        folder = models / "wan" / f"broken-{task}"
+        folder.mkdir()
+        for path in made(task).iterdir():
+            (folder / path.name).symlink_to(path) if not path.name.startswith("wav2vec2") else shutil.copytree(
+                path, folder / path.name
+            )
+        target = next(folder.glob(part))
+        target.unlink()
+        save_file({"x": torch.zeros(1)}, target)
+        assert "and should be a" in refused(checkpoint=folder.name)
 
 
 @pytest.mark.usefixtures("no_weights")
@@ -385,7 +413,7 @@ def test_the_high_noise_expert_alone(models, made):
 
 def test_one_expert_on_purpose(models, made):
     name = put(models, made("t2v"))
-    high, low, encoder, _ = call(NODE, checkpoint=name, low_noise="none").args
+    high, low, encoder, *_ = call(NODE, checkpoint=name, low_noise="none").args
     errors = nodes_kit.module("wan_fp8.errors")
     positive, negative = call("WanFP8TextEncode", text_encoder=encoder, prompt="").args
     common = dict(positive=positive, negative=negative, width=32, height=32, length=5, steps=2)
@@ -432,7 +460,7 @@ def test_the_wrong_vae_or_text_encoder(models, made):
 
 def test_parts_that_a_single_file_does_not_bring(models, made):
     files = put_comfy(models, made("t2v", "comfy"))
-    _, _, encoder, vae = call(NODE, checkpoint=files[0]).args
+    _, _, encoder, vae, *_ = call(NODE, checkpoint=files[0]).args
     errors = nodes_kit.module("wan_fp8.errors")
     with pytest.raises(errors.InputError, match=r"without a text encoder.*models/text_encoders"):
         call("WanFP8TextEncode", text_encoder=encoder, prompt="")
@@ -459,7 +487,7 @@ def test_a_folder_that_lacks_a_part(models, made):
     for file in folder.glob("models_t5*"):
         file.unlink()
     out = call(NODE, checkpoint="copy")
-    errors, (_, _, encoder, vae) = nodes_kit.module("wan_fp8.errors"), out.args
+    errors, (_, _, encoder, vae, *_) = nodes_kit.module("wan_fp8.errors"), out.args
     words = r"copy has no Wan2\.1_VAE\.pth and Wan2\.2_VAE\.pth is the VAE of other models.*models/vae.*under 'vae'"
     with pytest.raises(errors.InputError, match=words):
         vae.decode(torch.zeros(1, 16, 1, 2, 2))

@@ -15,7 +15,7 @@ pytestmark = pytest.mark.usefixtures("comfy_core")
 CONTRACT = {
     "WanFP8LoadCheckpoint": (
         "checkpoint low_noise text_encoder vae weight_dtype text_encoder_dtype vae_dtype",
-        "model model_low text_encoder vae",
+        "model model_low text_encoder vae clip_vision audio_encoder",
     ),
     "WanFP8LoadLora": ("model lora strength model_low lora_low strength_low mode", "model model_low"),
     "WanFP8TextEncode": ("text_encoder prompt negative", "positive negative"),
@@ -33,6 +33,16 @@ CONTRACT = {
         "model positive negative size width height length seed steps shift guidance solver scheduler noise vae "
         "start_image",
         "latent",
+    ),
+    "WanFP8SampleAnimate": (
+        "model positive negative vae clip_vision reference_image pose_video mode size width height length segment "
+        "overlap seed steps shift guidance solver scheduler noise face_video background_video character_mask fps",
+        "images latent",
+    ),
+    "WanFP8SampleS2V": (
+        "model positive negative vae reference_image size width height clips clip_frames seed steps shift guidance "
+        "solver scheduler noise audio audio_encoder audio_features pose_video pose_fps start_from_reference",
+        "images latent",
     ),
     "WanFP8Sigmas": (
         "steps shift solver boundary model model_low",
@@ -134,15 +144,16 @@ def test_every_node_has_its_help_page(schemas, name):
 
 def test_defaults_are_the_published_ones(schemas):
     sampling = nodes_kit.module("wan_fp8.sampling")
-    sampled = {f"WanFP8Sample{name.upper()}" for name in sampling.DEFAULTS}
-    assert sampled == {name for name in schemas if name.startswith("WanFP8Sample")}
+    nodes = {name: f"WanFP8Sample{name.title() if name == 'animate' else name.upper()}" for name in sampling.DEFAULTS}
+    assert set(nodes.values()) == {name for name in schemas if name.startswith("WanFP8Sample")}
+    frames = {"animate": "segment", "s2v": "clip_frames"}
     for name in sampling.DEFAULTS:
         defaults = sampling.DEFAULTS[name]
-        node = schemas[f"WanFP8Sample{name.upper()}"]
+        node = schemas[nodes[name]]
         boxes = {i.id: getattr(i, "default", None) for i in node.inputs}
         low, high = defaults.guidance
         assert (boxes["width"], boxes["height"]) == defaults.sizes[0]
-        assert boxes["length"] == defaults.frames and boxes["steps"] == defaults.steps
+        assert boxes[frames.get(name, "length")] == defaults.frames and boxes["steps"] == defaults.steps
         assert boxes["shift"] == defaults.shift and boxes["solver"] == defaults.solver
         assert boxes["guidance"] == high and boxes.get("guidance_low", low) == low
         assert boxes.get("boundary") == defaults.boundary

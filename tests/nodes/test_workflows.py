@@ -118,6 +118,61 @@ def test_the_distilled_pair_is_applied_whole(
     assert {name.rpartition(".")[2] for name in changed} >= {"diff_m", "diff_b", "diff"}
 
 
+def save_video(path: Path, frames: int, width: int, height: int, fps: int = 30) -> str:
+    """A video of grey noise; its path."""
+    import numpy as np
+
+    with av.open(str(path), mode="w") as container:
+        stream = container.add_stream("mpeg4", rate=fps)
+        stream.width, stream.height, stream.pix_fmt = width, height, "yuv420p"
+        generator = np.random.default_rng(frames)
+        for _ in range(frames):
+            pixels = generator.integers(0, 255, (height, width, 3), dtype=np.uint8)
+            container.mux(stream.encode(av.VideoFrame.from_ndarray(pixels, format="rgb24")))
+        container.mux(stream.encode(None))
+    return str(path)
+
+
+@pytest.mark.parametrize("stem", ["animate_14b", "animate_replace_14b"])
+def test_animate_makes_a_video_from_files(
+    stem: str, client: Client, object_info: dict[str, Any], tmp_path: Path
+) -> None:
+    """One frame, with a real face: a frame through the motion encoder takes seconds on a CPU."""
+    prompt = to_prompt(load(PACK / "workflows" / f"{stem}.json"), object_info)
+    picture = tmp_path / "character.png"
+    save_picture(picture, 96, 64)
+    changes = [f"checkpoint={TASKS['animate']}", f"image={picture}", "segment=1", "steps=2", "seed=7"]
+    sizes = {"pose": (64, 64), "face": (512, 512)}
+    if "replace" in stem:
+        sizes |= {"background": (64, 64), "mask": (64, 64)}
+    changes += [f"{name}={save_video(tmp_path / f'{name}.mp4', 1, *size)}" for name, size in sizes.items()]
+    apply(prompt, object_info, changes, client.upload)
+    (made,) = client.run(prompt.nodes)
+    assert frames_of(client.download(made, tmp_path)) == (1, 64, 64, 30)
+
+
+def test_s2v_makes_a_video_with_its_sound(client: Client, object_info: dict[str, Any], tmp_path: Path) -> None:
+    import wave
+
+    prompt = to_prompt(load(PACK / "workflows" / "s2v_14b.json"), object_info)
+    picture, speech = tmp_path / "who.png", tmp_path / "speech.wav"
+    save_picture(picture, 96, 96)
+    with wave.open(str(speech), "wb") as file:
+        file.setnchannels(2)
+        file.setsampwidth(2)
+        file.setframerate(44_100)
+        file.writeframes(bytes(range(256)) * 138)  # 0.2 s
+    changes = [f"checkpoint={TASKS['s2v']}", f"image={picture}", f"audio={speech}", "prompt=a fox", "negative=blur"]
+    small = ["size=width x height", "width=64", "height=64", "clip_frames=8", "steps=2"]
+    apply(prompt, object_info, [*changes, *small], client.upload)
+    (made,) = client.run(prompt.nodes)
+    path = client.download(made, tmp_path)
+    assert frames_of(path) == (4, 64, 64, 16)
+    with av.open(str(path)) as video:
+        (stream,) = video.streams.audio
+        assert stream.duration * stream.time_base == pytest.approx(0.2, abs=0.1)
+
+
 def test_the_5b_graph_makes_a_video_from_text_when_its_image_is_muted(
     client: Client, object_info: dict[str, Any], tmp_path: Path
 ) -> None:

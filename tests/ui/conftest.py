@@ -31,13 +31,15 @@ FOLDERS = {
     "CLIPLoader": "text_encoders",
     "VAELoader": "vae",
     "LoraLoaderModelOnly": "loras",
+    "LoadVideo": "../input",
+    "LoadAudio": "../input",
 }
 
 
 @contextlib.contextmanager
 def files_named_in_workflows(models: Path) -> Iterator[None]:
-    """Empty files under the names that core's loaders have in the workflows: newer editors paint a loader red whose
-    file is missing, as it should be on a machine without it."""
+    """Empty files under the names that loaders have in the workflows: newer editors paint a loader red whose file is
+    missing, as it should be on a machine without it."""
     made = []
     for workflow in (PACK / "workflows").glob("*.json"):
         for node in json.loads(workflow.read_text())["nodes"]:

@@ -151,12 +151,18 @@ def test_other_machines_say_what_is_off_and_why(
     assert doctor.other_kernels(patient) and doctor.libraries(patient) and doctor.recommendation(patient)
 
 
-def test_pools_are_described_by_those_who_start_them(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_pools_that_run_are_named(monkeypatch: pytest.MonkeyPatch) -> None:
+    from wan_fp8.parallel import pools
+
     patient = on("NVIDIA H200", (9, 0), 140)
-    assert "none running" in text(doctor.pools(patient)) or doctor.POOLS
-    monkeypatch.setattr(doctor, "POOLS", [lambda: [doctor.Row("pool 1", "4 GPUs")]])
-    assert text(doctor.pools(patient)) == "pool 1 | 4 GPUs | "
-    monkeypatch.setattr(doctor, "POOLS", [])
+    monkeypatch.setattr(pools, "live_pools", list)
+    assert "none running" in text(doctor.pools(patient))
+    alive = {"devices": ["cuda:0", "cuda:1"], "alive": True, "failure": None, "ranks": [], "models": 2}
+    dead = {"devices": ["10.0.0.2:29500"], "alive": False, "failure": "rank 1 ended", "ranks": [], "models": 0}
+    monkeypatch.setattr(pools, "live_pools", lambda: [alive, dead])
+    said = text(doctor.pools(patient))
+    assert "pool 1 | 2 processes: cuda:0, cuda:1; 2 models | alive" in said and "ended: rank 1 ended" in said
+    monkeypatch.setattr(pools, "live_pools", list)
     monkeypatch.setattr(sys, "platform", "win32")
     assert "Linux only" in text(doctor.pools(patient))
 

@@ -160,6 +160,8 @@ def test_defaults_are_the_published_ones() -> None:
         "t2v": ((1280, 720), 81, 16, "unipc", 40, 12.0, (3.0, 4.0), 0.875),
         "i2v": ((1280, 720), 81, 16, "unipc", 40, 5.0, (3.5, 3.5), 0.9),
         "ti2v": ((1280, 704), 121, 24, "unipc", 50, 5.0, (5.0, 5.0), None),
+        "animate": ((1280, 720), 77, 30, "unipc", 20, 5.0, (1.0, 1.0), None),
+        "s2v": ((1280, 720), 80, 16, "unipc", 40, 3.0, (4.5, 4.5), None),
     }
     assert sampling.DEFAULTS[Task.I2V].max_area == 921_600
 
@@ -168,4 +170,8 @@ def test_negative_prompt_is_the_published_one() -> None:
     assert len(sampling.NEGATIVE_PROMPT) == 137
     digest = hashlib.sha256(sampling.NEGATIVE_PROMPT.encode()).hexdigest()
     assert digest == "ce96e0324e4b54ce4b6e867f669ca520952e1a34cc116543516b1897f0d3c47e"
-    assert {d.negative_prompt for d in sampling.DEFAULTS.values()} == {sampling.NEGATIVE_PROMPT}
+    own = sampling.DEFAULTS[Task.S2V].negative_prompt
+    digest = hashlib.sha256(own.encode()).hexdigest()
+    assert digest == "98afffdba82fbb1f87767b2e0d022cb2e4960f400d98c617f9b82bc707d09218" and len(own) == 116
+    others = {d.negative_prompt for task, d in sampling.DEFAULTS.items() if task is not Task.S2V}
+    assert others == {sampling.NEGATIVE_PROMPT}

@@ -17,7 +17,7 @@ from safetensors.torch import load_file
 from torch import Tensor
 
 from wan_fp8 import sampling
-from wan_fp8.models.specs import I2V_A14B, T2V_A14B, TI2V_5B, ModelSpec, Task
+from wan_fp8.models.specs import I2V_A14B, SPECS, T2V_A14B, TI2V_5B, ModelSpec, Task
 from wan_fp8.models.text_encoder import load_text_encoder
 from wan_fp8.models.tokenizer import clean_prompt, load_tokenizer
 from wan_fp8.models.wan import build_model
@@ -26,7 +26,7 @@ PACK = Path(__file__).resolve().parents[2]
 sys.path.append(str(PACK / "scripts"))
 
 import make_tiny_checkpoint as script  # noqa: E402
-from tiny_checkpoint import text, transformer, vae  # noqa: E402
+from tiny_checkpoint import extended, text, transformer, vae  # noqa: E402
 
 TASKS = ("t2v", "i2v", "ti2v")
 PUBLISHED = {"t2v": T2V_A14B, "i2v": I2V_A14B, "ti2v": TI2V_5B}
@@ -88,6 +88,21 @@ def test_transformer_shapes_are_the_engines(task: str) -> None:
         with torch.device("meta"):
             assert shapes_of(build_model(spec).state_dict()) == transformer.shapes(size)
     assert len(transformer.shapes(big)) == {"t2v": 1095, "i2v": 1095, "ti2v": 825}[task]
+
+
+@pytest.mark.parametrize("task", extended.CLASSES)
+def test_further_shapes_are_the_engines(task: str) -> None:
+    published = SPECS[f"{task}-14B"]
+    tiny = transformer.SIZES[task]
+    sizes = {
+        tiny: replace(
+            published, dim=tiny.dim, ffn_dim=tiny.ffn_dim, num_heads=tiny.num_heads, num_layers=tiny.num_layers
+        ),
+        replace(tiny, dim=5120, ffn_dim=13824, num_layers=40): published,
+    }
+    for size, spec in sizes.items():
+        with torch.device("meta"):
+            assert shapes_of(build_model(spec).state_dict()) == transformer.shapes(size) | extended.extras(task, size)
 
 
 @pytest.mark.parametrize("task", TASKS)
@@ -425,7 +440,8 @@ def test_a_failed_write_leaves_nothing(tmp_path: Path, monkeypatch: pytest.Monke
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        ({"task": "s2v"}, "task must be one of t2v, i2v, ti2v; got 's2v'"),
+        ({"task": "vace"}, "task must be one of t2v, i2v, ti2v, animate, s2v; got 'vace'"),
+        ({"task": "s2v", "layout": "diffusers"}, "for the other tasks only; got 's2v'"),
         ({"layout": "gguf"}, "layout must be one of official, diffusers, comfy; got 'gguf'"),
         ({"seed": -1}, "seed must be 0 or more; got -1"),
         ({"dtype": torch.int8}, "dtype must be one of bfloat16, float16, float32; got torch.int8"),
@@ -451,7 +467,7 @@ def test_command_line(tmp_path: Path) -> None:
     assert load_file(tmp_path / "x" / "diffusion_models" / "wan2.2_ti2v_5B_tiny.safetensors")[
         "head.modulation"
     ].dtype == (torch.float32)
-    bad = CliRunner().invoke(app, [str(tmp_path / "y"), "--task", "s2v"])
+    bad = CliRunner().invoke(app, [str(tmp_path / "y"), "--task", "vace"])
     assert bad.exit_code == 2 and not (tmp_path / "y").exists()
 
 

@@ -33,7 +33,7 @@ ACCEPTED = "Wan2.2 T2V-A14B, I2V-A14B, TI2V-5B, Animate-14B and S2V-14B transfor
 
 _CHANNELS = {(16, 16): Task.T2V, (36, 16): Task.I2V, (48, 48): Task.TI2V}
 _EXTENDED_CHANNELS = {Task.ANIMATE: (36, 16), Task.S2V: (16, 16)}
-_CONSTANT = re.compile(r"motion_encoder\..*\.kernel")
+BLUR_KERNEL = re.compile(r"motion_encoder\..*\.kernel")
 """Blur kernels that official files carry beside Animate's weights: the same in every one."""
 _LORA = re.compile(
     r"\.(lora_(up|down|mid|A|B)|lora\.(up|down)|lora_linear_layer|diff|diff_b|diff_m|lokr_w[12]|hada_w[12]|oft_blocks)"
@@ -131,7 +131,7 @@ def official_names(source: TensorSource, detected: Detected) -> dict[str, str]:
         if not name.startswith(detected.prefix) or name in extras:
             continue
         bare = name.removeprefix(detected.prefix)
-        if detected.task is Task.ANIMATE and _CONSTANT.fullmatch(bare):
+        if detected.task is Task.ANIMATE and BLUR_KERNEL.fullmatch(bare):
             continue
         official = DIT.to_official(bare) if detected.layout is Layout.DIFFUSERS else bare
         found[official or bare] = name

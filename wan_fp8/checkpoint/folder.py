@@ -37,6 +37,10 @@ class CheckpointFolder:
     text_encoder: Path | None = None
     tokenizer: Path | None = None
     vae: Path | None = None
+    clip_vision: Path | None = None
+    """Of Animate-14B."""
+    audio_encoder: Path | None = None
+    """Of S2V-14B."""
     boundary: float | None = None
     """Share of the noise range (0..1) above which the high-noise expert works, where the folder says so."""
     config: Mapping[str, Any] = field(default_factory=dict)
@@ -138,6 +142,8 @@ def _official(
         text_encoder=text_encoder,
         tokenizer=folder / TOKENIZER if (folder / TOKENIZER).is_dir() else None,
         vae=vae,
+        clip_vision=next(_files(folder, "models_clip*", (".pth", ".safetensors")), None),
+        audio_encoder=next((path for path in sorted(folder.glob("wav2vec2*")) if path.is_dir()), None),
         config=config,
     )
 
@@ -155,8 +161,8 @@ def _diffusers(folder: Path) -> CheckpointFolder:
     pipeline = index.get("_class_name")
     if not isinstance(pipeline, str) or not pipeline.startswith("Wan"):
         raise CheckpointError(
-            f"{folder.name} is a Diffusers folder of {pipeline}; this loader takes WanPipeline and "
-            "WanImageToVideoPipeline folders"
+            f"{folder.name} is a Diffusers folder of {pipeline}; this loader takes WanPipeline, "
+            "WanImageToVideoPipeline and WanAnimatePipeline folders"
         )
     boundary = index.get("boundary_ratio")
     boundary = float(boundary) if isinstance(boundary, int | float) else None
@@ -179,6 +185,7 @@ def _diffusers(folder: Path) -> CheckpointFolder:
         text_encoder=_part(folder / "text_encoder"),
         tokenizer=folder / "tokenizer" if (folder / "tokenizer").is_dir() else None,
         vae=_part(folder / "vae"),
+        clip_vision=_part(folder / "image_encoder"),
         boundary=boundary,
         config=config,
         model_index=index,

@@ -22,6 +22,7 @@ from ..kernels.residual_norm import NormTable, layer_norm_affine
 from .blocks import CrossAttention, ForwardOptions, ForwardState, ResidualStream, WanBlock, normed_heads
 from .face import FACE_SIZE, FaceEncoder, MotionEncoder
 from .layers import Linear, NormWeight, PatchEmbedding
+from .over_frames import frames_here
 from .specs import ModelSpec
 from .wan import Embedded, WanModel
 
@@ -99,16 +100,20 @@ class FaceFuser(nn.Module):
         self.inner_attention = AttentionCore(index, spec.num_layers, always_exact=True)
 
     def forward(self, x_BSD: Tensor, face_BFKD: Tensor, state: ForwardState) -> Tensor:
-        """Normed video tokens (padding included) and normed face tokens -> what is added to the video, [B, S, D]."""
-        frames, padding = face_BFKD.shape[1], x_BSD.shape[1] - state.num_tokens
-        q = state.video_in_frames(self._normed(self.q_norm, self.linear1_q(x_BSD), state), state.num_tokens)
-        k, v = self.linear1_kv(face_BFKD).chunk(2, dim=-1)
+        """Normed video tokens (those of this rank, padding included) and normed face tokens -> what is added to the
+        video, [B, S, D]."""
+        tokens = x_BSD.shape[1]
+        here = frames_here(state.first_token, tokens, face_BFKD.shape[1], state.task["tokens_per_frame"])
+        if not here.count:
+            return torch.zeros_like(x_BSD)
+        q = self._normed(self.q_norm, self.linear1_q(x_BSD), state)
+        q = here.grouped(state.video_in_frames(q, here.count))
+        k, v = self.linear1_kv(face_BFKD[:, here.first : here.last]).chunk(2, dim=-1)
         k = self._normed(self.k_norm, k.flatten(0, 1).contiguous(), state)
         v = v.flatten(0, 1).unflatten(-1, (self.num_heads, self.head_dim))
-        q = q.unflatten(1, (frames, -1)).flatten(0, 1)
         y = self.inner_attention(q, k, v, state.options.attention, state.options.step)
-        y = state.video_in_sequence(y.flatten(2).unflatten(0, (-1, frames)).flatten(1, 2))
-        return self.linear2(F.pad(y, (0, 0, 0, padding)) if padding else y)
+        y = state.video_in_sequence(here.back(y.flatten(2)))
+        return self.linear2(F.pad(y, (0, 0, 0, tokens - here.count)) if tokens > here.count else y)
 
     def _normed(self, norm: NormWeight, x_BSD: Tensor, state: ForwardState) -> Tensor:
         """[B, S, D] -> [B, S, N, E], RMSNorm over E."""
@@ -136,6 +141,7 @@ class AnimateModel(WanModel):
     """
 
     block_class = AnimateBlock
+    task_inputs = frozenset({"clip_fea", *INPUTS})
 
     def __init__(self, spec: ModelSpec) -> None:
         if spec.num_layers % FUSER_EVERY:
@@ -164,6 +170,7 @@ class AnimateModel(WanModel):
             made = self.once(faces, options, lambda: self._face_tokens(faces, grid[0]), also=grid[0])
             assert isinstance(made, Tensor)
             task["face"] = made.expand(x.shape[0], -1, -1, -1)
+            task["tokens_per_frame"] = per_frame
         return tokens, grid, positions, task
 
     def project_context(self, context: Tensor, clip_fea: Tensor | None) -> Tensor:

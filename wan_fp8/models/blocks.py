@@ -36,6 +36,9 @@ class ForwardOptions:
     under it. None: the identity of ``context`` and ``clip_fea`` (torch
     does not count writes to a tensor made under inference mode: after writing over such a one,
     ``clear_text_cache``)."""
+    inputs_key: Hashable | None = None
+    """Names the faces or sounds of this batch: what is made of them is kept under it. None: the identity of the
+    tensor."""
     cache_text: bool = True
     """False while weights of text, image, face or audio may change between two forwards."""
     attention: AttentionSetting | None = None
@@ -105,6 +108,8 @@ class ForwardState:
     """Calls the parts of a block: as they are, or compiled."""
     task: dict[str, Any] = field(default_factory=dict)
     """What a task's ``embed`` keeps for its ``after_block``."""
+    first_token: int = 0
+    """Which of all tokens the first one here is, where a parallel layout gives this rank a part of them."""
     exchange: HeadExchange | None = None
     """Set by a parallel layout whose ranks trade tokens for heads while the projections still run."""
     owned: bool = True

@@ -26,6 +26,7 @@ from .audio import AUDIO_LAYERS, AUDIO_WIDTH, AudioEncoder
 from .blocks import Attention, ForwardOptions, ForwardState, Modulation, ResidualStream, normed_heads
 from .functional import RopeOptions
 from .layers import Leaf, Linear, PatchEmbedding
+from .over_frames import FramesHere, frames_here
 from .specs import ModelSpec
 from .wan import Embedded, WanModel
 
@@ -97,15 +98,14 @@ class AdaIN(nn.Module):
 class Injector(Attention):
     """Attention of every latent frame to its own five audio tokens."""
 
-    def hear(self, x_BSD: Tensor, audio_BFKD: Tensor, state: ForwardState) -> Tensor:
+    def hear(self, x_BSD: Tensor, audio_BFKD: Tensor, here: FramesHere, state: ForwardState) -> Tensor:
         """Normed tokens of the video -> what they hear, [B, S, D]."""
-        frames = audio_BFKD.shape[1]
-        audio = audio_BFKD.flatten(0, 1)
+        audio = audio_BFKD[:, here.first : here.last].flatten(0, 1)
         q = normed_heads(self.norm_q, self.q(x_BSD), None, state, self.head_dim, self.eps)
         k = normed_heads(self.norm_k, self.k(audio), None, state, self.head_dim, self.eps)
-        q = q.unflatten(1, (frames, -1)).flatten(0, 1)
-        y = self.inner_attention(q, k, self.heads(self.v(audio)), state.options.attention, state.options.step)
-        return self.o(y.flatten(2).unflatten(0, (-1, frames)).flatten(1, 2))
+        v = self.heads(self.v(audio))
+        y = self.inner_attention(here.grouped(q), k, v, state.options.attention, state.options.step)
+        return self.o(here.back(y.flatten(2)))
 
 
 class AudioInjector(nn.Module):
@@ -170,6 +170,8 @@ class S2VModel(WanModel):
         control_video: [B, 16, F, H, W] latents of the pose video; None is a pose of zeros, as officially.
     """
 
+    task_inputs = frozenset(INPUTS)
+
     def __init__(self, spec: ModelSpec) -> None:
         super().__init__(spec)
         self.cond_encoder = PatchEmbedding(spec.out_dim, spec.dim, spec.patch_size)
@@ -216,17 +218,21 @@ class S2VModel(WanModel):
         number, audio = self._injector_after.get(index), state.task.get("audio")
         if number is None or audio is None:
             return stream
+        tokens, first = stream.settled().shape[1], state.first_token
+        frame_of_token = state.task["frame_of_token"]
+        frames = frame_of_token.shape[1]
+        here = frames_here(first, tokens, frames, state.task["video_tokens"] // frames)
+        if not here.count:  # this rank has none of the video
+            return stream
         whole, parts = audio
         injector = self.audio_injector.injector[number]
         assert isinstance(injector, Injector)
         table = self.audio_injector.injector_adain_layers[number](whole, state.compute_dtype, self.high_dtype)
-        video, tokens = state.task["video_tokens"], stream.settled().shape[1]
-        frames = state.task["frame_of_token"]
-        of_video = state.video_in_sequence(frames.repeat_interleave(video // frames.shape[1], dim=1))
-        row = F.pad(of_video, (0, tokens - video))
+        row = frame_of_token.repeat_interleave(here.per_frame, dim=1)[:, first : first + here.count]
+        row = F.pad(state.video_in_sequence(row), (0, tokens - here.count))
         normed = stream.normed_by(table, row, state.compute_dtype, ADAIN_EPS)
-        heard = injector.hear(state.video_in_frames(normed, video).contiguous(), parts, state)
-        stream.add(F.pad(state.video_in_sequence(heard), (0, 0, 0, tokens - video)), None)
+        heard = injector.hear(state.video_in_frames(normed, here.count).contiguous(), parts, here, state)
+        stream.add(F.pad(state.video_in_sequence(heard), (0, 0, 0, tokens - here.count)), None)
         return stream
 
     def _time_rows(

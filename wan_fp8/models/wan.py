@@ -112,6 +112,8 @@ class WanModel(nn.Module):
     """Wan2.2 transformer (T2V, I2V, TI2V). Returns the flow velocity."""
 
     block_class: type[WanBlock] = WanBlock
+    task_inputs: frozenset[str] = frozenset()
+    """Inputs beside latents, timestep and text that the task's forward takes, by name."""
 
     def __init__(self, spec: ModelSpec) -> None:
         super().__init__()
@@ -156,7 +158,8 @@ class WanModel(nn.Module):
         self._text_cache: ByTensor[dict[int, tuple[Tensor, ...]]] = ByTensor(MAX_CACHED_PROMPTS)
         self._conditions: ByTensor[Tensor | tuple[Tensor, ...]] = ByTensor(MAX_CACHED_CONDITIONS)
         """What a task makes of its inputs once for all steps."""
-        self._rope_cache: OrderedDict[Hashable, tuple[Tensor, Tensor]] = OrderedDict()
+        self._rope_cache: OrderedDict[Hashable, tuple[Tensor, Tensor, Tensor | None]] = OrderedDict()
+        """Cosine and sine; and the positions that a task gave, which nobody else then takes the identity of."""
 
     @property
     def compute_dtype(self) -> torch.dtype:
@@ -356,30 +359,31 @@ class WanModel(nn.Module):
         *,
         also: Hashable = None,
     ) -> Tensor | tuple[Tensor, ...]:
-        """What ``make`` makes of ``source``, in the first of the forwards that are given this very tensor.
+        """What ``make`` makes of ``source``, in the first of the forwards that are given this very tensor (or another
+        one of the name that the caller gives it).
 
         Args:
             also: what else the result depends on.
         """
         if not options.cache_text:
             return make()
-        return self._conditions.get((source,), make, also=(options.tf32, self.compute_dtype, also))
+        key = (options.tf32, self.compute_dtype, also)
+        return self._conditions.get((source,), make, also=key, name=options.inputs_key)
 
     def _rope(
         self, positions: Tensor | None, grid: tuple[int, int, int], options: RopeOptions | None, device: torch.device
     ) -> tuple[Tensor, Tensor]:
         dtype = self.high_dtype
         build_on = device if device.type == "cuda" else torch.device("cpu")  # fp64 is not to be had everywhere
-        if positions is not None:
-            cos, sin = wan.rope_table(positions.to(build_on), self.spec.head_dim, dtype)
-            return cos.to(device), sin.to(device)
-        key = (grid, options, device, dtype)
+        key = (grid, options, device, dtype) if positions is None else (id(positions), device, dtype)
         if key not in self._rope_cache:
-            cos, sin = wan.rope_table(wan.grid_positions(grid, options).to(build_on), self.spec.head_dim, dtype)
-            self._rope_cache[key] = (cos.to(device), sin.to(device))
+            places = wan.grid_positions(grid, options) if positions is None else positions
+            cos, sin = wan.rope_table(places.to(build_on), self.spec.head_dim, dtype)
+            self._rope_cache[key] = (cos.to(device), sin.to(device), positions)
             while len(self._rope_cache) > MAX_CACHED_ROPE_TABLES:
                 self._rope_cache.popitem(last=False)
-        return self._rope_cache[key]
+        cos, sin, _ = self._rope_cache[key]
+        return cos, sin
 
     # ---- pieces of the forward -------------------------------------------------------------------------------------
 
@@ -535,10 +539,10 @@ def _wrapped(wrapper: StackWrapper, inner: StackFunction) -> StackFunction:
 def build_model(spec: ModelSpec, *, model_class: type[WanModel] | None = None) -> WanModel:
     """An uninitialised model in eval mode on torch's current default device (use ``torch.device("meta")`` to fill it
     by assignment)."""
-    return (model_class or _class_of(spec.task))(spec).eval()
+    return (model_class or class_of(spec.task))(spec).eval()
 
 
-def _class_of(task: Task) -> type[WanModel]:
+def class_of(task: Task) -> type[WanModel]:
     """The definition of a task; those with more than the common one are imported when first used."""
     if task is Task.ANIMATE:
         from .animate import AnimateModel

@@ -24,7 +24,8 @@ from .dims import Groups
 from .exchange import Traffic, gather
 
 _NAMES = ("x", "timestep", "context", "clip_fea", "options")
-MAX_PROMPTS = 4
+MAX_PROMPTS = 16
+"""Halves of prompts, faces and sounds that are kept: views."""
 
 
 class GuidanceParallel:
@@ -56,7 +57,8 @@ class GuidanceParallel:
         half = slice(self.groups.cfg_rank * batch // 2, (self.groups.cfg_rank + 1) * batch // 2)
         for name, value in given.items():
             if isinstance(value, Tensor) and value.ndim and value.shape[0] == batch:
-                given[name] = self._prompt(value, half) if name == "context" else value[half]
+                kept = name == "context" or name in model.task_inputs  # encoded once, found again by identity
+                given[name] = self._kept(value, half) if kept else value[half]
         given["options"] = dataclasses.replace(
             options,
             text_key=None if options.text_key is None else (options.text_key, self.groups.cfg_rank),
@@ -72,13 +74,13 @@ class GuidanceParallel:
         self.traffic.velocity += sent
         return whole
 
-    def _prompt(self, context: Tensor, half: slice) -> Tensor:
-        """The same view for the same tensor: text keys and values are kept under it."""
-        kept = self._prompts.get(id(context))
-        if kept is None or kept[0]() is not context:
-            kept = (weakref.ref(context), context[half])
-            self._prompts[id(context)] = kept
-        self._prompts.move_to_end(id(context))
+    def _kept(self, whole: Tensor, half: slice) -> Tensor:
+        """The same view for the same tensor: what is made of it is kept under it."""
+        kept = self._prompts.get(id(whole))
+        if kept is None or kept[0]() is not whole:
+            kept = (weakref.ref(whole), whole[half])
+            self._prompts[id(whole)] = kept
+        self._prompts.move_to_end(id(whole))
         while len(self._prompts) > MAX_PROMPTS:
             self._prompts.popitem(last=False)
         return kept[1]

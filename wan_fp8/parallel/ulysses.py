@@ -113,15 +113,17 @@ def _part(state: ForwardState, mine: slice) -> ForwardState:
         state,
         rope=(cos[mine], sin[mine]),
         num_tokens=mine.stop - mine.start,
+        first_token=mine.start,
         modulation=Modulation(state.modulation.rows, None if rows is None else rows[:, mine].contiguous()),
     )
 
 
 def _refuse(state: ForwardState) -> None:
-    if state.task:
+    if state.task and state.order is not None:
         raise InputError(
-            f"this model adds {', '.join(sorted(state.task))} between its blocks, which needs every token: use cfg "
-            "alone, without ulysses and ring"
+            "sparse attention puts the tokens into another order, and this model adds "
+            f"{', '.join(sorted(state.task))} frame by frame between its blocks: use cfg alone, without ulysses and "
+            "ring, or attention that is not sparse"
         )
     if state.options.block_replace or state.options.attention_override is not None:
         raise InputError(

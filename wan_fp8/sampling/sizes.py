@@ -1,7 +1,9 @@
 """Pixel sizes, latent shapes and token counts of each task, and the checks that users meet.
 
 Width comes before height, as in the published size names. Source: Wan-Video/Wan2.2 ``wan/image2video.py`` (I2V-A14B),
-``best_output_size`` in ``wan/utils/utils.py`` (TI2V-5B), ``vae_stride`` and ``patch_size`` in ``wan/configs``.
+``best_output_size`` in ``wan/utils/utils.py`` (TI2V-5B), ``resize_by_area`` in
+``wan/modules/animate/preprocess/utils.py`` (Animate-14B), ``get_size_less_than_area`` in ``wan/speech2video.py``
+(S2V-14B), ``vae_stride`` and ``patch_size`` in ``wan/configs``.
 """
 
 from __future__ import annotations
@@ -16,6 +18,9 @@ from ..models.specs import Task
 
 TIME_STRIDE = 4
 """Pixel frames per latent frame, after the first frame, which has a latent frame of its own."""
+
+
+_S2V_MULTIPLE = 64
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -40,6 +45,8 @@ LAYOUTS: Mapping[Task, LatentLayout] = MappingProxyType(
         Task.T2V: LatentLayout(channels=16, stride=8),
         Task.I2V: LatentLayout(channels=16, stride=8),
         Task.TI2V: LatentLayout(channels=48, stride=16),
+        Task.ANIMATE: LatentLayout(channels=16, stride=8),
+        Task.S2V: LatentLayout(channels=16, stride=8),
     }
 )
 
@@ -132,6 +139,53 @@ def ti2v_size(image_width: int, image_height: int, max_area: int) -> tuple[int, 
     if mismatch(width_a, height_a) < mismatch(width_b, height_b):
         return width_a, height_a
     return width_b, height_b
+
+
+def animate_size(video_width: int, video_height: int, max_area: int) -> tuple[int, int]:
+    """Output (width, height) in pixels that Animate's preprocessing makes of a driving video: its aspect at this area,
+    rounded down to multiples of 16; the video is then letter-boxed. A 16:9 video gives 1280 x 720 for that area.
+
+    (The published code means to look for a better fit and always comes here: the search calls a function with one
+    argument too many, and the error is caught.)
+
+    Args and Raises: as ``i2v_size``.
+    """
+    multiple = LAYOUTS[Task.ANIMATE].multiple
+    ideal_height = math.sqrt(max_area / _aspect(video_width, video_height))
+    width, height = (int(side // multiple * multiple) for side in (max_area / ideal_height, ideal_height))
+    if not width or not height:
+        raise _too_thin(video_width, video_height, max_area)
+    return width, height
+
+
+def s2v_size(image_width: int, image_height: int, max_area: int) -> tuple[int, int]:
+    """Output (width, height) in pixels that S2V-14B uses for an image: the largest of a hundred scales at which both
+    sides, rounded up to multiples of 64, stay within the area; never larger than the image, but for that rounding. A
+    16:9 image of 1080 rows gives 1280 x 704 for the area 1280 x 720, 832 x 448 for 832 x 480.
+
+    Args and Raises: as ``i2v_size``.
+    """
+    _aspect(image_width, image_height)
+    pixels = image_width * image_height
+    smallest, largest = 0.1, 1.0
+    if pixels > max_area:
+        most = _S2V_MULTIPLE - 1  # pixels that rounding may add to a side
+        linear = most * (image_height + image_width)
+        smallest = (-linear + math.sqrt(linear**2 - 2 * pixels * (most**2 - max_area))) / (2 * pixels)
+        largest = math.sqrt(max_area / pixels)
+    for index in range(100):
+        scale = largest - (largest - smallest) * index / 100
+        height, width = (-(-int(side * scale) // _S2V_MULTIPLE) * _S2V_MULTIPLE for side in (image_height, image_width))
+        if 0 < height * width <= max_area:
+            return width, height
+    aspect = image_width / image_height
+    width = int((max_area * aspect) ** 0.5 // _S2V_MULTIPLE * _S2V_MULTIPLE)
+    height = int((max_area / aspect) ** 0.5 // _S2V_MULTIPLE * _S2V_MULTIPLE)
+    if width >= image_width or height >= image_height:
+        width, height = (side // _S2V_MULTIPLE * _S2V_MULTIPLE for side in (image_width, image_height))
+    if not width or not height:
+        raise _too_thin(image_width, image_height, max_area)
+    return width, height
 
 
 def _aspect(numerator: int, denominator: int) -> float:
