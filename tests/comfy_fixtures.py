@@ -119,7 +119,7 @@ def make_server(
         for place, path in single_files.items():
             (base / "models" / place).parent.mkdir(exist_ok=True)
             (base / "models" / place).symlink_to(path)
-        (base / "models" / "loras").mkdir()
+        (base / "models" / "loras").mkdir(exist_ok=True)
         save_relighting_lora(base / "models" / "loras" / "relighting_lora.ckpt")
         (base / "custom_nodes").mkdir()
         (base / "custom_nodes" / SLOW_NODES.name).symlink_to(SLOW_NODES, target_is_directory=True)

@@ -24,7 +24,7 @@ class RunStatus:
     """Told of each step of one sampler run. Nothing waits for a GPU: times are those at which the host arrives."""
 
     def __init__(self, models: Sequence[Any], first_steps: Sequence[int], steps: int, done: int = 0) -> None:
-        """``models`` and the step at which each begins; ``steps`` of all runs of a node, ``done`` of them before this."""
+        """``models`` and the step at which each begins; ``steps`` of all runs of a node, ``done`` of them before."""
         self._models, self._first_steps, self._steps = list(models), list(first_steps), steps
         self._done = done
         self._context = get_executing_context()
