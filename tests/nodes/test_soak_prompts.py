@@ -23,18 +23,27 @@ def test_mixed_prompts_leave_nothing_behind(client: Client, server: Any) -> None
     assert time.monotonic() - began < 120
 
 
-def looked(values: list[tuple[float, int, int, int]]) -> list[soak.Look]:
+def looked(values: list[tuple[float, int, int, int, int]]) -> list[soak.Look]:
     return [soak.Look(10 * i, *value) for i, value in enumerate(values)]
 
 
 def test_growth_is_found() -> None:
-    flat = [(600.0, 40, 20, 0)] * 9
+    flat = [(600.0, 40, 20, 0, 5)] * 9
     assert soak.findings(looked(flat)) == []
-    leak = [(600.0 + 30 * i, 40, 20, 0) for i in range(9)]
+    leak = [(600.0 + 30 * i, 40, 20, 0, 5) for i in range(9)]
     assert "memory grew by 90 MiB" in soak.findings(looked(leak))[0]
-    assert soak.findings(looked([*flat[:8], (600.0, 41, 20, 0)])) == ["files: 40 in the second third, 41 in the last"]
-    assert soak.findings(looked([*flat[:8], (600.0, 40, 21, 0)])) == ["threads: 20 in the second third, 21 in the last"]
-    warming = [(300.0, 30, 10, 0)] * 3 + flat[3:]
+    assert soak.findings(looked([*flat[:8], (600.0, 41, 20, 0, 5)])) == [
+        "files: 40 in the second third, 41 in the last"
+    ]
+    assert soak.findings(looked([*flat[:8], (600.0, 40, 24, 0, 5)])) == [
+        "threads: 20 in the second third, 24 in the last"
+    ]
+    assert soak.findings(looked([*flat[:8], (600.0, 40, 20, 1, 14)])) == [
+        "children: 0 in the second third, 1 in the last",
+        "sockets: 5 in the second third, 14 in the last",
+    ]
+    assert soak.findings(looked([*flat[:8], (600.0, 40, 23, 0, 13)])) == []
+    warming = [(300.0, 30, 10, 0, 1)] * 3 + flat[3:]
     assert soak.findings(looked(warming)) == []
     assert "say nothing" in soak.findings(looked(flat[:2]))[0]
 
