@@ -228,9 +228,8 @@ def soak(
             free_memory(url)
             looks.append(look(pid, index))
             now = looks[-1]
-            tell(
-                f"{index:5d} prompts: {now.resident_mib:.0f} MiB, {now.files} files, {now.threads} threads, {now.sockets} sockets"
-            )
+            counts = f"{now.files} files, {now.threads} threads, {now.sockets} sockets"
+            tell(f"{index:5d} prompts: {now.resident_mib:.0f} MiB, {counts}")
     return looks
 
 
