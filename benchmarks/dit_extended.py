@@ -80,18 +80,25 @@ def task_inputs(
     }
 
 
-def difference(
-    model: WanModel, forward: Callable[[], Any], device: str, layers: tuple[int, int], rounds: int
-) -> tuple[float, float]:
-    """Milliseconds that the layers of the second count add to those of the first, and those outside them."""
-    every, times = model.blocks, {count: [] for count in layers}  # type: ignore[var-annotated]
+def differences(
+    model: WanModel, forwards: tuple[Callable[[], Any], ...], device: str, layers: tuple[int, int], rounds: int
+) -> list[tuple[float, float]]:
+    """Of each forward: milliseconds that the layers of the second count add to those of the first, and those of the
+    first. All are run in turn, so that a warming GPU slows them alike."""
+    every = model.blocks
+    times: dict[tuple[int, int], list[float]] = {}
     for round_ in range(rounds):
         for count in layers:
             model.blocks = every[:count]
-            times[count] += common.milliseconds(forward, device, repeats=1, warmup=2 if round_ == 0 else 1)
+            for index, forward in enumerate(forwards):
+                taken = common.milliseconds(forward, device, repeats=1, warmup=2 if round_ == 0 else 1)
+                times.setdefault((index, count), []).extend(taken)
     model.blocks = every
-    first, second = (statistics.median(times[count]) for count in layers)
-    return second - first, first
+    medians = {key: statistics.median(values) for key, values in times.items()}
+    return [
+        (medians[index, layers[1]] - medians[index, layers[0]], medians[index, layers[0]])
+        for index in range(len(forwards))
+    ]
 
 
 def encoders(model: WanModel, given: dict[str, Tensor], device: str) -> dict[str, float]:
@@ -176,9 +183,9 @@ def measure(
         dit.settle(full)
         torch.cuda.reset_peak_memory_stats()
     rounds = 5 if tokens > 40_000 else 15
-    with_them, outside = difference(model, full, device, layers, rounds)
+    forwards = (full, lambda: model(x, timestep, context, **without))
+    (with_them, outside), (alone, _) = differences(model, forwards, device, layers, rounds)
     peak_gib = torch.cuda.max_memory_allocated() / 2**30 if cuda else None
-    alone, _ = difference(model, lambda: model(x, timestep, context, **without), device, layers, rounds)
     step = layers[1] - layers[0]
     layer_ms, between_ms = alone / step, with_them - alone
     fixed_ms = outside - layers[0] * layer_ms - between_ms  # the first count has one fuser or injector as well

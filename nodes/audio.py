@@ -15,8 +15,10 @@ from . import bridge
 
 logger = logging.getLogger("wan_fp8")
 
-BYTES_A_FRAME = 300_000
-"""Activations of wav2vec2 for a frame of 20 ms: convolutions 30 s at once, the layers' hidden rows."""
+WORKING_BYTES = 2**30
+"""Of the convolutions, 30 s at once: 512 channels at 3,200 a second, a few times over."""
+BYTES_A_FRAME = 100_000
+"""Of a layer, for a frame of 20 ms: its rows and the FFN's, a few times over."""
 
 
 class AudioEncoderHandle:
@@ -51,7 +53,7 @@ class AudioEncoderHandle:
             encoder = load_audio_encoder(self._path)
             self._patcher = bridge.manage(encoder.model, 0)
             self._encoder = encoder
-        bridge.make_resident(self._patcher, BYTES_A_FRAME * (sound.shape[0] // 320 + 1))
+        bridge.make_resident(self._patcher, WORKING_BYTES + BYTES_A_FRAME * (sound.shape[0] // 320))
         layers = self._encoder.encode(sound, torch.device(self._patcher.load_device))
         return {
             "encoded_audio": layers[-1],

@@ -23,7 +23,7 @@ import torch
 from torch import Tensor, nn
 
 from ...wan_fp8 import kernels
-from ...wan_fp8.attention import attention_report, sparsity_report
+from ...wan_fp8.attention import attention_report
 from ...wan_fp8.caching import StepCache
 from ...wan_fp8.checkpoint.quantized import COMFY_SUFFIX, format_name
 from ...wan_fp8.checkpoint.save import comfy_mark
@@ -317,7 +317,7 @@ def _report_attention(net: HostedModel) -> None:
     """Tell the user what a low-precision or sparse attention did in the run that ends."""
     for report in attention_report(net):
         _tell(report.lines(), report.as_asked)
-    sparse = sparsity_report(net)
+    sparse = net.sparse_reports()
     net.sparse_facts = tuple(report.facts() for report in sparse)
     for found in sparse:
         _tell(found.lines(), found.as_asked)

@@ -20,7 +20,7 @@ import comfy.patcher_extension
 import torch
 from torch import Tensor, nn
 
-from ...wan_fp8.attention import Attention, Step
+from ...wan_fp8.attention import Attention, Step, sparsity_report
 from ...wan_fp8.caching import Policy, Recording, StepCache
 from ...wan_fp8.compile import Compile
 from ...wan_fp8.errors import InputError, UnsupportedPatchError
@@ -218,6 +218,10 @@ class HostedModel(WanModel):
             **task_inputs,
         )
         return velocity[:, :, :frames, :rows, :columns]
+
+    def sparse_reports(self) -> list[Any]:
+        """What sparse attention did in the run that ends."""
+        return list(sparsity_report(self))
 
     def forget_run(self) -> None:
         """Drop what belongs to one run (text keys and values, rotary tables, findings of the attention guard, live

@@ -25,7 +25,7 @@ from ...wan_fp8.checkpoint.lora import Diff, Entry, LowRank
 from ...wan_fp8.errors import UnsupportedPatchError
 from ...wan_fp8.models.wan import build_model
 from ...wan_fp8.parallel.pools import PoolSpec
-from ...wan_fp8.parallel.remote import Remote, RemoteWanModel, Topology
+from ...wan_fp8.parallel.remote import Remote, RemoteWanModel, ToldReport, Topology
 from ...wan_fp8.parallel.source import HandedSource, ModelSource
 from .core_weights import clean_weights
 from .fork import attach, copy_attachments, hosted, is_hosted, shell_of, spec_of
@@ -68,6 +68,11 @@ class RemoteHostedModel(HostedModel, RemoteWanModel):  # type: ignore[misc]
         with opened:
             stored = official_names(opened, detected)
             return {name: opened.read(stored[name]) for name in names}
+
+    def sparse_reports(self) -> list[ToldReport]:
+        """What sparse attention did in the run that ends."""
+        attention = self.settings_of_run.attention
+        return [] if attention is None or attention.sparsity is None else self.remote.sparse_reports()
 
     def report_pool(self) -> None:
         """Tell the user how the pool did in the run that ends."""

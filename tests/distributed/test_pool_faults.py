@@ -16,7 +16,7 @@ import pool_kit
 import pytest
 import torch
 
-from wan_fp8.errors import CheckpointError, InputError, PoolError
+from wan_fp8.errors import CheckpointError, InputError, PoolError, WanFP8Error
 from wan_fp8.parallel import pools
 from wan_fp8.parallel.remote import RemoteWanModel, Topology
 
@@ -83,7 +83,7 @@ def test_killed_between_two_forwards(model, inputs, expected, rank: int) -> None
     assert f"rank {rank} (CPU process {rank}, idle) ended with SIGKILL" in pools.live_pools()[0]["failure"]
 
 
-@pytest.mark.parametrize(("rank", "stage"), [(1, "forward"), (0, "forward"), (1, "load")])
+@pytest.mark.parametrize(("rank", "stage"), [(1, "forward"), (0, "load")])
 def test_killed_in_the_middle(model, inputs, expected, checkpoints, rank: int, stage: str) -> None:
     pool = model.remote.pool()
     os.kill(pool.pids[1], signal.SIGSTOP)  # so that the others wait for it
@@ -149,6 +149,20 @@ def test_a_refusal_leaves_the_pool_as_it_was(model, inputs, expected, checkpoint
     with pytest.raises(InputError, match="does not know the request 'dance'"):
         model.remote.pool().connection.request("dance", {}, poll=lambda: None)
     assert pids_of(model) == pids
+
+
+def test_one_rank_cannot_read_what_the_others_can(model, inputs, expected, checkpoints) -> None:
+    """They agree on it before anybody waits for anybody: the pool goes on."""
+    pool = model.remote.pool()
+    other = pool_kit.in_pool(checkpoints["t2v"], "low_noise")
+    limits = resource.prlimit(pool.pids[1], resource.RLIMIT_NOFILE)
+    resource.prlimit(pool.pids[1], resource.RLIMIT_NOFILE, (4, limits[1]))
+    with pytest.raises(WanFP8Error) as raised:
+        inputs.into(other)
+    assert not isinstance(raised.value, PoolError) and "open files" in str(raised.value), raised.value
+    resource.prlimit(pool.pids[1], resource.RLIMIT_NOFILE, limits)
+    assert model.remote.pool() is pool and torch.equal(inputs.into(model), expected)
+    assert inputs.into(other).isfinite().all()
 
 
 def test_fewer_gpus_than_asked(model) -> None:

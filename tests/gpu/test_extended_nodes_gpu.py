@@ -68,3 +68,15 @@ def test_a_run_repeats_and_its_memory_is_flat(checkpoints, task, make, short, lo
     before = unload()
     del given
     assert unload() <= before
+
+
+def test_ten_minutes_of_sound(checkpoints):
+    """30,000 frames through every layer at once, as published: no more than a few GB, since no attention is stored."""
+    encoder = parts(checkpoints, "s2v")["audio_encoder"]
+    wave = torch.randn(1, 1, 600 * 16_000, generator=torch.Generator().manual_seed(1))
+    encoder.encode_audio(wave[..., :16_000], 16_000)
+    torch.cuda.reset_peak_memory_stats()
+    layers = encoder.encode_audio(wave, 16_000)["encoded_audio_all_layers"]
+    assert len(layers) == 25 and layers[0].shape == (1, 29_999, 1024)
+    assert all(bool(layer.isfinite().all()) for layer in layers)
+    assert torch.cuda.max_memory_allocated() < 8 * 2**30

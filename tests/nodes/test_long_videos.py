@@ -99,6 +99,23 @@ def test_fp8_recipes(loaded, task: str, recipe: str) -> None:
 
 
 @pytest.mark.parametrize("task", TASKS)
+def test_single_files_in_fp8(loaded, task: str, tmp_path: Path, monkeypatch) -> None:
+    """As ComfyUI's repackaged files: scaled FP8 in the blocks, kept as it is; near the same weights in bf16."""
+    import folder_paths
+    from make_tiny_checkpoint import make_tiny_checkpoint
+
+    made = make_tiny_checkpoint(tmp_path / task, task, layout="comfy", fp8="scaled_fp8")
+    folder = made / "diffusion_models"
+    monkeypatch.setitem(folder_paths.folder_names_and_paths, "diffusion_models", ([str(folder)], {".safetensors"}))
+    folder_paths.filename_list_cache.pop("diffusion_models", None)
+    output = call("WanFP8LoadCheckpoint", checkpoint=next(folder.iterdir()).name)
+    assert "stored as" in output.ui.value
+    net = output.args[0].model.diffusion_model
+    assert any(value.dtype == torch.float8_e4m3fn for value in net.state_dict().values())
+    assert 1e-4 < distance(sample(loaded, task, output.args[0]), sample(loaded, task)) < 0.3
+
+
+@pytest.mark.parametrize("task", TASKS)
 def test_the_attention_setting_reaches_fusers_and_injectors(loaded, task: str) -> None:
     core_class = nodes_kit.module("wan_fp8.attention").AttentionCore
     made = call("WanFP8Attention", model=loaded[task]["model"], backend="reference").args[0]

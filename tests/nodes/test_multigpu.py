@@ -155,6 +155,23 @@ def test_a_model_of_cores_loader_hands_its_weights_over(form: str) -> None:
     assert ours.model.diffusion_model.state_dict().keys() <= theirs.model.diffusion_model.state_dict().keys()
 
 
+def test_sparse_attention_and_its_report(t2v: Any, many: Any, caplog: pytest.LogCaptureFixture) -> None:
+    caplog.set_level("INFO", "wan_fp8")
+    sparsity = engine("attention.sparse.setting").Sparsity(
+        policy="density", density=0.5, backend="masked", bound=None, skip_first=0.0, skip_last=0.0,
+        skip_first_blocks=0, skip_last_blocks=0,
+    )  # fmt: skip
+    attention = engine("attention").Attention(sparsity=sparsity)
+    latent = bridge_kit.empty_latent(size=24)
+    models = [bridge().with_settings(model, attention=attention) for model in (many, t2v)]
+    ours, theirs = (ksample(model, latent) for model in models)
+    close(ours, theirs)
+    assert distance(theirs, ksample(t2v, latent)) > 1e-3
+    told = [record.message for record in caplog.records if record.message.startswith("sparse attention (density")]
+    assert len(told) == 2 and "self-attentions" in told[0], told
+    assert models[0].model.diffusion_model.sparse_facts[0]["policy"] == "density"
+
+
 def test_a_cache_and_its_report(t2v: Any, many: Any, caplog: pytest.LogCaptureFixture) -> None:
     caching, levels = engine("caching"), engine("sampling").sigmas(12, 8.0, "euler").tolist()
     ratios = (1.0, *[0.99] * 11)

@@ -38,7 +38,7 @@ FOLDERS = {
 
 @contextlib.contextmanager
 def files_named_in_workflows(models: Path) -> Iterator[None]:
-    """Empty files under the names that loaders have in the workflows: newer editors paint a loader red whose file is
+    """Files under the names that loaders have in the workflows: newer editors paint a loader red whose file is
     missing, as it should be on a machine without it."""
     made = []
     for workflow in (PACK / "workflows").glob("*.json"):
@@ -46,12 +46,33 @@ def files_named_in_workflows(models: Path) -> Iterator[None]:
             path = models / FOLDERS.get(node["type"], "") / str((node.get("widgets_values") or [""])[0])
             if node["type"] in FOLDERS and not path.exists():
                 path.parent.mkdir(exist_ok=True)
-                path.touch()
-                made.append(path)
+                _placeholder(path)
+                made.append((path, path.stat().st_size))
     yield
-    for path in made:
-        if path.stat().st_size == 0:  # other tests may have put a real one there
+    for path, size in made:
+        if path.stat().st_size == size:  # other tests may have put a real one there
             path.unlink()
+
+
+def _placeholder(path: Path) -> None:
+    """Nothing in a file of weights; a sound or a video that the page can play, where it shows one."""
+    if path.suffix not in (".mp4", ".mp3"):
+        path.touch()
+        return
+    import av
+    import numpy as np
+
+    with av.open(str(path), mode="w") as container:
+        if path.suffix == ".mp4":
+            stream = container.add_stream("h264", rate=30)
+            stream.width, stream.height, stream.pix_fmt = 64, 64, "yuv420p"
+            frame = av.VideoFrame.from_ndarray(np.zeros((64, 64, 3), np.uint8), format="rgb24")
+        else:
+            stream = container.add_stream("mp3", rate=44_100)
+            frame = av.AudioFrame.from_ndarray(np.zeros((1, 44_100), np.float32), format="flt", layout="mono")
+            frame.sample_rate = 44_100
+        container.mux(stream.encode(frame))
+        container.mux(stream.encode(None))
 
 
 @pytest.fixture(scope="session", params=["pinned", "newer"])

@@ -12,6 +12,8 @@ from typing import Any
 import torch
 
 from ..attention import Attention, Step
+from ..attention.sparse.calibration import Calibration
+from ..attention.sparse.setting import Sparsity
 from ..caching import Conditioning, Curve, EasyCache, MagCache, RunPosition, Taylor
 from ..compile import Compile
 from ..models.blocks import ForwardOptions
@@ -25,8 +27,8 @@ from .wire import DTYPES, Json, WireError
 TYPES: dict[str, type] = {
     kind.__name__: kind
     for kind in (
-        Attention, Step, Compile, RopeOptions, Recipe, MagCache, EasyCache, Taylor, Curve, RunPosition, Conditioning,
-        ParallelDims, ModelSource, HandedSource, ModelSpec,
+        Attention, Sparsity, Calibration, Step, Compile, RopeOptions, Recipe, MagCache, EasyCache, Taylor, Curve,
+        RunPosition, Conditioning, ParallelDims, ModelSource, HandedSource, ModelSpec,
     )
 }  # fmt: skip
 """By name; whoever has another one adds it."""

@@ -100,6 +100,23 @@ class Names:
         return self._known[name]
 
 
+@dataclass(frozen=True, slots=True)
+class ToldReport:
+    """What a worker reported of a run, in its own words."""
+
+    told: Json
+    said: list[str]
+    as_asked: bool
+
+    def facts(self) -> Json:
+        """For a receipt, as JSON has it."""
+        return self.told
+
+    def lines(self) -> list[str]:
+        """The same in sentences."""
+        return self.said
+
+
 class Remote:
     """One model in a pool: where it comes from, what it is made into, and whether it is there already."""
 
@@ -209,6 +226,14 @@ class Remote:
             kept = [(key, entry) for key, entry in self._pool.loras.items() if entry[1] in recent]
             self._pool.loras = OrderedDict(kept)
             self._pool.connection.post("begin_run", {"models": [self.name], "loras": recent})
+
+    def sparse_reports(self) -> list[ToldReport]:
+        """What sparse attention did in the run that ends, on the heads of rank 0."""
+        pool = self._pool
+        if not self._dirty or pool is None or not pool.alive or self.name not in pool.loaded:
+            return []
+        found, _ = pool.connection.request("sparse", {"model": self.name}, poll=self.poll)
+        return [ToldReport(entry["facts"], entry["lines"], entry["as_asked"]) for entry in found[0]["reports"]]
 
     def status_line(self) -> str | None:
         """How the pool did since the run began: layout, memory of every rank, seconds of a forward; None if it did

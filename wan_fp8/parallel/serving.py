@@ -19,6 +19,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 from ..attention import Attention, attention_report
+from ..attention.report import sparsity_report
 from ..caching import apply_cache, cache_of
 from ..checkpoint.live_lora import merge_changes
 from ..checkpoint.load import load_transformer
@@ -181,6 +182,12 @@ class Serving:
         if isinstance(options.attention, Attention) and not options.attention.is_exact:
             found["attention"] = _attention_found(model, options.attention)
         return found, {"velocity": velocity} if self.rank == 0 else {}
+
+    def _do_sparse(self, fields: Json, tensors: dict[str, Tensor]) -> Answer:
+        """What sparse attention did in this run on this rank's heads."""
+        reports = sparsity_report(self._held(fields).model)
+        told = [{"facts": r.facts(), "lines": r.lines(), "as_asked": r.as_asked} for r in reports]
+        return {"reports": told}, {}
 
     def _do_echo(self, fields: Json, tensors: dict[str, Tensor]) -> Answer:
         """Nothing but messages: as much as a velocity in fp32 comes back."""
