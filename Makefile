@@ -13,7 +13,7 @@ VENV = $(WAN_FP8_HOST_DIR)/venv/bin
 # The tests and checks always use the pinned host, whatever COMFYUI_DIR says: their numbers are compared with its.
 PINNED = env -u COMFYUI_DIR -u PYTHONDONTWRITEBYTECODE
 PYTEST = $(PINNED) OMP_NUM_THREADS=1 $(VENV)/python -P -m pytest -c tests/pytest.ini --rootdir tests
-TESTS ?= tests
+TESTS ?=
 # Triton, for its interpreter only: kept out of the environment, where PyTorch would find it and take it for a GPU's.
 TRITON = $(WAN_FP8_HOST_DIR)/triton
 
@@ -30,8 +30,9 @@ triton: host
 		$(VENV)/python -m pip install -q --no-deps --target $(TRITON).part triton==3.6.0 && mv $(TRITON).part $(TRITON); } \
 		|| echo "no Triton for this platform: the tests of its kernels in the interpreter are named as skipped"
 
+# All of them in two processes side by side; those that TESTS names in one.
 test: host triton
-	@$(PYTEST) $(TESTS)
+	@$(if $(TESTS),$(PYTEST) $(TESTS),$(PINNED) OMP_NUM_THREADS=1 $(VENV)/python scripts/run_tests.py)
 
 ui: host
 	@$(PYTEST) tests/ui
@@ -46,6 +47,11 @@ check: host
 	@mkdir -p .out/typing && ln -sfn ../.. .out/typing/wan_fp8_pack
 	@$(VENV)/mypy -p wan_fp8_pack.wan_fp8 -p wan_fp8_pack.nodes
 	@$(VENV)/mypy scripts
+
+# Some minutes: 200 mixed prompts in one server, and what they leave behind.
+.PHONY: prompts
+prompts: host
+	@$(PINNED) $(VENV)/python scripts/soak_prompts.py
 
 clean:
 	rm -rf .host .out .pytest_cache .mypy_cache .ruff_cache .hypothesis

@@ -10,9 +10,11 @@ from comfy_api.latest import ComfyExtension, io
 from .animate import WanFP8SampleAnimate
 from .caching import WanFP8MagCache, WanFP8MagCacheCalibrate, WanFP8MagCacheSave
 from .curves import register_curve_folder
+from .inspect import WanFP8Doctor
 from .loaders import WanFP8LoadCheckpoint
 from .lora import WanFP8LoadLora
 from .multigpu import WanFP8MultiGPU, WanFP8StopPool
+from .preset import WanFP8Preset
 from .receipt import WanFP8QualityReceipt
 from .recipe import WanFP8Recipe
 from .s2v import WanFP8SampleS2V
@@ -28,6 +30,7 @@ NODES: list[type[io.ComfyNode]] = [
     WanFP8LoadCheckpoint,
     WanFP8LoadLora,
     WanFP8TextEncode,
+    WanFP8Preset,
     WanFP8Recipe,
     WanFP8Attention,
     WanFP8Compile,
@@ -44,6 +47,7 @@ NODES: list[type[io.ComfyNode]] = [
     WanFP8SaveCheckpoint,
     WanFP8SaveScales,
     WanFP8QualityReceipt,
+    WanFP8Doctor,
     WanFP8MultiGPU,
     WanFP8StopPool,
 ]

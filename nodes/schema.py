@@ -12,6 +12,7 @@ LOADING = "Wan FP8/loaders"
 CONDITIONING = "Wan FP8/conditioning"
 SAMPLING = "Wan FP8/sampling"
 SETTINGS = "Wan FP8/settings"
+INSPECT = "Wan FP8/inspect"
 
 TextEncoderSocket = io.Custom("WAN_TEXT_ENCODER")
 """Carries an ``encoder.TextEncoderHandle``."""

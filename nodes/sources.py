@@ -66,7 +66,7 @@ def checkpoint_path(name: str) -> Path:
     for root in folder_paths.get_folder_paths(FOLDER_KIND):
         path = Path(root) / name
         inside = os.path.abspath(path).startswith(os.path.abspath(root) + os.sep)
-        if inside and path.is_dir():
+        if inside and os.path.isdir(path):  # Path.is_dir raises for a name that is too long
             return path
     return file_path(FILE_KIND, name)
 

@@ -15,6 +15,7 @@ from host import HOST_DIR, PACK, lock, make_venv, read_stamp, run, say
 FRONTEND = "comfyui-frontend-package==1.58.1"
 CLIENT_PACKAGES = ("typer", "rich", "websocket-client")
 TOOLS_PACKAGES = ("comfy-cli==1.23.0",)
+GUARD_PACKAGES = ("comfy-import-guard==1.3.0",)
 
 
 def client_python() -> Path:
@@ -30,8 +31,14 @@ def tools_python() -> Path:
     return _small_venv("tools", TOOLS_PACKAGES)
 
 
-def comfy_cli(*arguments: str | Path) -> subprocess.CompletedProcess[str]:
-    """Run comfy-cli on this pack, its settings in our own folder and not the user's home, no usage reports."""
+def guard_python() -> Path:
+    """An interpreter with the checker of what a pack calls in ComfyUI (comfy-import-guard)."""
+    return _small_venv("guard", GUARD_PACKAGES)
+
+
+def comfy_cli(*arguments: str | Path, pack: Path = PACK) -> subprocess.CompletedProcess[str]:
+    """Run comfy-cli on this pack (or on ``pack``, a copy of it), its settings in our own folder and not the user's
+    home, no usage reports."""
     python = tools_python()
     home = python.parent.parent / "home"
     environment = {**os.environ, "HOME": str(home), "XDG_CONFIG_HOME": str(home / ".config"), "DO_NOT_TRACK": "1"}
@@ -40,7 +47,7 @@ def comfy_cli(*arguments: str | Path) -> subprocess.CompletedProcess[str]:
         (home / ".config").mkdir(parents=True)
         subprocess.run([*program, "tracking", "disable"], env=environment, capture_output=True, check=True)
     command = [*program, *map(str, arguments)]
-    return subprocess.run(command, cwd=PACK, env=environment, capture_output=True, text=True, timeout=120, check=False)
+    return subprocess.run(command, cwd=pack, env=environment, capture_output=True, text=True, timeout=120, check=False)
 
 
 def newer_frontend() -> Path:

@@ -42,13 +42,51 @@ SINGLE_FILES = {
 """The files that core's Wan2.2 template asks for, and the tiny ones that stand there in the tests."""
 
 
+LORAS = tuple(f"loras/wan2.2_i2v_lightx2v_4steps_lora_v1_{expert}_noise.safetensors" for expert in ("high", "low"))
+"""The distilled pair that ``workflows/i2v_a14b_4steps.json`` asks for."""
+
+
 @pytest.fixture(scope="session")
-def single_files(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
+def single_files(tmp_path_factory: pytest.TempPathFactory, checkpoints: dict[str, Path]) -> dict[str, Path]:
     """Tiny random single files for core's model folders, by where they go below ``models``."""
     from make_tiny_checkpoint import make_tiny_checkpoint
 
-    made = make_tiny_checkpoint(tmp_path_factory.mktemp("single") / "t2v", "t2v", layout="comfy", fp8="scaled_fp8")
-    return {place: made / Path(place).parent / name for place, name in SINGLE_FILES.items()}
+    folder = tmp_path_factory.mktemp("single")
+    made = make_tiny_checkpoint(folder / "t2v", "t2v", layout="comfy", fp8="scaled_fp8")
+    files = {place: made / Path(place).parent / name for place, name in SINGLE_FILES.items()}
+    for place in LORAS:
+        files[place] = folder / Path(place).name
+        _save_distilled_lora(files[place], checkpoints["i2v"] / "high_noise_model")
+    return files
+
+
+def _save_distilled_lora(path: Path, expert: Path) -> None:
+    """Every kind of change that such files hold: low rank, a bias, a norm, and the modulation of blocks and head."""
+    import torch
+    from safetensors import safe_open
+    from safetensors.torch import save_file
+
+    shapes = {}
+    for shard in expert.glob("*.safetensors"):
+        with safe_open(shard, "pt") as opened:
+            shapes |= {name: opened.get_slice(name).get_shape() for name in opened.keys()}  # noqa: SIM118
+    generator = torch.Generator().manual_seed(5)
+
+    def small(*shape: int) -> torch.Tensor:
+        return 0.02 * torch.randn(*shape, generator=generator)
+
+    file = {}
+    for name, shape in shapes.items():
+        stem = f"diffusion_model.{name.rpartition('.')[0]}"
+        if name.endswith("modulation"):
+            file[f"{stem}.diff_m"] = small(*shape)
+        elif ".self_attn." in name and name.endswith((".q.weight", ".o.weight")):
+            file[f"{stem}.lora_down.weight"], file[f"{stem}.lora_up.weight"] = small(4, shape[1]), small(shape[0], 4)
+        elif ".ffn.0.bias" in name:
+            file[f"{stem}.diff_b"] = small(*shape)
+        elif "norm_q" in name:
+            file[f"{stem}.diff"] = small(*shape)
+    save_file(file, path)
 
 
 def save_relighting_lora(path: Path, width: int = 256, rank: int = 4) -> None:
@@ -81,7 +119,7 @@ def make_server(
         for place, path in single_files.items():
             (base / "models" / place).parent.mkdir(exist_ok=True)
             (base / "models" / place).symlink_to(path)
-        (base / "models" / "loras").mkdir()
+        (base / "models" / "loras").mkdir(exist_ok=True)
         save_relighting_lora(base / "models" / "loras" / "relighting_lora.ckpt")
         (base / "custom_nodes").mkdir()
         (base / "custom_nodes" / SLOW_NODES.name).symlink_to(SLOW_NODES, target_is_directory=True)

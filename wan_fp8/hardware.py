@@ -5,6 +5,7 @@ from __future__ import annotations
 import functools
 import importlib.util
 from dataclasses import dataclass
+from pathlib import Path
 
 import torch
 
@@ -68,3 +69,27 @@ def device_caps(device: torch.device | str) -> DeviceCaps:
 def has_module(name: str) -> bool:
     """True if a Python module can be found, without importing it."""
     return importlib.util.find_spec(name) is not None
+
+
+def gpu_devices() -> list[torch.device]:
+    """Every GPU that torch sees, of whichever maker; [] on a machine with a CPU alone."""
+    if torch.cuda.is_available():
+        return [torch.device("cuda", index) for index in range(torch.cuda.device_count())]
+    xpu = getattr(torch, "xpu", None)
+    if xpu is not None and xpu.is_available():
+        return [torch.device("xpu", index) for index in range(xpu.device_count())]
+    return [torch.device("mps")] if torch.backends.mps.is_available() else []
+
+
+def free_memory_bytes(device: torch.device) -> int | None:
+    """What nobody holds on an NVIDIA or AMD GPU; None elsewhere."""
+    return torch.cuda.mem_get_info(device)[0] if device.type == "cuda" else None
+
+
+def driver_version() -> str | None:
+    """Of the NVIDIA driver, where Linux tells it."""
+    try:
+        words = Path("/proc/driver/nvidia/version").read_text(encoding="utf-8").split()
+    except OSError:
+        return None
+    return next((word for word in words if word.count(".") >= 1 and word.replace(".", "").isdigit()), None)

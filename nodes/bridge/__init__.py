@@ -27,7 +27,7 @@ from .sampling import (
     with_timesteps,
 )
 from .save import save_model, save_scales
-from .settings import attention_request, device_of, with_settings
+from .settings import attention_request, device_of, main_device, with_settings
 from .stages import Progress, Stage, run_stages
 from .vae import lazy_vae, load_vae
 from .voice import kept_words, say, stop_if_cancelled
@@ -59,6 +59,7 @@ __all__ = [
     "load_clip_vision",
     "load_lora",
     "load_vae",
+    "main_device",
     "make_resident",
     "make_sampler",
     "manage",

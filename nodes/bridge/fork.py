@@ -31,6 +31,7 @@ from ...wan_fp8.checkpoint.tensors import FP8_DTYPES
 from ...wan_fp8.errors import UnsupportedPatchError
 from ...wan_fp8.kernels.quantize import weight_granularity
 from ...wan_fp8.models.layers import HIGH_PRECISION
+from ...wan_fp8.models.memory import activation_bytes, extra_tokens
 from ...wan_fp8.models.specs import ModelSpec
 from ...wan_fp8.models.wan import WanModel, build_model, class_of
 from ...wan_fp8.quant.convert import share_recipe
@@ -46,7 +47,6 @@ from .hosted_model import (
     refuse_live_lora,
     settings_of,
 )
-from .memory import activation_bytes, extra_tokens
 from .pinning import forget_refused_pins, give_own_pages
 from .voice import say
 from .weights import place_loose_parameters

@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 from typing import Any
 
+import comfy.model_management
 import torch
 
 from ...wan_fp8.attention import AttentionRequest
@@ -31,6 +32,11 @@ def with_settings(patcher: Any, **changes: Any) -> Any:
 def device_of(patcher: Any) -> DeviceCaps:
     """The device that this MODEL will compute on."""
     return device_caps(torch.device(patcher.load_device))
+
+
+def main_device() -> torch.device:
+    """The device that ComfyUI runs models on."""
+    return torch.device(comfy.model_management.get_torch_device())
 
 
 def attention_request(patcher: Any) -> AttentionRequest:

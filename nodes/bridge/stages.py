@@ -32,6 +32,7 @@ from ...wan_fp8.errors import InputError
 from .coroutine import Call, Coroutine, Finished
 from .hosted_model import SCHEDULE, SHARE, STEP
 from .sampling import with_timesteps
+from .status import RunStatus
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -118,12 +119,15 @@ def run_stages(
         raise InputError(f"noise must have the shape of the latents, {list(samples.shape)}; got {list(noise.shape)}")
     last_clean: dict[str, Tensor] = {}
     bar = progress or Progress(0, len(sigmas) - 1)
+    starts = [stage.first_step for stage in stages]
+    status = RunStatus([stage.model for stage in stages], starts, bar.steps, bar.done)
     show = latent_preview.prepare_callback(first, bar.steps)
 
     def callback(step: int, clean: Tensor, x: Tensor, steps: int) -> None:
         del steps
         last_clean["x0"] = clean
         show(bar.done + step, clean[:, :, bar.hidden :] if bar.hidden else clean, x, bar.steps)
+        status.step(step)
         if observe is not None:
             observe(step, clean)
 

@@ -52,7 +52,12 @@ def to_prompt(workflow: Any, info: ObjectInfo) -> Prompt:
             editor can turn into values.
     """
     if isinstance(workflow, dict) and isinstance(workflow.get("nodes"), list):
-        return _Converter(workflow, info).convert()
+        try:
+            return _Converter(workflow, info).convert()
+        except (KeyError, TypeError, ValueError, AttributeError, IndexError, RecursionError) as error:
+            raise WorkflowError(
+                f"This workflow is damaged ({type(error).__name__}: {error}): open it in the editor and save it again."
+            ) from error
     if (
         isinstance(workflow, dict)
         and workflow

@@ -174,7 +174,7 @@ def test_two_experts_in_one_run():
 def test_memory_estimate_against_the_peak():
     """Real widths, two blocks, 832x480x81: what one forward takes beyond the weights, against what core is told."""
     specs, wan = kit.engine("models.specs"), kit.engine("models.wan")
-    memory = __import__(f"{kit.PACKAGE}.nodes.bridge.memory", fromlist=["x"])
+    memory = kit.engine("models.memory")
     spec = dataclasses.replace(specs.T2V_A14B, num_layers=2)
     with torch.device("meta"):
         net = wan.build_model(spec)

@@ -566,7 +566,7 @@ def test_lora_keys_are_cores():
 def test_memory_estimate_of_the_real_model():
     specs = kit.engine("models.specs")
     kit.bridge()
-    memory = __import__(f"{kit.PACKAGE}.nodes.bridge.memory", fromlist=["x"])
+    memory = kit.engine("models.memory")
 
     def gib(batch, fused=True, dtype=torch.bfloat16):
         return memory.activation_bytes(specs.T2V_A14B, [batch, 16, 21, 90, 160], dtype, fused=fused) / 2**30
@@ -580,7 +580,7 @@ def test_memory_estimate_of_the_real_model():
 @pytest.mark.parametrize(("size", "attention"), [("1280x720", "fa3"), ("1280x720", "fa3-fp8"), ("832x480", "fa3-fp8")])
 def test_memory_estimate_against_measured_peaks(size, attention):
     """Six blocks of A14B with one prompt on an H200."""
-    memory = __import__(f"{kit.PACKAGE}.nodes.bridge.memory", fromlist=["x"])
+    memory = kit.engine("models.memory")
     spec = dataclasses.replace(kit.engine("models.specs").I2V_A14B, num_layers=6)
     results = kit.PACK / "benchmarks" / "results" / f"dit_i2v-a14b_{size}_h200.json"
     rows = json.loads(results.read_text())["rows"]

@@ -275,7 +275,7 @@ def test_exact_attention_says_nothing(t2v, node_texts):
 
 
 def test_memory_is_estimated_for_the_copies_in_fp8(monkeypatch):
-    memory, told = nodes_kit.module("nodes.bridge.memory"), []
+    memory, told = nodes_kit.module("wan_fp8.models.memory"), []
     estimate = memory.activation_bytes
 
     def spy(*args, low_precision_attention, **kwargs):

@@ -10,7 +10,7 @@ from typing import Any
 
 import av
 import pytest
-from comfy_fixtures import PACK, TASKS
+from comfy_fixtures import LORAS, PACK, TASKS
 from headless.client import Client
 from headless.convert import BYPASSED, MUTED, to_prompt
 from headless.settings import apply, settings, unique_names
@@ -18,7 +18,7 @@ from safetensors.torch import load_file
 
 WORKFLOWS = sorted((PACK / "workflows").glob("*.json"))
 CORE_TEMPLATE = PACK / "workflows" / "core_template_with_wan_fp8.json"
-TASK_OF = {"t2v_a14b": "t2v", "i2v_a14b": "i2v", "ti2v_5b": "ti2v"}
+TASK_OF = {"t2v_a14b": "t2v", "i2v_a14b": "i2v", "ti2v_5b": "ti2v", "i2v_a14b_4steps": "i2v"}
 FPS = {"t2v": 16, "i2v": 16, "ti2v": 24}
 SMALL = ("width=64", "height=64", "length=5", "steps=3")
 MAX_THUMBNAIL_BYTES = 60_000
@@ -90,6 +90,32 @@ def test_it_makes_a_video(stem: str, server: Any, client: Client, object_info: d
     apply(prompt, object_info, changes, client.upload)
     (made,) = client.run(prompt.nodes)
     assert frames_of(client.download(made, tmp_path)) == (5, 64, 64, FPS[task])
+
+
+def test_the_distilled_pair_is_applied_whole(
+    client: Client, object_info: dict[str, Any], single_files: dict[str, Path], tmp_path: Path
+) -> None:
+    """Every parameter of both files, modulation included; without them the graph makes another video of one seed."""
+    workflow = load(PACK / "workflows" / "i2v_a14b_4steps.json")
+    (sampler,) = (node for node in workflow["nodes"] if node["type"] == "WanFP8SampleI2V")
+    assert sampler["widgets_values"][6:12] == [4, 5, 1, 1, 0.9, "euler"], "what distilled LoRAs ask for"
+    picture, videos = tmp_path / "start.png", []
+    save_picture(picture, 64, 64)
+    for strength in (0.9, 0):  # another than in the file, or the node is not run again
+        prompt = to_prompt(workflow, object_info)
+        changes = [*SMALL[:3], f"checkpoint={TASKS['i2v']}", f"image={picture}", "size=width x height"]
+        apply(prompt, object_info, changes, client.upload)
+        (key,) = (key for key, node in prompt.nodes.items() if node["class_type"] == "WanFP8LoadLora")
+        prompt.nodes[key]["inputs"] |= {"strength": strength, "strength_low": strength}
+        (made,) = client.run(prompt.nodes)
+        (tmp_path / str(strength)).mkdir()
+        videos.append(client.download(made, tmp_path / str(strength)).read_bytes())
+        if strength:
+            (text,) = list(client.get("/history").values())[-1]["outputs"][key]["text"]
+    assert videos[0] != videos[1]
+    changed = {name.rsplit(".lora_")[0] for name in load_file(single_files[LORAS[0]])}
+    assert text.count(f"changes {len(changed)} parameters at strength 0.9") == 2 and len(text.splitlines()) == 2, text
+    assert {name.rpartition(".")[2] for name in changed} >= {"diff_m", "diff_b", "diff"}
 
 
 def save_video(path: Path, frames: int, width: int, height: int, fps: int = 30) -> str:

@@ -75,7 +75,7 @@ def _placeholder(path: Path) -> None:
         container.mux(stream.encode(None))
 
 
-@pytest.fixture(scope="module", params=["pinned", "newer"])
+@pytest.fixture(scope="session", params=["pinned", "newer"])
 def editor(
     request: pytest.FixtureRequest, browser: Any, make_server: Callable[..., Any]
 ) -> Iterator[tuple[str, Editor]]:

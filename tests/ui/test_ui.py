@@ -12,6 +12,8 @@ from editor import Editor
 from headless.convert import input_specs, to_prompt
 
 WORKFLOWS = sorted((Path(__file__).resolve().parents[2] / "workflows").glob("*.json"))
+ARCHIVE = Path(__file__).resolve().parents[1] / "workflows_archive"
+SAVED = sorted(path for path in ARCHIVE.glob("*.json") if not path.name.endswith(".prompt.json"))
 SCREENSHOTS = ARTEFACTS / "screenshots"
 
 pytestmark = pytest.mark.ui
@@ -50,6 +52,19 @@ def test_a_workflow_opens_without_a_missing_or_red_node(
     assert known_inputs(page.prompt(), object_info) == known_inputs(
         to_prompt(workflow, object_info).nodes, object_info
     ), "the headless runner must send what the editor sends"
+
+
+def test_workflows_of_earlier_versions_open(editor: tuple[str, Editor]) -> None:
+    """No node is missing, and each of ours has the values that it was saved with."""
+    _, page = editor
+    for path in SAVED:
+        problems = page.load(json.loads(path.read_text(encoding="utf-8")))
+        assert [problem for problem in problems if not problem.startswith("red")] == [], path.name  # files may be gone
+        wanted = json.loads(path.with_name(f"{path.stem}.prompt.json").read_text(encoding="utf-8"))
+        sent = page.prompt()
+        for key, node in wanted.items():
+            values = {name: value for name, value in node["inputs"].items() if not isinstance(value, list)}
+            assert sent[key]["inputs"].items() >= values.items(), f"{path.name}: {node['class_type']}"
 
 
 def test_a_workflow_runs_to_its_end(editor: tuple[str, Editor]) -> None:

@@ -214,4 +214,6 @@ def config_task(config: Mapping[str, Any]) -> Task | None:
         return by_class
     inputs = config.get("in_dim", config.get("in_channels"))
     outputs = config.get("out_dim", config.get("out_channels"))
+    if not (isinstance(inputs, int) and isinstance(outputs, int)):
+        return None
     return {(16, 16): Task.T2V, (36, 16): Task.I2V, (48, 48): Task.TI2V}.get((inputs, outputs))

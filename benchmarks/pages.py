@@ -1,0 +1,246 @@
+"""Pages and plots of the documentation that are made of results: run it after new results came in.
+
+    python benchmarks/pages.py
+
+Writes ``docs/benchmarks.md``, the plots beside it (SVG, readable on light and dark pages) and the tables between
+``<!-- begin NAME -->`` and ``<!-- end NAME -->`` of ``docs/choosing.md`` and ``docs/memory.md``. A test compares what
+is there with what this would write. The tables of memory need torch; nothing else does.
+"""
+
+from __future__ import annotations
+
+import json
+import re
+import sys
+from pathlib import Path
+from typing import Any
+
+ROOT = Path(__file__).resolve().parent.parent
+RESULTS, DOCS = ROOT / "benchmarks" / "results", ROOT / "docs"
+SHORT = {"NVIDIA H100 80GB HBM3": "H100", "NVIDIA H200": "H200"}
+STEPS = {"i2v-A14B": 40, "ti2v-5B": 50}
+"""Published ones; guidance makes two passes of each."""
+COLOURS = {"this pack": "#2f9e68", "core ComfyUI": "#4c86c6", "diffusers": "#b58a2a"}
+
+
+def load(name: str) -> dict[str, Any]:
+    """A results file."""
+    return dict(json.loads((RESULTS / name).read_text(encoding="utf-8")))
+
+
+# ---- plots ---------------------------------------------------------------------------------------------------------
+
+
+def bars(title: str, rows: list[tuple[str, float, str]], unit: str) -> str:
+    """A horizontal bar chart; rows are (label, value, whose)."""
+    left, width, step, top = 300, 420, 30, 64
+    most = max(value for _, value, _ in rows)
+    height = top + step * len(rows) + 40
+    parts = [
+        f'<svg xmlns="http://www.w3.org/2000/svg" viewBox="0 0 840 {height}" width="840" height="{height}" role="img">',
+        f"<title>{title}</title>",
+        "<style>text{font:14px system-ui,sans-serif;fill:#1f2530}.t{font-weight:600;font-size:16px}",
+        "@media(prefers-color-scheme:dark){text{fill:#e4e8ef}}</style>",
+        f'<text class="t" x="16" y="28">{title}</text>',
+    ]
+    for index, (label, value, whose) in enumerate(rows):
+        y = top + step * index
+        length = max(2, round(width * value / most))
+        parts.append(f'<text x="{left - 10}" y="{y + 15}" text-anchor="end">{label}</text>')
+        parts.append(f'<rect x="{left}" y="{y}" width="{length}" height="20" rx="3" fill="{COLOURS[whose]}"/>')
+        parts.append(f'<text x="{left + length + 8}" y="{y + 15}">{value:.0f} {unit}</text>')
+    x = 16
+    for whose in dict.fromkeys(row[2] for row in rows):
+        parts.append(f'<rect x="{x}" y="{height - 26}" width="14" height="14" rx="2" fill="{COLOURS[whose]}"/>')
+        parts.append(f'<text x="{x + 20}" y="{height - 14}">{whose}</text>')
+        x += 60 + 8 * len(whose)
+    return "\n".join([*parts, "</svg>"]) + "\n"
+
+
+def whose(peer: str) -> str:
+    """The project that a row of ``peers`` belongs to."""
+    if peer.startswith("ours"):
+        return "this pack"
+    return "diffusers" if peer.startswith("diffusers") else "core ComfyUI"
+
+
+def plots() -> dict[str, str]:
+    """SVG by file name."""
+    made = {}
+    for gpu in ("h100", "h200"):
+        result = load(f"peers_{gpu}.json")
+        rows = [(row["peer"], row["layer_ms"], whose(row["peer"])) for row in result["rows"]]
+        title = f"One block of I2V-A14B, 1280x720, 81 frames, {SHORT[result['device']]}: less is better"
+        made[f"peers_{gpu}.svg"] = bars(title, sorted(rows, key=lambda row: -row[1]), "ms")
+    rows = [
+        (f"{row['recipe']}, {row['backend']}", row["layer_ms"], "this pack")
+        for row in load("dit_i2v-a14b_1280x720_h100.json")["rows"]
+    ]
+    made["recipes_h100.svg"] = bars(
+        "FP8 recipes: one block of I2V-A14B at 1280x720, H100, FlashAttention 3", rows, "ms"
+    )
+    return made
+
+
+# ---- tables --------------------------------------------------------------------------------------------------------
+
+
+def table(head: list[str], rows: list[list[str]]) -> str:
+    """Markdown."""
+    return "\n".join("| " + " | ".join(row) + " |" for row in (head, ["---"] * len(head), *rows)) + "\n"
+
+
+def transformer_rows() -> list[list[str]]:
+    """Every row that ``benchmarks/summary.py`` keeps."""
+    entries = json.loads((ROOT / "wan_fp8" / "measurements.json").read_text(encoding="utf-8"))
+    return [
+        [
+            SHORT[entry["device"]],
+            entry["model"],
+            f"{entry['size']}, {entry['frames']} frames",
+            entry["recipe"] + ("" if entry["recipe"] == "none" else f", {entry['backend']}"),
+            entry["attention"],
+            f"{entry['layer_ms']:.1f}",
+            f"{entry['forward_s']:.2f}",
+            f"{entry['working_gib']:.1f}",
+            entry["file"],
+        ]
+        for entry in entries
+    ]
+
+
+def minutes(entry: dict[str, Any]) -> str:
+    """Of a published run with guidance, the transformer alone."""
+    return f"{2 * STEPS[entry['model']] * entry['forward_s'] / 60:.1f} min"
+
+
+def choosing() -> str:
+    """GPU and goal: what was measured."""
+    entries = json.loads((ROOT / "wan_fp8" / "measurements.json").read_text(encoding="utf-8"))
+    goals = {
+        ("none", "cudnn"): ("the exact video, nothing to install", "lossless"),
+        ("none", "fa3"): ("the exact video", "lossless"),
+        ("rowwise", "fa3"): ("half the memory, and faster", "balanced"),
+        ("none", "fa3-fp8"): ("faster, 16-bit weights", "Wan2.2 Attention: fa3-fp8"),
+        ("rowwise", "fa3-fp8"): ("the fastest that was measured", "fast, without its cache"),
+    }
+    rows = []
+    for entry in entries:
+        key = (entry["recipe"], entry["attention"])
+        if key not in goals or entry["backend"] == "transformer_engine":
+            continue
+        goal, preset = goals[key]
+        attention = {"fa3": "FlashAttention 3", "cudnn": "cuDNN", "fa3-fp8": "FlashAttention 3 in FP8"}[key[1]]
+        what = f"{entry['model']}, {entry['size']}"
+        rows.append([SHORT[entry["device"]], what, goal, preset, f"{entry['recipe']}, {attention}", minutes(entry)])
+    return table(["GPU", "video", "goal", "preset", "which is", "measured"], rows)
+
+
+def memory() -> str:
+    """What fits which card, computed."""
+    sys.path.insert(0, str(ROOT))
+    import torch
+
+    from wan_fp8.models.memory import activation_bytes, weight_bytes
+    from wan_fp8.models.specs import SPECS
+
+    gib, rows = 2**30, []
+    cases = (
+        ("i2v-A14B", "832x480, 81 frames", (1, 16, 21, 60, 104)),
+        ("i2v-A14B", "1280x720, 81 frames", (1, 16, 21, 90, 160)),
+        ("ti2v-5B", "1280x704, 121 frames", (1, 48, 31, 44, 80)),
+    )
+    for model, video, shape in cases:
+        for storage, width in (("bf16", 2), ("FP8", 1)):
+            weights = weight_bytes(SPECS[model], width) / gib
+            working = activation_bytes(SPECS[model], shape, torch.bfloat16) / gib
+            cells = []
+            for card in (12, 16, 24, 48, 80):
+                room = 0.92 * card
+                if weights + working <= room:
+                    cells.append("fits")
+                elif working <= room:
+                    cells.append(f"{(room - working) / weights:.0%} resident")
+                else:
+                    cells.append("no")
+            rows.append([model, video, storage, f"{weights:.1f}", f"{working:.1f}", *cells])
+    head = ["model", "video", "weights in", "weights GiB", "working GiB", *(f"{n} GB" for n in (12, 16, 24, 48, 80))]
+    return table(head, rows)
+
+
+# ---- pages ---------------------------------------------------------------------------------------------------------
+
+
+def benchmarks_page() -> str:
+    """``docs/benchmarks.md``."""
+    peers = []
+    for gpu in ("h100", "h200"):
+        result = load(f"peers_{gpu}.json")
+        for row in result["rows"]:
+            peers.append(
+                [SHORT[result["device"]], row["peer"], row["recipe"], row["attention"], f"{row['layer_ms']:.1f}"]
+            )
+    dates = sorted({load(path.name)["date"] for path in RESULTS.glob("*.json")})
+    beside = table(["GPU", "who", "recipe", "attention", "ms a block"], peers)
+    head = ["GPU", "model", "video", "recipe", "attention", "ms a block", "s a pass", "working GiB", "file"]
+    return f"""# Benchmarks
+
+Made by `benchmarks/pages.py` from `benchmarks/results/`, where every file says on what hardware, with which versions,
+when and by which command it was measured ({dates[0]} to {dates[-1]}). Weights are random: time does not depend on
+their values. Times are of the transformer, not of a whole graph.
+
+## Beside other software
+
+One block of I2V-A14B at 1280x720, 81 frames, every program in one process run after the other (`benchmarks/peers.py`).
+
+![H100](images/peers_h100.svg)
+
+![H200](images/peers_h200.svg)
+
+{beside}
+## The transformer
+
+`benchmarks/dit.py`: a block by difference of two layer counts, a pass of all blocks, and the memory beside the weights.
+
+![recipes](images/recipes_h100.svg)
+
+{table(head, transformer_rows())}
+Errors of the recipes are in [FP8](fp8.md), of attention in [attention and precision](attention.md), of LoRAs in
+[LoRA](lora.md). How long files take to load is in `benchmarks/results/load.json`, how long ComfyUI's start becomes in
+`benchmarks/results/import_time.json`.
+
+## What has not been measured
+
+Other GPUs than those above; what a setting does to a video of the released models. What a results file is missing for
+says so where the feature is described.
+"""
+
+
+def filled(page: str, blocks: dict[str, str]) -> str:
+    """A page with the text between its marks replaced.
+
+    Raises:
+        ValueError: a mark is missing.
+    """
+    for name, block in blocks.items():
+        pattern = re.compile(rf"(<!-- begin {name} -->\n).*?(<!-- end {name} -->)", re.DOTALL)
+        page, count = pattern.subn(lambda found, block=block: found[1] + block + found[2], page)
+        if count != 1:
+            raise ValueError(f"{count} places for {name}")
+    return page
+
+
+def pages() -> dict[Path, str]:
+    """Every file that this script writes, with its content."""
+    made = {DOCS / "images" / name: text for name, text in plots().items()}
+    made[DOCS / "benchmarks.md"] = benchmarks_page()
+    for name, block in (("choosing", choosing), ("memory", memory)):
+        path = DOCS / f"{name}.md"
+        made[path] = filled(path.read_text(encoding="utf-8"), {name: block()})
+    return made
+
+
+if __name__ == "__main__":
+    for path, text in pages().items():
+        path.write_text(text, encoding="utf-8")
+        print(path.relative_to(ROOT))

@@ -1,0 +1,89 @@
+"""What a forward needs besides the weights, so that core evicts no more than it must.
+
+Core's own estimate scales with the number of latent pixels times a constant tuned to its own blocks.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping, Sequence
+
+import torch
+
+from .specs import ModelSpec, Task
+
+OVERHEAD = 1.2
+"""Quantised copies of a recipe, rotary tables, workspaces of the GEMM library, fragmentation."""
+
+
+IMAGE_ROWS = 257
+"""Of CLIP, which Animate reads beside the text."""
+FACE_BYTES = 10**9
+"""Animate's face video of 77 frames in bf16, and what its motion encoder holds for eight of them."""
+
+
+def extra_tokens(spec: ModelSpec, cond_shapes: Mapping[str, Sequence[Sequence[int]]] | None) -> int:
+    """Tokens behind the video's, by the shapes of core's conditioning: the reference's latent frame, and one and a half
+    of it for the motion before the clip (the last frame in full, and twice a quarter)."""
+    if spec.task is not Task.S2V or not cond_shapes:
+        return 0
+    per_frame, found = 0, 0.0
+    for shape in cond_shapes.get("reference_latent", ()):
+        per_frame = math.prod(shape[2:]) // math.prod(spec.patch_size)
+        found = max(found, per_frame)
+    for shape in cond_shapes.get("reference_motion", ()):
+        found = max(found, per_frame + 1.5 * math.prod(shape[-2:]) / math.prod(spec.patch_size))
+    return math.ceil(found)
+
+
+def activation_bytes(
+    spec: ModelSpec,
+    input_shape: Sequence[int],
+    dtype: torch.dtype,
+    *,
+    fused: bool = True,
+    low_precision_attention: bool = False,
+    kept_residuals: int = 0,
+    extra_tokens: int = 0,
+) -> int:
+    """Peak bytes of one forward for latents [B, C, F, H, W], conditioning channels not counted.
+
+    At the peak of a block four tensors of the model's width stand in ``dtype`` (q, k, v and the attention's output) or
+    the FFN's input and hidden layer, beside the float32 residual stream. Measured at 832x480x81 and the widths of
+    A14B: 1.88 GiB, of which this formula without its overhead gives 1.87; at 1280x720x81 4.49 and 4.44 GiB, with
+    attention in FP8 5.57 and 5.52 GiB (six blocks and one prompt: benchmarks/results/dit_i2v-a14b_*_h200.json).
+
+    Args:
+        fused: False where the eager references run: each norm or rotary turn then holds float32 copies of its operand.
+        low_precision_attention: q, k and v are held in one byte as well while attention runs.
+        extra_tokens: What S2V puts behind the video's tokens, for each sample: reference and motion.
+        kept_residuals: Activations that a cache of steps keeps of each conditioning, cond and uncond.
+    """
+    batch = input_shape[0]
+    frames, rows, columns = (
+        math.ceil(size / patch) for size, patch in zip(input_shape[-3:], spec.patch_size, strict=True)
+    )
+    tokens = batch * (frames * rows * columns + extra_tokens)
+    width = dtype.itemsize
+    stream = 4 * spec.dim
+    attention = 4 * spec.dim * width + (3 * spec.dim if low_precision_attention else 0)
+    block = max(attention, (spec.dim + spec.ffn_dim) * width) + (0 if fused else 3 * 4 * spec.dim)
+    ends = 4 * (spec.in_dim + 2 * spec.out_dim) * math.prod(spec.patch_size) + 4 * spec.dim
+    # Keys and values of the text stay for the whole run: two prompts, in one batch or one after the other.
+    rows_read = 512 + (IMAGE_ROWS if spec.task is Task.ANIMATE else 0)
+    text = max(2, batch) * spec.num_layers * 2 * rows_read * spec.dim * width
+    kept = kept_residuals * max(2, batch) * (tokens // batch) * spec.dim * width
+    faces = FACE_BYTES if spec.task is Task.ANIMATE else 0  # before the blocks, not beside them
+    return int(max(OVERHEAD * tokens * (stream + max(block, ends)), faces) + text + kept)
+
+
+def weight_bytes(spec: ModelSpec, width: int) -> int:
+    """Bytes of one transformer at rest, with ``width`` bytes for each weight of a block's linears and two for the rest.
+
+    A14B in bf16 with six blocks: 4.35 GiB, of which ``benchmarks/dit.py`` measures 4.36.
+    """
+    block = 8 * spec.dim**2 + 2 * spec.dim * spec.ffn_dim
+    time = (spec.freq_dim + 7 * spec.dim) * spec.dim
+    text = (spec.text_dim + spec.dim) * spec.dim
+    ends = (spec.in_dim + spec.out_dim) * math.prod(spec.patch_size) * spec.dim
+    return spec.num_layers * block * width + 2 * (time + text + ends)
