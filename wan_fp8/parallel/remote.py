@@ -28,8 +28,8 @@ from ..checkpoint.lora import Diff, Entry
 from ..errors import InputError, UnsupportedPatchError
 from ..models.blocks import ForwardOptions
 from ..models.low_rank import LiveLora, LowRankPair
-from ..models.specs import ModelSpec
-from ..models.wan import WanModel
+from ..models.specs import ModelSpec, Task
+from ..models.wan import WanModel, class_of
 from ..quant import Recipe
 from . import plain, pools
 from .dims import ParallelDims
@@ -206,6 +206,7 @@ class Remote:
             "model": self.name,
             "options": plain.option_fields(options),
             "text_key": None if options.text_key is None else self._names.of(options.text_key),
+            "inputs_key": None if options.inputs_key is None else self._names.of(options.inputs_key),
             "lora": lora,
             "cache": plain.to_plain(policy),
             "compute": plain.to_plain(compute),
@@ -332,7 +333,8 @@ MAX_LORAS = 4
 
 
 class RemoteWanModel(WanModel):
-    """T2V, I2V and TI2V in a pool. Built on torch's ``meta`` device; ``remote`` is set by whoever builds it."""
+    """A model in a pool; of T2V, I2V and TI2V as it is, of other tasks with their modules (``remote_class``). Built on
+    torch's ``meta`` device; ``remote`` is set by whoever builds it."""
 
     remote: Remote
 
@@ -402,6 +404,20 @@ class RemoteWanModel(WanModel):
         setting = options.attention
         if setting is not None and "attention" in found[0]:
             _enter_attention(self, setting, [entry["attention"] for entry in found])
+
+
+_CLASSES: dict[tuple[type[RemoteWanModel], type[WanModel]], type[RemoteWanModel]] = {}
+
+
+def remote_class(task: Task, face: type[RemoteWanModel] = RemoteWanModel) -> type[RemoteWanModel]:
+    """``face`` with the modules, names and inputs of the task's own definition."""
+    definition = class_of(task)
+    if definition is WanModel:
+        return face
+    if (face, definition) not in _CLASSES:
+        members = {"__doc__": definition.__doc__}
+        _CLASSES[face, definition] = type(f"{face.__name__}Of{definition.__name__}", (face, definition), members)
+    return _CLASSES[face, definition]
 
 
 def _refuse(options: ForwardOptions) -> None:

@@ -163,6 +163,7 @@ class Serving:
         options = ForwardOptions(
             **asked,
             text_key=fields["text_key"],
+            inputs_key=fields["inputs_key"],
             announce=self._announce,
             lora=None if lora is None else self.loras[lora],
         )

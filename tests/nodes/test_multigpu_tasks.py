@@ -1,0 +1,89 @@
+"""Animate and S2V in a pool: the nodes' own loops give the videos that one process gives."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import nodes_kit
+import pytest
+import torch
+from nodes_kit import call, picture
+from torch import Tensor
+
+pytestmark = [pytest.mark.usefixtures("comfy_core"), pytest.mark.timeout(180)]
+TOLERANCE = 1e-3
+"""Of 0..1: fp32 over a few steps, sums in another order, then the VAE."""
+
+
+@pytest.fixture(autouse=True)
+def _inference() -> Iterator[None]:
+    with torch.inference_mode():
+        yield
+
+
+@pytest.fixture(scope="module", autouse=True)
+def _end(comfy_core: Path) -> Iterator[None]:
+    yield
+    nodes_kit.module("wan_fp8.parallel.pools").stop_pools()
+
+
+def loaded(kind: str, checkpoints: dict[str, Path], folder: Path) -> dict[str, Any]:
+    """What the loader returns for a tiny checkpoint, with text, and its MODEL in a pool."""
+    import folder_paths
+
+    (folder / f"pool_{kind}").symlink_to(checkpoints[kind], target_is_directory=True)
+    nodes_kit.load_pack()
+    folder_paths.add_model_folder_path("wan", str(folder))
+    with torch.inference_mode():
+        output = call("WanFP8LoadCheckpoint", checkpoint=f"pool_{kind}", weight_dtype="fp32", vae_dtype="fp32")
+        model, _, encoder, vae, clip_vision, audio_encoder = output.args
+        positive, negative = call("WanFP8TextEncode", text_encoder=encoder, prompt="a fox").args
+        many = call("WanFP8MultiGPU", model=model, gpus="cpu:2", topology="1x2x1")[0]
+    parts = {"model": model, "many": many, "positive": positive, "negative": negative, "vae": vae}
+    return parts | ({"clip_vision": clip_vision} if kind == "animate" else {"audio_encoder": audio_encoder})
+
+
+@pytest.fixture(scope="module")
+def animate(comfy_core: Path, checkpoints: dict[str, Path], tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
+    return loaded("animate", checkpoints, tmp_path_factory.mktemp("animate"))
+
+
+@pytest.fixture(scope="module")
+def s2v(comfy_core: Path, checkpoints: dict[str, Path], tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
+    return loaded("s2v", checkpoints, tmp_path_factory.mktemp("s2v"))
+
+
+def run_animate(parts: dict[str, Any], model: Any, **more: Any) -> Tensor:
+    rest = {name: value for name, value in parts.items() if name not in ("model", "many")}
+    generator = torch.Generator().manual_seed(5)
+    face = torch.rand(5, 512, 512, 3, generator=generator)
+    given = {"reference_image": picture(48, 32), "pose_video": torch.rand(5, 32, 48, 3, generator=generator)}
+    given |= {"face_video": face, "segment": 5, "overlap": 1, "steps": 2}
+    return call("WanFP8SampleAnimate", model=model, **rest, **given, **more)[0]
+
+
+def features(frames: int) -> dict[str, Any]:
+    generator = torch.Generator().manual_seed(1)
+    layers = [torch.randn(1, frames, 1024, generator=generator) for _ in range(25)]
+    return {"encoded_audio_all_layers": layers, "audio_samples": 320 * frames + 80}
+
+
+def run_s2v(parts: dict[str, Any], model: Any, **more: Any) -> Tensor:
+    rest = {name: value for name, value in parts.items() if name not in ("model", "many")}
+    given = {"size": "width x height", "width": 64, "height": 64, "clip_frames": 8, "steps": 2}
+    given |= {"reference_image": picture(64, 64), "audio_features": features(40)}
+    return call("WanFP8SampleS2V", model=model, **rest, **given, **more)[0]
+
+
+def test_animate_is_that_of_one_process(animate: dict[str, Any]) -> None:
+    alone = run_animate(animate, animate["model"])
+    many = run_animate(animate, animate["many"])
+    assert many.shape == alone.shape and float((many - alone).abs().max()) < TOLERANCE
+
+
+def test_s2v_is_that_of_one_process(s2v: dict[str, Any]) -> None:
+    alone = run_s2v(s2v, s2v["model"])
+    many = run_s2v(s2v, s2v["many"])
+    assert many.shape == alone.shape and float((many - alone).abs().max()) < TOLERANCE
