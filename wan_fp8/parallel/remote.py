@@ -33,7 +33,7 @@ from ..models.wan import WanModel, class_of
 from ..quant import Recipe
 from . import plain, pools
 from .dims import ParallelDims
-from .plan import Machine, Plan, Workload, plan, weight_bytes
+from .plan import Machine, Plan, Workload, measured_tflops, plan, weight_bytes
 from .source import HandedSource, ModelSource
 from .wire import Json
 
@@ -167,12 +167,14 @@ class Remote:
         """What the planner knows of the pool."""
         ready = pool.connection.ready or {}
         memory, link = ready.get("memory") or 0, ready.get("link_gbs")
+        fp8 = not self.recipe.is_none and self.recipe.backend != "weight-only"
         return Machine(
             gpus=pool.world,
             memory_gib=memory / 2**30 if memory else 1024.0,  # a CPU's is not planned with
             link="nvlink" if link is None or link > NVLINK_FROM else "pcie",
             link_gbs=link,
             gpus_per_host=ready.get("per_host"),
+            tflops=measured_tflops(ready.get("gpu", ""), fp8=fp8),
         )
 
     def layout(
@@ -196,7 +198,8 @@ class Remote:
         """Run one forward in the pool, which gets everything first that it has not got yet."""
         pool = self.pool()
         pool.connection.notice = self.say
-        self._load(pool, tokens, guidance=tensors["x"].shape[0] % 2 == 0)
+        sparse = options.attention is not None and options.attention.sparsity is not None
+        self._load(pool, tokens, guidance=tensors["x"].shape[0] % 2 == 0, sparse=sparse)
         lora = None if options.lora is None else self._lora(pool, options.lora)
         position = options.position
         if position is not None:
@@ -254,11 +257,12 @@ class Remote:
         if self._pool is not None and self._pool.alive and self._pool.loaded.pop(self.name, None) is not None:
             self._pool.connection.post("drop", {"models": [self.name]})
 
-    def _load(self, pool: pools.Pool, tokens: int, *, guidance: bool) -> None:
+    def _load(self, pool: pools.Pool, tokens: int, *, guidance: bool, sparse: bool) -> None:
         there = pool.loaded.get(self.name)
         if there == self.merged:
             if not self._dirty and self.dims is not None and self.dims.shard == 1:
                 self._lay_out(pool, tokens, guidance=guidance)  # between runs only: a cache would lose what it keeps
+            self._check_sparse(sparse)
             return
         listed, tensors = changes_to_plain(self.changes)
         fields: Json = {"model": self.name, "changes": listed, "merged": self.merged}
@@ -269,6 +273,7 @@ class Remote:
                 pool.connection.request("drop", {"models": [self.name]}, poll=self.poll)
                 pool.loaded.pop(self.name, None)
             self.dims, made = self.layout(pool, tokens, guidance)
+            self._check_sparse(sparse)  # before minutes of reading
             self.say(f"{self.source.label}: {self.dims}" if made is None else f"{self.source.label}: {made}")
             work = Workload(spec=self.spec, tokens=tokens, fp8=not self.recipe.is_none)
             fields |= {
@@ -284,6 +289,11 @@ class Remote:
             for name in found[0]["evicted"]:
                 pool.loaded.pop(name, None)
         pool.loaded[self.name] = self.merged
+
+    def _check_sparse(self, sparse: bool) -> None:
+        reason = self.dims.sparse_refusal(self.spec.task) if sparse and self.dims is not None else None
+        if reason is not None:
+            raise InputError(reason)
 
     def _hand_over(self, pool: pools.Pool, state: Mapping[str, Tensor]) -> None:
         """Send weights that no file has, a part at a time."""
