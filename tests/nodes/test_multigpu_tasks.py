@@ -77,15 +77,33 @@ def run_s2v(parts: dict[str, Any], model: Any, **more: Any) -> Tensor:
     return call("WanFP8SampleS2V", model=model, **rest, **given, **more)[0]
 
 
-def test_animate_is_that_of_one_process(animate: dict[str, Any]) -> None:
+@pytest.fixture
+def sent(monkeypatch: pytest.MonkeyPatch) -> list[set[str]]:
+    """Names of the task's inputs that each forward sends."""
+    connection, found = nodes_kit.module("wan_fp8.parallel.client").Connection, []
+    original = connection.request
+
+    def request(self: Any, kind: str, fields: Any, tensors: Any = None, **more: Any) -> Any:
+        if kind == "forward":
+            found.append({name for name in tensors if name.startswith("task.")})
+        return original(self, kind, fields, tensors, **more)
+
+    monkeypatch.setattr(connection, "request", request)
+    return found
+
+
+def test_animate_is_that_of_one_process(animate: dict[str, Any], sent: list[set[str]]) -> None:
     alone = run_animate(animate, animate["model"])
     many = run_animate(animate, animate["many"])
+    assert sent == [{"task.pose_latents", "task.face_pixel_values"}, set()]
     assert many.shape == alone.shape and float((many - alone).abs().max()) < TOLERANCE
 
 
-def test_s2v_is_that_of_one_process(s2v: dict[str, Any]) -> None:
+def test_s2v_is_that_of_one_process(s2v: dict[str, Any], sent: list[set[str]]) -> None:
     alone = run_s2v(s2v, s2v["model"])
     many = run_s2v(s2v, s2v["many"])
+    assert all("task.audio_embed" in names for names in sent[::2]) and not any(sent[1::2])  # two steps a clip
+    assert len(sent) == 4
     assert many.shape == alone.shape and float((many - alone).abs().max()) < TOLERANCE
 
 

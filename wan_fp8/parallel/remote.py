@@ -147,6 +147,8 @@ class Remote:
         self.dims: ParallelDims | None = None
         self._names = Names()
         self._dirty = False
+        self._sent: set[int] = set()
+        """Names of task inputs that the pool keeps."""
         self._seconds: list[float] = []
         self._memory: list[int] = []
         self._pool: pools.Pool | None = None
@@ -160,6 +162,7 @@ class Remote:
         pool = pools.ensure(self.pool_spec, user=self, poll=self.poll)
         if pool is not self._pool:
             self._pool = pool
+            self._sent.clear()
             weakref.finalize(self, pool.garbage.append, self.name)
         return pool
 
@@ -189,13 +192,18 @@ class Remote:
     def forward(
         self,
         tensors: dict[str, Tensor],
+        task: dict[str, Tensor],
         options: ForwardOptions,
         *,
         compute: torch.dtype,
         policy: Any,
         tokens: int,
     ) -> tuple[list[Json], Tensor]:
-        """Run one forward in the pool, which gets everything first that it has not got yet."""
+        """Run one forward in the pool, which gets everything first that it has not got yet.
+
+        Args:
+            task: Faces, sounds, poses: sent once in a run where ``options.inputs_key`` names them.
+        """
         pool = self.pool()
         pool.connection.notice = self.say
         sparse = options.attention is not None and options.attention.sparsity is not None
@@ -205,24 +213,31 @@ class Remote:
         if position is not None:
             parts = tuple(dataclasses.replace(p, key=self._names.of(p.key)) for p in position.conditionings)
             options = dataclasses.replace(options, position=dataclasses.replace(position, conditionings=parts))
+        inputs = None if options.inputs_key is None else self._names.of(options.inputs_key)
+        keep = inputs is not None and (inputs in self._sent or len(self._sent) < MAX_INPUTS)
         fields = {
             "model": self.name,
             "options": plain.option_fields(options),
             "text_key": None if options.text_key is None else self._names.of(options.text_key),
-            "inputs_key": None if options.inputs_key is None else self._names.of(options.inputs_key),
+            "inputs_key": inputs,
+            "keep": keep,
             "lora": lora,
             "cache": plain.to_plain(policy),
             "compute": plain.to_plain(compute),
         }
         self._dirty = True
         began = time.perf_counter()
-        found, out = pool.connection.request("forward", fields, tensors, poll=self.poll)
+        sent = tensors if inputs in self._sent else tensors | task
+        found, out = pool.connection.request("forward", fields, sent, poll=self.poll)
+        if keep and inputs is not None and task:
+            self._sent.add(inputs)
         self._seconds.append(time.perf_counter() - began)
         self._memory = [entry["memory"] for entry in found]
         return found, out["velocity"]
 
     def begin_run(self) -> None:
         """The pool forgets what belongs to one run; it is not waited for."""
+        self._sent.clear()
         self._seconds.clear()
         if self._dirty and self._pool is not None and self._pool.alive:
             self._dirty = False
@@ -264,6 +279,7 @@ class Remote:
                 self._lay_out(pool, tokens, guidance=guidance)  # between runs only: a cache would lose what it keeps
             self._check_sparse(sparse)
             return
+        self._sent.clear()
         listed, tensors = changes_to_plain(self.changes)
         fields: Json = {"model": self.name, "changes": listed, "merged": self.merged}
         if there is not None and self.dims is not None and self.dims.shard == 1:
@@ -338,6 +354,8 @@ class Remote:
 PART_BYTES = 2**29
 MAX_PART = 500
 """Weights that are handed over in one message."""
+MAX_INPUTS = 4
+"""Faces, sounds and poses by name that a pool keeps in a run: cond and uncond, twice."""
 MAX_LORAS = 4
 """Live LoRAs that a pool keeps between runs."""
 
@@ -375,9 +393,9 @@ class RemoteWanModel(WanModel):
         tensors = {"x": x, "timestep": timestep, "context": context}
         if clip_fea is not None:
             tensors["clip_fea"] = clip_fea
-        tensors |= {f"task.{name}": value for name, value in task_inputs.items()}
+        task = {f"task.{name}": value for name, value in task_inputs.items()}
         tokens = x[0, 0].numel() // math.prod(self.spec.patch_size)
-        found, velocity = self.remote.forward(tensors, options, compute=compute, policy=policy, tokens=tokens)
+        found, velocity = self.remote.forward(tensors, task, options, compute=compute, policy=policy, tokens=tokens)
         self._report(found, options)
         return velocity.to(x.device)
 
