@@ -128,3 +128,26 @@ def test_lora_keys_and_saving_know_the_tasks_modules(animate: dict[str, Any], s2
     ):
         ours, theirs = (parts[kind].model.state_dict().keys() for kind in ("many", "model"))
         assert ours == theirs and f"diffusion_model.{name}" in ours
+
+
+def test_a_model_without_a_file_and_a_cancelled_run(s2v: dict[str, Any]) -> None:
+    """Weights that no file has go to the pool by all their names; a run that is cancelled leaves the pool usable."""
+    import comfy.model_management as management
+
+    pools, bridge = nodes_kit.module("wan_fp8.parallel.pools"), nodes_kit.module("nodes.bridge")
+    topology = nodes_kit.module("wan_fp8.parallel.remote").Topology
+    handed = s2v["model"].clone()
+    handed.set_attachments(nodes_kit.module("nodes.bridge.remote").SOURCE, None)
+    many = bridge.in_pool(handed, pools.PoolSpec(devices=("cpu", "cpu")), topology())
+    calls: list[int] = []
+
+    def cancel(*_: Any) -> None:
+        calls.append(1)
+        if len(calls) == 2:
+            management.interrupt_current_processing()
+
+    hook = many.model.diffusion_model.register_forward_pre_hook(cancel)
+    with pytest.raises(management.InterruptProcessingException):
+        run_s2v(s2v, many)
+    hook.remove()
+    assert float((run_s2v(s2v, many) - run_s2v(s2v, s2v["model"])).abs().max()) < TOLERANCE
