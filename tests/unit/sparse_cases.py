@@ -82,6 +82,8 @@ def attention(device: torch.device, dtype: torch.dtype, backend: str, width: int
     shapes = [(1, 300, 0, 0.5), (2, 257, 127, 0.4), (1, 77, 51, 1.0)]
     if not INTERPRETED:
         shapes += [(1, 128, 0, 1.0), (1, 640, 0, 0.3), (1, 384, 0, 1.0)]
+    elif dtype == torch.float32:  # 16 keys at a time take the interpreter long
+        del shapes[1]
     for batch, tokens, padding, share in shapes:
         q, k, v = qkv(batch, tokens, 2, width, dtype, device, padding)
         rows, keys = -(-q.shape[1] // BLOCK), -(-tokens // BLOCK)
@@ -211,7 +213,7 @@ def measured_is_exact(device: torch.device, dtype: torch.dtype, fused: bool) -> 
         weights = torch.softmax(scores, -1)
         lost = ~mask.repeat_interleave(BLOCK, 2)[:, :, : q.shape[1]].repeat_interleave(BLOCK, 3)[..., :tokens]
         dropped = (weights * lost).sum(-1)  # [B, N, S]
-        for call in range(3):
+        for call in range(2 if INTERPRETED else 3):
             at = sample(call, 4, keys, device, every_head=call == 0)
             assert torch.equal(kept_blocks(selection, at), mask[:, at.heads, at.query_block])
             own = measure(q, k, v, None, selection, at, fused)

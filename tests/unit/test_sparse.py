@@ -3,11 +3,15 @@ guarantee and its table. On a GPU the same cases run natively in tests/gpu/test_
 
 from __future__ import annotations
 
+import collections
+import itertools
 import math
 import os
 import subprocess
 import sys
+import types
 from pathlib import Path
+from typing import NamedTuple
 
 import pytest
 import sparse_cases
@@ -20,6 +24,7 @@ from wan_fp8.attention.sparse import BLOCK, SPARSE, BlockLayout, Calibration, Sp
 from wan_fp8.attention.sparse.guarantee import STRIKES, HeadControl, Measured, Sample, sample
 from wan_fp8.attention.sparse.policies.window import distances
 from wan_fp8.attention.sparse.run import SparseRun
+from wan_fp8.attention.sparse.selection import choose
 from wan_fp8.errors import BackendUnavailableError, InputError
 
 HERE = Path(__file__).resolve().parent
@@ -47,6 +52,78 @@ def test_triton_kernels_in_the_interpreter() -> None:
     done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=400)
     assert done.returncode == 0, done.stdout + done.stderr
     assert done.stdout.count("ok ") == 9
+
+
+# ---- FlashAttention 4 -----------------------------------------------------------------------------------------------
+
+
+class BlockSparseTensorsTorch(NamedTuple):
+    """As 4.0.0b36 has it, in its order."""
+
+    mask_block_cnt: torch.Tensor
+    mask_block_idx: torch.Tensor
+    full_block_cnt: torch.Tensor | None = None
+    full_block_idx: torch.Tensor | None = None
+    cu_total_m_blocks: torch.Tensor | None = None
+    cu_block_idx_offsets: torch.Tensor | None = None
+    block_size: tuple[int, int] | None = None
+    dq_write_order: torch.Tensor | None = None
+    dq_write_order_full: torch.Tensor | None = None
+    spt: bool | None = None
+
+
+def walk_lists(q, k, v, block_sparse_tensors=None):
+    """What the published kernel requires of its lists, and does with them: from the end, keys behind the sequence left
+    out in the first block only. What it would read there is made visible as large keys."""
+    given = block_sparse_tensors
+    rows, width = given.block_size
+    batch, heads, tokens = q.shape[0], q.shape[2], k.shape[1]
+    queries, every = -(-q.shape[1] // rows), -(-tokens // width)
+    assert rows in (128, 256) and width == 128
+    for counts, blocks in ((given.mask_block_cnt, given.mask_block_idx), (given.full_block_cnt, given.full_block_idx)):
+        assert counts.dtype == blocks.dtype == torch.int32 and blocks.stride(3) == 1
+        assert counts.shape == (batch, heads, queries) == blocks.shape[:3] and 1 <= blocks.shape[3] <= every
+    assert not given.mask_block_cnt.any()
+    k, v = (torch.nn.functional.pad(t, (0, 0, 0, 0, 0, every * width - tokens), value=9.0) for t in (k, v))
+    out = torch.zeros_like(q)
+    for b, n, row in itertools.product(range(batch), range(heads), range(queries)):
+        listed = given.full_block_idx[b, n, row, : given.full_block_cnt[b, n, row]].tolist()[::-1]
+        keys = [key for block in listed for key in range(block * width, (block + 1) * width)]
+        keys = [key for place, key in enumerate(keys) if place >= width or key < tokens]
+        if keys:
+            part = slice(row * rows, (row + 1) * rows)
+            scores = q[b, part, n] @ k[b, keys, n].T / math.sqrt(q.shape[3])
+            out[b, part, n] = torch.softmax(scores, -1) @ v[b, keys, n]
+    return out, None
+
+
+@pytest.mark.parametrize("rows", [128, 256])
+def test_flash_attention_4_is_called_as_it_wants_to_be(monkeypatch, rows: int) -> None:
+    from wan_fp8.attention.sparse.backends import flash4
+
+    cute = types.SimpleNamespace(flash_attn_func=walk_lists, __spec__=None)
+    sparsity = types.SimpleNamespace(BlockSparseTensorsTorch=BlockSparseTensorsTorch)
+    monkeypatch.setattr(flash4.dense, "_load", lambda: (cute.flash_attn_func, "flash_attn.cute"))
+    monkeypatch.setitem(sys.modules, "flash_attn.cute.block_sparsity", sparsity)
+    monkeypatch.setitem(sys.modules, "flash_attn.cute", cute)
+    monkeypatch.setitem(sys.modules, "flash_attn", types.SimpleNamespace(cute=cute))
+    flash4._load.cache_clear()
+    try:
+        q, k, v = sparse_cases.qkv(2, 700, 2, 32, torch.float64, CPU, 20)
+        layout = BlockLayout(700, ((5, 6),))
+        scores = torch.randn(2, 2, -(-720 // rows), 6, generator=torch.Generator().manual_seed(1))
+        amount, none = torch.full((2,), 0.6), torch.zeros(2, dtype=torch.int32)
+        selection = choose(scores, amount, none, "mass", layout, 720, rows, fused=False)
+        selection.counts[0, 0, 0] = 0
+        ours = SPARSE.backend("fa4").run(q, k, v, selection)
+        assert torch.allclose(ours, SPARSE.backend("masked").run(q, k, v, selection), rtol=1e-9, atol=1e-12)
+        assert not ours[0, :rows, 0].any()
+        sparsity.BlockSparseTensorsTorch = collections.namedtuple("Older", "mask_block_cnt mask_block_idx")
+        flash4._load.cache_clear()
+        assert "knows no block_size, full_block_cnt, full_block_idx of" in flash4._load()[1]
+    finally:
+        flash4._load.cache_clear()
+        flash4._nothing.clear()
 
 
 # ---- order ----------------------------------------------------------------------------------------------------------
@@ -249,6 +326,22 @@ def test_one_choice_for_some_steps() -> None:
             chosen.append(run.selected(q, k, v, Step(step, 6), layout)[1].blocks)
     same = [[chosen[i] is chosen[j] for j in range(12)] for i in range(12)]
     assert [row.index(True) for row in same] == [0, 1, 0, 1, 0, 1, 6, 7, 6, 7, 6, 7]
+
+
+def test_a_choice_serves_the_conditioning_that_it_was_made_for() -> None:
+    """A cache skips one of two passes; the other is then the first of its step."""
+    run = SparseRun(Sparsity(policy="density", density=0.4, bound=None, reuse=3, **EVERYWHERE), 0, 1)
+    generator = torch.Generator().manual_seed(0)
+    chosen = {}
+    for step, passes in enumerate(("cu", "u", "uc", "u", "c", "uc")):
+        for name in passes:
+            q, k, v = (torch.randn(1, 900, 2, 32, generator=generator) for _ in range(3))
+            at = Step(step, 6, (name,))
+            chosen[name, step] = run.selected(q, k, v, at, BlockLayout(900))[1].blocks
+    for name, steps in (("c", (0, 2)), ("u", (0, 1, 2)), ("u", (3, 5)), ("c", (4, 5))):
+        assert all(chosen[name, step] is chosen[name, steps[0]] for step in steps)
+    assert len({blocks.data_ptr() for blocks in chosen.values()}) == 4
+    assert len(run._kept) == 2, "what no step can use is freed"
 
 
 # ---- the table ------------------------------------------------------------------------------------------------------

@@ -10,11 +10,13 @@ import test_model_animate
 import test_model_s2v
 import torch
 from test_model_parity import inputs, relative, tiny_model
+from test_step_cache import Listed
 
 from wan_fp8 import Attention, Lora, Recipe, apply_magcache, apply_recipe, compile_blocks, set_attention, set_lora
 from wan_fp8.attention import Step, attention_cores, sparsity_report
 from wan_fp8.attention.sparse import Sparsity
-from wan_fp8.caching import Conditioning, Curve, MagCache, RunPosition, cache_of
+from wan_fp8.attention.sparse.run import SparseRun
+from wan_fp8.caching import Conditioning, Curve, MagCache, RunPosition, apply_cache, cache_of
 from wan_fp8.errors import InputError
 from wan_fp8.models.blocks import ForwardOptions
 from wan_fp8.sampling import sigmas
@@ -150,6 +152,33 @@ def test_with_a_cache_of_steps() -> None:
     assert 0 < len(ran[0].calls) < 4, "skipped passes look at nothing"
     report = sparsity_report(model)
     assert len(report) == 1 and report[0].sparse_calls == sum(len(run.calls) for run in ran)
+
+
+def test_a_skipped_pass_does_not_mix_choices_up(monkeypatch) -> None:
+    """Both passes in one batch, and a cache that skips one of them: what the other attends to was chosen for it."""
+    steps = 10
+    schedule = tuple(sigmas(steps, 3.0, "euler").tolist())
+    model = set_attention(tiny_model("t2v"), half(reuse=9))
+    apply_cache(model, Listed(passes=(2 * 2, 2 * 3 + 1, 2 * 4)))  # cond, uncond, cond
+    attended: list[tuple[tuple, int]] = []
+    plain = SparseRun.selected
+
+    def selected(self, q, k, v, step, *rest):
+        backend, selection = plain(self, q, k, v, step, *rest)
+        if self.block == 0:
+            attended.append((step.conditionings, selection.blocks.data_ptr()))
+        return backend, selection
+
+    monkeypatch.setattr(SparseRun, "selected", selected)
+    x, context = inputs("t2v", batch=2, frames=4, rows=16, columns=24)
+    conditionings = (Conditioning("u", 1), Conditioning("c", 0))
+    for index in range(6):
+        position = RunPosition(sigma=schedule[index], schedule=schedule, conditionings=conditionings)
+        options = ForwardOptions(position=position, step=Step(index, steps))
+        model(x, torch.tensor([1000 * schedule[index]] * 2), context, options=options)
+    both, first, second = ("u", "c"), ("u",), ("c",)
+    assert [keys for keys, _ in attended] == [both, both, first, second, first, both]
+    assert len(set(attended)) == 3, "one choice for each"
 
 
 def test_with_a_live_lora() -> None:

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import logging
 from collections import Counter
+from collections.abc import Hashable
 from dataclasses import dataclass
 
 import torch
@@ -44,6 +45,8 @@ class Step:
 
     index: int
     total: int
+    conditionings: tuple[Hashable, ...] = ()
+    """Keys of the conditionings that share the batch, in order; empty: the caller does not say."""
 
 
 @dataclass(frozen=True, slots=True)

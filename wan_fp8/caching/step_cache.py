@@ -224,9 +224,9 @@ class StepCache:
         """Run the blocks for these parts of the batch only, and write what comes out over ``out``."""
         for part in parts:
             alone = _Part(part.key, part.kind, slice(None))
-            fresh = self._compute(
-                out_BSD[part.rows].clone(), _narrowed(state, part.rows), inner, [alone], position.sigma
-            )
+            its_own = position.conditionings[part.rows.start // (part.rows.stop - part.rows.start)]
+            narrowed = _narrowed(state, part.rows, dataclasses.replace(position, conditionings=(its_own,)))
+            fresh = self._compute(out_BSD[part.rows].clone(), narrowed, inner, [alone], position.sigma)
             out_BSD[part.rows] = fresh
 
     def _keep(self, part: _Part, residual: Tensor, sigma: float) -> None:
@@ -292,14 +292,20 @@ def _separable(state: ForwardState) -> bool:
     return not (state.task or options.block_replace or options.attention_override is not None)
 
 
-def _narrowed(state: ForwardState, rows: slice) -> ForwardState:
-    """The state of a forward for some of its samples."""
+def _narrowed(state: ForwardState, rows: slice, position: RunPosition) -> ForwardState:
+    """The state of a forward for some of its samples, whose conditionings ``position`` names."""
     given = state.modulation
     if given.row_of_token is None:
         modulation = Modulation(given.rows[rows], None)
     else:
         modulation = Modulation(given.rows, given.row_of_token[rows])
-    return dataclasses.replace(state, modulation=modulation, context=_PartOfText(state.context, rows), owned=True)
+    return dataclasses.replace(
+        state,
+        modulation=modulation,
+        context=_PartOfText(state.context, rows),
+        options=dataclasses.replace(state.options, position=position),
+        owned=True,
+    )
 
 
 class _PartOfText(TextContext):

@@ -7,7 +7,7 @@ Parameter names are the official ones. Source: Wan-Video/Wan2.2 ``wan/modules/mo
 from __future__ import annotations
 
 from collections.abc import Callable, Hashable, Iterator, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any, Protocol, overload
 
 import torch
@@ -66,6 +66,13 @@ class ForwardOptions:
     """Whether fp32 matrix products of this forward may be computed in TF32; None: as the process has it."""
     host_options: Any = None
     """Handed through untouched to the two callables above."""
+
+    @property
+    def attention_step(self) -> Step | None:
+        """``step``, with the conditionings of the batch where ``position`` names them."""
+        if self.step is None or self.position is None:
+            return self.step
+        return replace(self.step, conditionings=tuple(part.key for part in self.position.conditionings))
 
 
 @dataclass(slots=True)
@@ -271,7 +278,7 @@ class Attention(nn.Module):
     def attend(self, q_BSNE: Tensor, k_BLNE: Tensor, v_BLNE: Tensor, options: ForwardOptions) -> Tensor:
         """Attention through the host's override if there is one: [B, S, N, E] -> [B, S, D]."""
         if options.attention_override is None:
-            return self.inner_attention(q_BSNE, k_BLNE, v_BLNE, options.attention, options.step).flatten(2)
+            return self.inner_attention(q_BSNE, k_BLNE, v_BLNE, options.attention, options.attention_step).flatten(2)
 
         def own(q: Tensor, k: Tensor, v: Tensor, heads: int, mask: Tensor | None = None, **kwargs: Any) -> Tensor:
             if mask is not None or kwargs.get("skip_reshape") or kwargs.get("skip_output_reshape"):
@@ -279,7 +286,7 @@ class Attention(nn.Module):
                     "the attention of this model takes no mask and [batch, tokens, heads * width] tensors only"
                 )
             split = (t.unflatten(-1, (heads, -1)) for t in (q, k, v))
-            return self.inner_attention(*split, options.attention, options.step).flatten(2)
+            return self.inner_attention(*split, options.attention, options.attention_step).flatten(2)
 
         return options.attention_override(
             own,

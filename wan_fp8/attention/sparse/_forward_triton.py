@@ -13,7 +13,10 @@ from .order import BLOCK
 from .registry import Selection
 
 TILE_N = 64
-"""Keys held at a time: half a block, so that two stages of keys and values fit the shared memory of an A100 as well."""
+"""Keys held at a time: half a block, so that two stages of keys and values fit the 99 KiB of an RTX card as well."""
+TILE_FP32 = 16
+"""The same in fp32, whose products run outside the tensor cores: 64 keys would spill 13 KB a thread, and take 129 KiB
+of shared memory."""
 LOG2E = 1.4426950408889634
 
 
@@ -28,10 +31,10 @@ def _forward_kernel(
     rows = tile * ROWS + tl.arange(0, ROWS)
     columns = tl.arange(0, WIDTH)
     lanes = tl.arange(0, TILE)
-    q_base = q_ptr + batch.to(tl.int64) * q_b + head * q_n
+    q_base = q_ptr + batch.to(tl.int64) * q_b + head.to(tl.int64) * q_n
     q = tl.load(q_base + rows.to(tl.int64)[:, None] * q_s + columns[None, :], mask=(rows < queries)[:, None], other=0.0)
-    k_base = k_ptr + batch.to(tl.int64) * k_b + head * k_n
-    v_base = v_ptr + batch.to(tl.int64) * v_b + head * v_n
+    k_base = k_ptr + batch.to(tl.int64) * k_b + head.to(tl.int64) * k_n
+    v_base = v_ptr + batch.to(tl.int64) * v_b + head.to(tl.int64) * v_n
     k_place = lanes[None, :] * k_s + columns[:, None]
     v_place = lanes[:, None] * v_s + columns[None, :]
     row = (batch * heads + head).to(tl.int64) * tl.num_programs(0) + tile
@@ -54,7 +57,7 @@ def _forward_kernel(
         acc = tl.dot(p.to(v.dtype), v, acc * shrink[:, None], input_precision=PRECISION)
         best = higher
     out = tl.where(total[:, None] > 0, acc / total[:, None], 0.0)
-    out_base = out_ptr + batch.to(tl.int64) * o_b + head * o_n
+    out_base = out_ptr + batch.to(tl.int64) * o_b + head.to(tl.int64) * o_n
     tl.store(
         out_base + rows.to(tl.int64)[:, None] * o_s + columns[None, :], out.to(out_ptr.dtype.element_ty),
         mask=(rows < queries)[:, None],
@@ -69,10 +72,11 @@ def forward(q_BSNE: Tensor, k_BLNE: Tensor, v_BLNE: Tensor, selection: Selection
     assert all(t.stride(3) == 1 for t in (q_BSNE, k_BLNE, v_BLNE)) and selection.blocks.is_contiguous()
     strides = [s for t in (q_BSNE, k_BLNE, v_BLNE, out) for s in t.stride()[:3]]
     half = q_BSNE.dtype in (torch.bfloat16, torch.float16)
+    tile = TILE_N if half else TILE_FP32
     _forward_kernel[(tiles, heads, batch)](
         q_BSNE, k_BLNE, v_BLNE, out, selection.counts, selection.blocks, queries, k_BLNE.shape[1],
         LOG2E / math.sqrt(width), *strides, heads, selection.key_blocks,
-        ROWS=rows, TILE=TILE_N, PARTS=BLOCK // TILE_N, WIDTH=width,
-        PRECISION="tf32" if half else "ieee", num_warps=8, num_stages=3 if half else 1,
+        ROWS=rows, TILE=tile, PARTS=BLOCK // tile, WIDTH=width,
+        PRECISION="tf32" if half else "ieee", num_warps=8 if half else 16, num_stages=3 if half else 1,
     )  # fmt: skip
     return out

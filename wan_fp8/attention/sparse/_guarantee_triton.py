@@ -11,8 +11,8 @@ from torch import Tensor
 
 from .order import BLOCK
 
-TILE = 64
-"""Keys held at a time."""
+TILE_N, TILE_FP32 = 64, 16
+"""Keys held at a time, in two bytes and in fp32; see ``_forward_triton``."""
 PROGRAMS = 528
 """Programs wanted in all: four for each multiprocessor of an H100."""
 LOG2E = 1.4426950408889634
@@ -30,8 +30,8 @@ def _attend_kernel(
     number = batch * samples + sample
     head = tl.load(heads_ptr + sample)
     q = tl.load(q_ptr + (number * ROWS + row)[:, None] * WIDTH + columns[None, :])
-    k_base = k_ptr + batch.to(tl.int64) * k_b + head * k_n
-    v_base = v_ptr + batch.to(tl.int64) * v_b + head * v_n
+    k_base = k_ptr + batch.to(tl.int64) * k_b + head.to(tl.int64) * k_n
+    v_base = v_ptr + batch.to(tl.int64) * v_b + head.to(tl.int64) * v_n
     k_place = lanes[None, :] * k_s + columns[:, None]
     v_place = lanes[:, None] * v_s + columns[None, :]
     best = tl.full((ROWS,), -1.0e30, dtype=tl.float32)
@@ -79,10 +79,11 @@ def attend(
     sums = torch.empty(batch, samples, parts, 2, rows, device=device)
     outs = torch.empty(batch, samples, parts, 2, rows, width, device=device)
     half = q_BnRE.dtype in (torch.bfloat16, torch.float16)
+    tile = TILE_N if half else TILE_FP32
     _attend_kernel[(parts, samples, batch)](
         q_BnRE.contiguous(), k_BLNE, v_BLNE, kept_BnM.to(torch.uint8), heads_n, top, sums, outs, k_BLNE.shape[1],
         LOG2E / math.sqrt(width), *k_BLNE.stride()[:3], *v_BLNE.stride()[:3], samples, every, each,
-        ROWS=rows, TILE=TILE, PARTS=BLOCK // TILE, WIDTH=width, PRECISION="tf32" if half else "ieee",
+        ROWS=rows, TILE=tile, PARTS=BLOCK // tile, WIDTH=width, PRECISION="tf32" if half else "ieee",
         num_warps=8, num_stages=2 if half else 1,
     )  # fmt: skip
     shrink = torch.exp2(top - top.amax(2, keepdim=True))[:, :, :, None]  # [B, n, P, 1, R]

@@ -24,7 +24,7 @@ def _statistics_kernel(
     rows = block * ROWS + tl.arange(0, ROWS)
     columns = tl.arange(0, WIDTH)
     inside = (rows < tokens)[:, None]
-    place = batch.to(tl.int64) * x_b + head * x_n + rows.to(tl.int64)[:, None] * x_s + columns[None, :]
+    place = batch.to(tl.int64) * x_b + head.to(tl.int64) * x_n + rows.to(tl.int64)[:, None] * x_s + columns[None, :]
     x = tl.load(x_ptr + place, mask=inside, other=0.0).to(tl.float32)
     count = tl.minimum(tl.maximum(tokens - block * ROWS, 1), ROWS).to(tl.float32)
     mean = tl.sum(x, axis=0) / count
@@ -43,7 +43,16 @@ def statistics(x_BSNE: Tensor, num_tokens: int, rows: int) -> tuple[Tensor, Tens
         torch.empty(batch, heads, blocks, width, device=x_BSNE.device, dtype=torch.float32) for _ in range(2)
     )
     _statistics_kernel[(blocks, heads, batch)](
-        x_BSNE, mean, variance, num_tokens, blocks, *x_BSNE.stride()[:3], heads, ROWS=rows, WIDTH=width, num_warps=4
+        x_BSNE,
+        mean,
+        variance,
+        num_tokens,
+        blocks,
+        *x_BSNE.stride()[:3],
+        heads,
+        ROWS=rows,
+        WIDTH=width,
+        num_warps=rows // 32,
     )
     return mean, variance
 

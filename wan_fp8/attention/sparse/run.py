@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import time
 from collections import Counter
-from collections.abc import Callable
+from collections.abc import Callable, Hashable
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -78,8 +78,9 @@ class SparseRun:
         """Calls by the backend that answered them; ``dense`` outside the window."""
         self.control: HeadControl | None = None
         self.head_counts: Tensor | None = None
-        self._kept: dict[tuple[int, tuple[int, ...]], tuple[int, Selection]] = {}
-        """Choices that serve several steps: by place of the call in its step, and shape."""
+        self._kept: dict[tuple[Hashable, tuple[int, ...]], tuple[int, Selection]] = {}
+        """Choices that serve several steps: by conditionings and shape; where the caller names no conditionings, by
+        place of the call in its step."""
         self._place = (-1, 0)
         self._looks = 0
 
@@ -157,10 +158,11 @@ class SparseRun:
                 f"{k_BLNE.shape[1]}: split heads (ulysses), not tokens (ring)"
             )
         backend = self.backend(q_BSNE, k_BLNE)
-        index, total = (0, 1) if step is None else (step.index, step.total)
+        index, total, conditionings = (0, 1, ()) if step is None else (step.index, step.total, step.conditionings)
         if self.control is None:
             self.control = HeadControl(q_BSNE.shape[2], self.sparsity.bound, self.sparsity.least, q_BSNE.device)
-        return backend, self._selection(q_BSNE, k_BLNE, v_BLNE, backend.name, index, total, layout, share)
+        selection = self._selection(q_BSNE, k_BLNE, v_BLNE, backend.name, index, total, conditionings, layout, share)
+        return backend, selection
 
     def backend(self, q_BSNE: Tensor, k_BLNE: Tensor) -> Backend[SparseRequest]:
         """Who computes tensors like these."""
@@ -182,17 +184,17 @@ class SparseRun:
         backend: str,
         step: int,
         total: int,
+        conditionings: tuple[Hashable, ...],
         layout: BlockLayout,
         share: tuple[int, int],
     ) -> Selection:
         """The blocks of this call: chosen now, or in one of the last steps."""
         fused = use_fused(q)
         self._place = (step, self._place[1] + 1 if self._place[0] == step else 0)
-        key = (self._place[1], tuple(q.shape))
-        chosen = self._kept.get(key)
-        if chosen is not None and 0 <= step - chosen[0] < self.sparsity.reuse:
-            return chosen[1]
-        self._kept.pop(key, None)
+        key = (conditionings or self._place[1], tuple(q.shape))
+        self._kept = {k: kept for k, kept in self._kept.items() if 0 <= step - kept[0] < self.sparsity.reuse}
+        if key in self._kept:
+            return self._kept[key][1]
         chooser = Chooser(self, q, k, backend, step, total, layout, share, fused)
         selection = chooser()
         assert self.control is not None

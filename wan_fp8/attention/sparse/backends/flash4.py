@@ -1,9 +1,18 @@
-"""FlashAttention 4's block-sparse forward (CuTe DSL, compiled at its first call in a process)."""
+"""FlashAttention 4's block-sparse forward (CuTe DSL, compiled at its first call in a process).
+
+What 4.0.0b36 takes: int32 counts [B, N, Mq] and lists [B, N, Mq, up to Mk] of partly masked and of full key blocks;
+``block_size`` (queries, keys), a multiple of its tiles: (128, 128) on Hopper, (256, 128) on Blackwell, where a program
+has two tiles of queries. It walks a list from its end, and leaves out keys behind the sequence in the first block that
+it comes to alone: a last block that is short must stand last in its list, as ``Selection`` has it. A block of queries
+without keys gets zeros. Nothing in its host code waits for the GPU, and tensors that are strided by multiples of 16
+bytes are not copied.
+"""
 
 from __future__ import annotations
 
 import functools
 import importlib
+import inspect
 from typing import Any
 
 import torch
@@ -14,14 +23,22 @@ from ...core import AttentionRequest
 from ..order import BLOCK
 from ..registry import SPARSE, Selection, SparseRequest
 
+FIELDS = {"mask_block_cnt", "mask_block_idx", "full_block_cnt", "full_block_idx", "block_size"}
+
 
 @functools.cache
 def _load() -> tuple[Any, str]:
     """The type that carries the blocks, or why there is none."""
     try:
-        return importlib.import_module("flash_attn.cute.block_sparsity").BlockSparseTensorsTorch, ""
+        carrier = importlib.import_module("flash_attn.cute.block_sparsity").BlockSparseTensorsTorch
     except (ImportError, OSError, AttributeError) as error:
-        return None, f"flash_attn.cute has no block-sparse forward ({error}); it came with 4.0.0b36"
+        return None, f"flash_attn.cute has no block-sparse forward ({error}); it is there in 4.0.0b36"
+    function, _ = dense._load()
+    assert function is not None
+    lacking = FIELDS - set(carrier._fields) | {"block_sparse_tensors"} - set(inspect.signature(function).parameters)
+    if lacking:
+        return None, f"flash_attn.cute knows no {', '.join(sorted(lacking))} of a block-sparse forward; 4.0.0b36 does"
+    return carrier, ""
 
 
 def _refuse(request: SparseRequest) -> str | None:
