@@ -62,8 +62,10 @@ WINDOWS = {
 MACOS = {
     "platform": "darwin",
     "modules": ["posix_ipc"],
-    "os": ["sched_getaffinity", "sched_setaffinity", "pidfd_open", "memfd_create", "eventfd", "posix_fadvise"]
-    + ["getrandom", "copy_file_range", "splice", "setresuid"],
+    "os": [
+        *("sched_getaffinity", "sched_setaffinity", "pidfd_open", "memfd_create", "eventfd", "posix_fadvise"),
+        *("getrandom", "copy_file_range", "splice", "setresuid"),
+    ],
     "signal": ["SIGRTMIN", "SIGPWR", "SIGSTKFLT", "sigtimedwait", "sigwaitinfo"],
     "socket": ["SOCK_CLOEXEC", "SOCK_NONBLOCK", "SO_PEERCRED", "AF_NETLINK", "AF_PACKET", "AF_VSOCK"],
 }
