@@ -195,7 +195,8 @@ class Side:
     def sample(self, positive: Any, negative: Any, latent: dict[str, Tensor], settings: Settings) -> dict[str, Tensor]:
         """The run; it loads its models first."""
         heard = len(bridge.kept_words())
-        with bridge.measured(torch.device(self.experts[0].load_device)) as self.cost:
+        pooled = any(bridge.is_remote(expert) for expert in self.experts)  # its memory is not this process's to measure
+        with bridge.measured(torch.device("cpu" if pooled else self.experts[0].load_device)) as self.cost:
             result = run(self.experts, positive, negative, latent, settings, self._observe)
         self.said = bridge.kept_words()[heard:]
         nets = [expert.model.diffusion_model for expert in self.experts]

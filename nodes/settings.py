@@ -289,7 +289,7 @@ class WanFP8Compile(io.ComfyNode):
 def model_input(more: str) -> io.Input:
     return io.Model.Input(
         "model",
-        tooltip="A Wan2.2 T2V, I2V or TI2V MODEL from Load Wan2.2 Checkpoint or from core's Load Diffusion Model; "
+        tooltip="A Wan2.2 MODEL from Load Wan2.2 Checkpoint or from core's Load Diffusion Model; "
         f"LoRA, shift and other settings may come before or after. {more}",
     )
 

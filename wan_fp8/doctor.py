@@ -457,7 +457,7 @@ def _topology(spec: ModelSpec, recipe: Recipe) -> tuple[str, str]:
     try:
         made = plan(
             Machine(gpus=len(gpus), memory_gib=memory),
-            Workload(spec=spec, tokens=tokens, experts=2, fp8=not recipe.is_none),
+            Workload(spec=spec, tokens=tokens, experts=1 + spec.task.two_experts, fp8=not recipe.is_none),
         )
     except InputError as error:
         return "one GPU", str(error)

@@ -25,7 +25,7 @@ from ...wan_fp8.checkpoint.lora import Diff, Entry, LowRank
 from ...wan_fp8.errors import UnsupportedPatchError
 from ...wan_fp8.models.wan import build_model
 from ...wan_fp8.parallel.pools import PoolSpec
-from ...wan_fp8.parallel.remote import Remote, RemoteWanModel, ToldReport, Topology
+from ...wan_fp8.parallel.remote import Remote, RemoteWanModel, ToldReport, Topology, remote_class
 from ...wan_fp8.parallel.source import HandedSource, ModelSource
 from .core_weights import clean_weights
 from .fork import attach, copy_attachments, hosted, is_hosted, shell_of, spec_of
@@ -172,7 +172,7 @@ def remote_of(patcher: Any) -> Remote:
 def _around(patcher: Any, remote: Remote) -> Any:
     old = patcher.model.diffusion_model
     with torch.device("meta"):
-        net = build_model(remote.spec, model_class=RemoteHostedModel)
+        net = build_model(remote.spec, model_class=remote_class(remote.spec.task, RemoteHostedModel))
     for parameter in net.parameters():
         parameter.data = parameter.data.to(old.dtype if old.dtype.is_floating_point else torch.bfloat16)
     hosted = cast(RemoteHostedModel, adopt(net))

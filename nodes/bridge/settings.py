@@ -43,7 +43,7 @@ def attention_request(patcher: Any) -> AttentionRequest:
     """What the self-attention of this MODEL, ours or core's, will ask of a backend.
 
     Raises:
-        UnsupportedPatchError: it is not a Wan2.2 T2V, I2V or TI2V model.
+        UnsupportedPatchError: it is not a Wan2.2 model.
     """
     head_dim = spec_of(patcher).head_dim
     compute = patcher.model.manual_cast_dtype or patcher.model.get_dtype()

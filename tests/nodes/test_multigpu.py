@@ -186,6 +186,27 @@ def test_a_cache_and_its_report(t2v: Any, many: Any, caplog: pytest.LogCaptureFi
     assert len(told) == 2 and told[0].split(";")[0] == told[1].split(";")[0] and " 0 skipped" not in told[0]
 
 
+def test_a_cache_and_sparse_attention_in_one_run(t2v: Any, many: Any, caplog: pytest.LogCaptureFixture) -> None:
+    caching, levels = engine("caching"), engine("sampling").sigmas(12, 8.0, "euler").tolist()
+    ratios = (1.0, *[0.99] * 11)
+    curve = caching.Curve("own", "t2v", tuple(levels[:-1]), ratios, None, None, (("only", "x"),), "", (128, 2))
+    sparsity = engine("attention.sparse.setting").Sparsity(
+        policy="density", density=0.5, backend="masked", bound=None, skip_first=0.2, skip_last=0.0,
+        skip_first_blocks=0, skip_last_blocks=0,
+    )  # fmt: skip
+    settings = {
+        "cache": caching.MagCache(0.3, 2, 0.1, curve=curve),
+        "attention": engine("attention").Attention(sparsity=sparsity),
+    }
+    caplog.set_level("INFO", "wan_fp8")
+    latent = bridge_kit.empty_latent(size=24)
+    models = [bridge().with_settings(model, **settings) for model in (many, t2v)]
+    close(*(ksample(model, latent, steps=12) for model in models))
+    for words in ("passes computed", "self-attentions"):
+        told = [record.message.split(";")[0] for record in caplog.records if words in record.message]
+        assert len(told) == 2 and told[0].split(":")[0] == told[1].split(":")[0], told
+
+
 def test_cancelled_in_the_middle(many: Any) -> None:
     import comfy.model_management
 

@@ -10,10 +10,11 @@ from pathlib import Path
 import pytest
 
 from wan_fp8.errors import InputError
-from wan_fp8.models.specs import I2V_A14B, TI2V_5B, ModelSpec
+from wan_fp8.models.specs import ANIMATE_14B, I2V_A14B, S2V_14B, TI2V_5B, ModelSpec, Task
 from wan_fp8.models.wan import build_model
 from wan_fp8.parallel import Machine, ParallelDims, Workload, plan
 from wan_fp8.parallel.plan import measured_tflops, sent_bytes, weight_bytes
+from wan_fp8.quant import Recipe
 
 A14B = Workload(spec=I2V_A14B, tokens=75_600, experts=2)
 BF16 = dataclasses.replace(A14B, fp8=False)
@@ -92,16 +93,22 @@ def test_what_is_sent_takes_the_link_s_time() -> None:
     assert plan(Machine(gpus=2, memory_gib=80), A14B).sent_gib == 0
 
 
-@pytest.mark.parametrize("spec", [I2V_A14B, TI2V_5B])
+@pytest.mark.parametrize("spec", [I2V_A14B, TI2V_5B, ANIMATE_14B, S2V_14B])
 def test_weights_are_those_of_the_model(spec: ModelSpec) -> None:
     import torch
 
     with torch.device("meta"):
         model = build_model(spec)
-    blocks = sum(parameter.numel() for parameter in model.blocks.parameters())
+    recipe = Recipe("rowwise")
+    converted = sum(
+        model.get_parameter(f"{name}.weight").numel() for name, _ in model.named_modules() if recipe.converts(name)
+    )
     everything = sum(parameter.numel() for parameter in model.parameters())
-    exact = blocks + 2 * (everything - blocks)
+    exact = 2 * everything - converted
     assert weight_bytes(Workload(spec=spec, tokens=1), 1) == pytest.approx(exact, rel=5e-3)
+    blocks = 2 * sum(parameter.numel() for parameter in model.blocks.parameters()) - converted
+    shared = exact - blocks + blocks / 4 + 2 * blocks / spec.num_layers
+    assert weight_bytes(Workload(spec=spec, tokens=1), 4) == pytest.approx(shared, rel=1e-2)
 
 
 @pytest.mark.parametrize(
@@ -159,3 +166,12 @@ def test_the_worked_plan_of_the_docs_is_what_the_planner_says(capsys: pytest.Cap
     code, said = re.findall(r"^```python\n(.+?)^```\n+^```\n(.+?)^```", page, re.MULTILINE | re.DOTALL)[0]
     exec(compile(code, "docs/multi_host.md", "exec"), {})  # noqa: S102 - our own page
     assert capsys.readouterr().out == said and len(said.splitlines()) == 5
+
+
+def test_layouts_that_sparse_attention_cannot_take() -> None:
+    for task in Task:
+        assert ParallelDims(cfg=2).sparse_refusal(task) is None
+        assert "which a ring splits" in (ParallelDims(ring=2).sparse_refusal(task) or "")
+        framed = ParallelDims(cfg=2, ulysses=2).sparse_refusal(task)
+        assert (framed is not None) == (task in (Task.ANIMATE, Task.S2V))
+        assert framed is None or "so use cfg alone, or turn sparsity off" in framed

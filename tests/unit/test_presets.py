@@ -9,7 +9,7 @@ from wan_fp8 import presets
 from wan_fp8.attention import ATTENTION, Attention
 from wan_fp8.errors import InputError
 from wan_fp8.hardware import DeviceCaps
-from wan_fp8.models.specs import I2V_A14B, TI2V_5B
+from wan_fp8.models.specs import I2V_A14B, SPECS, TI2V_5B
 from wan_fp8.registry import Backend
 
 GIB = 2**30
@@ -116,7 +116,7 @@ def test_weights_are_as_many_bytes_as_a_model_has() -> None:
     from wan_fp8.models.memory import weight_bytes
     from wan_fp8.models.wan import build_model
 
-    for spec in (I2V_A14B, TI2V_5B):
+    for spec in SPECS.values():
         with torch.device("meta"):
             count = sum(p.numel() for p in build_model(spec).parameters())
         assert abs(weight_bytes(spec, 2) / (2 * count) - 1) < 0.01

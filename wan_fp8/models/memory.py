@@ -18,6 +18,8 @@ OVERHEAD = 1.2
 
 IMAGE_ROWS = 257
 """Of CLIP, which Animate reads beside the text."""
+FACE_WEIGHTS, AUDIO_WEIGHTS = 41 * 10**6, 95 * 10**6
+"""Parameters of Animate's motion and face encoders, and of S2V's audio encoder, at the released width."""
 FACE_BYTES = 10**9
 """Animate's face video of 77 frames in bf16, and what its motion encoder holds for eight of them."""
 
@@ -77,6 +79,23 @@ def activation_bytes(
     return int(max(OVERHEAD * tokens * (stream + max(block, ends)), faces) + text + kept)
 
 
+def task_weights(spec: ModelSpec) -> tuple[int, int]:
+    """Parameters that a task has beyond the common transformer, inside its blocks and outside of them; no recipe
+    converts them, so that each takes two bytes. Animate's 3.0 billion: keys and values of the image in every block,
+    face fusers, encoders. S2V's 2.0 billion: audio injectors with their norms, the audio encoder, motion tokens."""
+    if spec.task is Task.ANIMATE:
+        from .animate import CLIP_WIDTH, FUSER_EVERY
+
+        fusers = spec.num_layers // FUSER_EVERY * 4 * spec.dim**2
+        return spec.num_layers * 2 * spec.dim**2, fusers + CLIP_WIDTH * (CLIP_WIDTH + spec.dim) + FACE_WEIGHTS
+    if spec.task is Task.S2V:
+        from .s2v import injected_blocks
+
+        packers = (1 + 8 + 64) * spec.out_dim * math.prod(spec.patch_size) * spec.dim
+        return 0, len(injected_blocks(spec)) * 6 * spec.dim**2 + packers + AUDIO_WEIGHTS
+    return 0, 0
+
+
 def weight_bytes(spec: ModelSpec, width: int) -> int:
     """Bytes of one transformer at rest, with ``width`` bytes for each weight of a block's linears and two for the rest.
 
@@ -86,4 +105,4 @@ def weight_bytes(spec: ModelSpec, width: int) -> int:
     time = (spec.freq_dim + 7 * spec.dim) * spec.dim
     text = (spec.text_dim + spec.dim) * spec.dim
     ends = (spec.in_dim + spec.out_dim) * math.prod(spec.patch_size) * spec.dim
-    return spec.num_layers * block * width + 2 * (time + text + ends)
+    return spec.num_layers * block * width + 2 * (time + text + ends + sum(task_weights(spec)))

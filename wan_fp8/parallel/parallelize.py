@@ -11,15 +11,10 @@ from torch.utils.hooks import RemovableHandle
 from ..attention import AttentionCore
 from ..errors import InputError
 from ..models.wan import WanModel
-from .dims import Groups, ParallelDims, build_groups
+from .dims import RING_AND_SPARSE, Groups, ParallelDims, build_groups
 from .exchange import Traffic
 from .guidance import GuidanceParallel
 from .ulysses import NAME, ParallelCore, SequenceParallel
-
-RING_AND_SPARSE = (
-    "sparse attention chooses blocks among all queries and keys of a head, which a ring splits: use ulysses alone, or "
-    "turn sparsity off"
-)
 
 
 class SharedMaxima:

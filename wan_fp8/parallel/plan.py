@@ -10,6 +10,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass, replace
 
 from ..errors import InputError
+from ..models.memory import task_weights
 from ..models.specs import ModelSpec
 from .dims import ParallelDims
 
@@ -175,9 +176,11 @@ def weight_bytes(work: Workload, shard: int) -> int:
     block = (8 * spec.dim**2 + 2 * spec.dim * spec.ffn_dim) * (1 if work.fp8 else 2)
     time = spec.freq_dim * spec.dim + spec.dim**2 + 6 * spec.dim**2
     text = spec.text_dim * spec.dim + spec.dim**2
-    rest = 2 * (time + text)
-    blocks = -(-spec.num_layers * block // shard)
-    return work.experts * (blocks + rest) + (2 * block if shard > 1 else 0)
+    inside, outside = task_weights(spec)
+    rest = 2 * (time + text + outside)
+    blocks = spec.num_layers * block + 2 * inside
+    gathered = 2 * blocks // spec.num_layers if shard > 1 else 0
+    return work.experts * (-(-blocks // shard) + rest) + gathered
 
 
 def activation_bytes(dims: ParallelDims, work: Workload) -> int:

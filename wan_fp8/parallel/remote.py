@@ -28,12 +28,12 @@ from ..checkpoint.lora import Diff, Entry
 from ..errors import InputError, UnsupportedPatchError
 from ..models.blocks import ForwardOptions
 from ..models.low_rank import LiveLora, LowRankPair
-from ..models.specs import ModelSpec
-from ..models.wan import WanModel
+from ..models.specs import ModelSpec, Task
+from ..models.wan import WanModel, class_of
 from ..quant import Recipe
 from . import plain, pools
 from .dims import ParallelDims
-from .plan import Machine, Plan, Workload, plan, weight_bytes
+from .plan import Machine, Plan, Workload, measured_tflops, plan, weight_bytes
 from .source import HandedSource, ModelSource
 from .wire import Json
 
@@ -147,6 +147,8 @@ class Remote:
         self.dims: ParallelDims | None = None
         self._names = Names()
         self._dirty = False
+        self._sent: set[int] = set()
+        """Names of task inputs that the pool keeps."""
         self._seconds: list[float] = []
         self._memory: list[int] = []
         self._pool: pools.Pool | None = None
@@ -160,6 +162,7 @@ class Remote:
         pool = pools.ensure(self.pool_spec, user=self, poll=self.poll)
         if pool is not self._pool:
             self._pool = pool
+            self._sent.clear()
             weakref.finalize(self, pool.garbage.append, self.name)
         return pool
 
@@ -167,12 +170,14 @@ class Remote:
         """What the planner knows of the pool."""
         ready = pool.connection.ready or {}
         memory, link = ready.get("memory") or 0, ready.get("link_gbs")
+        fp8 = not self.recipe.is_none and self.recipe.backend != "weight-only"
         return Machine(
             gpus=pool.world,
             memory_gib=memory / 2**30 if memory else 1024.0,  # a CPU's is not planned with
             link="nvlink" if link is None or link > NVLINK_FROM else "pcie",
             link_gbs=link,
             gpus_per_host=ready.get("per_host"),
+            tflops=measured_tflops(ready.get("gpu", ""), fp8=fp8),
         )
 
     def layout(
@@ -187,38 +192,52 @@ class Remote:
     def forward(
         self,
         tensors: dict[str, Tensor],
+        task: dict[str, Tensor],
         options: ForwardOptions,
         *,
         compute: torch.dtype,
         policy: Any,
         tokens: int,
     ) -> tuple[list[Json], Tensor]:
-        """Run one forward in the pool, which gets everything first that it has not got yet."""
+        """Run one forward in the pool, which gets everything first that it has not got yet.
+
+        Args:
+            task: Faces, sounds, poses: sent once in a run where ``options.inputs_key`` names them.
+        """
         pool = self.pool()
         pool.connection.notice = self.say
-        self._load(pool, tokens, guidance=tensors["x"].shape[0] % 2 == 0)
+        sparse = options.attention is not None and options.attention.sparsity is not None
+        self._load(pool, tokens, guidance=tensors["x"].shape[0] % 2 == 0, sparse=sparse)
         lora = None if options.lora is None else self._lora(pool, options.lora)
         position = options.position
         if position is not None:
             parts = tuple(dataclasses.replace(p, key=self._names.of(p.key)) for p in position.conditionings)
             options = dataclasses.replace(options, position=dataclasses.replace(position, conditionings=parts))
+        inputs = None if options.inputs_key is None else self._names.of(options.inputs_key)
+        keep = inputs is not None and (inputs in self._sent or len(self._sent) < MAX_INPUTS)
         fields = {
             "model": self.name,
             "options": plain.option_fields(options),
             "text_key": None if options.text_key is None else self._names.of(options.text_key),
+            "inputs_key": inputs,
+            "keep": keep,
             "lora": lora,
             "cache": plain.to_plain(policy),
             "compute": plain.to_plain(compute),
         }
         self._dirty = True
         began = time.perf_counter()
-        found, out = pool.connection.request("forward", fields, tensors, poll=self.poll)
+        sent = tensors if inputs in self._sent else tensors | task
+        found, out = pool.connection.request("forward", fields, sent, poll=self.poll)
+        if keep and inputs is not None and task:
+            self._sent.add(inputs)
         self._seconds.append(time.perf_counter() - began)
         self._memory = [entry["memory"] for entry in found]
         return found, out["velocity"]
 
     def begin_run(self) -> None:
         """The pool forgets what belongs to one run; it is not waited for."""
+        self._sent.clear()
         self._seconds.clear()
         if self._dirty and self._pool is not None and self._pool.alive:
             self._dirty = False
@@ -263,12 +282,14 @@ class Remote:
         if self._pool is not None and self._pool.alive and self._pool.loaded.pop(self.name, None) is not None:
             self._pool.connection.post("drop", {"models": [self.name]})
 
-    def _load(self, pool: pools.Pool, tokens: int, *, guidance: bool) -> None:
+    def _load(self, pool: pools.Pool, tokens: int, *, guidance: bool, sparse: bool) -> None:
         there = pool.loaded.get(self.name)
         if there == self.merged:
             if not self._dirty and self.dims is not None and self.dims.shard == 1:
                 self._lay_out(pool, tokens, guidance=guidance)  # between runs only: a cache would lose what it keeps
+            self._check_sparse(sparse)
             return
+        self._sent.clear()
         listed, tensors = changes_to_plain(self.changes)
         fields: Json = {"model": self.name, "changes": listed, "merged": self.merged}
         if there is not None and self.dims is not None and self.dims.shard == 1:
@@ -278,6 +299,7 @@ class Remote:
                 pool.connection.request("drop", {"models": [self.name]}, poll=self.poll)
                 pool.loaded.pop(self.name, None)
             self.dims, made = self.layout(pool, tokens, guidance)
+            self._check_sparse(sparse)  # before minutes of reading
             self.say(f"{self.source.label}: {self.dims}" if made is None else f"{self.source.label}: {made}")
             work = Workload(spec=self.spec, tokens=tokens, fp8=not self.recipe.is_none)
             fields |= {
@@ -293,6 +315,11 @@ class Remote:
             for name in found[0]["evicted"]:
                 pool.loaded.pop(name, None)
         pool.loaded[self.name] = self.merged
+
+    def _check_sparse(self, sparse: bool) -> None:
+        reason = self.dims.sparse_refusal(self.spec.task) if sparse and self.dims is not None else None
+        if reason is not None:
+            raise InputError(reason)
 
     def _hand_over(self, pool: pools.Pool, state: Mapping[str, Tensor]) -> None:
         """Send weights that no file has, a part at a time."""
@@ -337,12 +364,15 @@ class Remote:
 PART_BYTES = 2**29
 MAX_PART = 500
 """Weights that are handed over in one message."""
+MAX_INPUTS = 4
+"""Faces, sounds and poses by name that a pool keeps in a run: cond and uncond, twice."""
 MAX_LORAS = 4
 """Live LoRAs that a pool keeps between runs."""
 
 
 class RemoteWanModel(WanModel):
-    """T2V, I2V and TI2V in a pool. Built on torch's ``meta`` device; ``remote`` is set by whoever builds it."""
+    """A model in a pool; of T2V, I2V and TI2V as it is, of other tasks with their modules (``remote_class``). Built on
+    torch's ``meta`` device; ``remote`` is set by whoever builds it."""
 
     remote: Remote
 
@@ -373,9 +403,9 @@ class RemoteWanModel(WanModel):
         tensors = {"x": x, "timestep": timestep, "context": context}
         if clip_fea is not None:
             tensors["clip_fea"] = clip_fea
-        tensors |= {f"task.{name}": value for name, value in task_inputs.items()}
+        task = {f"task.{name}": value for name, value in task_inputs.items()}
         tokens = x[0, 0].numel() // math.prod(self.spec.patch_size)
-        found, velocity = self.remote.forward(tensors, options, compute=compute, policy=policy, tokens=tokens)
+        found, velocity = self.remote.forward(tensors, task, options, compute=compute, policy=policy, tokens=tokens)
         self._report(found, options)
         return velocity.to(x.device)
 
@@ -412,6 +442,20 @@ class RemoteWanModel(WanModel):
         setting = options.attention
         if setting is not None and "attention" in found[0]:
             _enter_attention(self, setting, [entry["attention"] for entry in found])
+
+
+_CLASSES: dict[tuple[type[RemoteWanModel], type[WanModel]], type[RemoteWanModel]] = {}
+
+
+def remote_class(task: Task, face: type[RemoteWanModel] = RemoteWanModel) -> type[RemoteWanModel]:
+    """``face`` with the modules, names and inputs of the task's own definition."""
+    definition = class_of(task)
+    if definition is WanModel:
+        return face
+    if (face, definition) not in _CLASSES:
+        members = {"__doc__": definition.__doc__}
+        _CLASSES[face, definition] = type(f"{face.__name__}Of{definition.__name__}", (face, definition), members)
+    return _CLASSES[face, definition]
 
 
 def _refuse(options: ForwardOptions) -> None:

@@ -11,7 +11,7 @@ import logging
 from collections import OrderedDict
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
@@ -57,6 +57,8 @@ class Held:
     dims: ParallelDims
     merged: str = ""
     """Name of the changes that are merged into its weights."""
+    inputs: dict[int, dict[str, Tensor]] = field(default_factory=dict)
+    """Faces, sounds and poses of this run, by the caller's names."""
 
 
 class Serving:
@@ -163,6 +165,7 @@ class Serving:
         options = ForwardOptions(
             **asked,
             text_key=fields["text_key"],
+            inputs_key=fields["inputs_key"],
             announce=self._announce,
             lora=None if lora is None else self.loras[lora],
         )
@@ -172,6 +175,11 @@ class Serving:
         if (None if cache is None else cache.policy) != policy:
             apply_cache(model, policy)
         task = {name.removeprefix("task."): value for name, value in tensors.items() if name.startswith("task.")}
+        named = fields["inputs_key"]
+        if not task and named is not None:
+            task = held.inputs.get(named, {})  # sent before in this run
+        elif fields["keep"]:
+            held.inputs[named] = task
         velocity = model(
             tensors["x"], tensors["timestep"], tensors["context"], tensors.get("clip_fea"), options, **task
         )
@@ -197,6 +205,7 @@ class Serving:
         for name in fields["models"]:
             if name in self.models:
                 self.models[name].model.begin_run()
+                self.models[name].inputs.clear()
         self.loras = {number: lora for number, lora in self.loras.items() if number in fields["loras"]}
         return {}, {}
 

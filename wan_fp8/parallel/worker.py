@@ -75,8 +75,8 @@ def _opened(number: int) -> Channel:
 
 
 def _facts(device: torch.device, control: dist.ProcessGroup) -> Json:
-    """What a planner wants to know: ranks, bytes of the smallest GPU, GB/s that each sends while all do, and how many
-    ranks there are on a host (None where hosts differ)."""
+    """What a planner wants to know: ranks, bytes of the smallest GPU, GB/s that each sends while all do, how many
+    ranks there are on a host (None where hosts differ), and the GPU of rank 0 by name."""
     world = dist.get_world_size()
     total = torch.cuda.mem_get_info(device)[1] if device.type == "cuda" else 0
     smallest = torch.tensor([total], dtype=torch.int64)
@@ -87,7 +87,8 @@ def _facts(device: torch.device, control: dist.ProcessGroup) -> Json:
     counts = Counter(int(value) for value in names)
     per_host = world // len(counts) if len(set(counts.values())) == 1 else None
     link = _link_gbs(device, world) if device.type == "cuda" and world > 1 else None
-    return {"world": world, "memory": int(smallest), "per_host": per_host, "link_gbs": link}
+    gpu = torch.cuda.get_device_name(device) if device.type == "cuda" else ""
+    return {"world": world, "memory": int(smallest), "per_host": per_host, "link_gbs": link, "gpu": gpu}
 
 
 def _link_gbs(device: torch.device, world: int) -> float:
