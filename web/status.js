@@ -1,4 +1,4 @@
-// Live status on the node that samples: step, seconds a step, expert, skipped passes, memory. Plain JavaScript.
+// Live status on the node that samples: step, seconds a step, expert, skipped passes, memory, GPUs of a pool. Plain JavaScript.
 // It draws on classic nodes and on Vue nodes. Where the page lacks what it needs it does nothing, and says so once in
 // the console; the text that the server itself puts on nodes is there in any case.
 
@@ -17,7 +17,7 @@ export function statusLine(status) {
   }
   if (status.expert) parts.push(status.expert);
   if (status.skipped != null) parts.push(`${status.skipped} passes skipped`);
-  if (status.memory_gib != null) parts.push(`${status.memory_gib.toFixed(1)} GiB`);
+  if (status.memory_gib != null) parts.push(`${status.memory_gib.toFixed(1)} GiB${status.gpus > 1 ? " on the fullest" : ""}`);
   if (status.gpus > 1) parts.push(`${status.gpus} GPUs`);
   return parts.join(" · ");
 }
@@ -113,7 +113,7 @@ function register(app, api) {
       {
         id: SETTING,
         name: "Live status on Wan2.2 samplers",
-        tooltip: "Step, seconds a step, expert, skipped passes and memory above the node that runs.",
+        tooltip: "Step, seconds a step, expert, skipped passes, memory and GPUs of a pool above the node that runs.",
         category: ["Wan FP8", "Status", "Live status"],
         type: "boolean",
         defaultValue: true,

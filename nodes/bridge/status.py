@@ -12,9 +12,11 @@ import torch
 from comfy_execution.utils import get_executing_context
 
 from .fork import expert_of
+from .remote import is_remote, remote_of
 
 EVENT = "wan_fp8.status"
-"""Carries node, prompt_id, step, steps, seconds_per_step, expert, skipped, memory_gib and gpus; null: not known."""
+"""Carries node, prompt_id, step, steps, seconds_per_step, expert, skipped, memory_gib and gpus; null: not known.
+Of a pool: the memory of its fullest GPU, and the number of its GPUs, or of its processes on the CPU."""
 RECENT = 5
 """Steps whose median is the time of a step: what compiled or loaded first must not count for long."""
 NAMES = {"high_noise": "high noise", "low_noise": "low noise"}
@@ -39,7 +41,8 @@ class RunStatus:
             return
         stage = max(i for i, first in enumerate(self._first_steps) if first <= index)
         model = self._models[stage]
-        net = model.model.diffusion_model
+        pool = remote_of(model) if is_remote(model) else None
+        memory = pool.memory_used if pool is not None else _memory_used(torch.device(model.load_device))
         gaps = [b - a for a, b in zip(self._marks[1:], self._marks[2:], strict=False)][-RECENT:]
         send(
             EVENT,
@@ -51,8 +54,8 @@ class RunStatus:
                 "seconds_per_step": round(statistics.median(gaps), 3) if gaps else None,
                 "expert": NAMES.get(expert_of(model) or "") if len(self._models) > 1 else None,
                 "skipped": self._count_skipped(),
-                "memory_gib": _memory_gib(torch.device(model.load_device)),
-                "gpus": getattr(net, "gpus", None),
+                "memory_gib": round(memory / 2**30, 2) if memory else None,
+                "gpus": pool.ranks if pool is not None else None,
             },
         )
 
@@ -76,6 +79,6 @@ def _sender() -> Any:
     return lambda event, data: server.send_sync(event, data, getattr(server, "client_id", None))
 
 
-def _memory_gib(device: torch.device) -> float | None:
-    """What torch has allocated on an NVIDIA or AMD GPU now."""
-    return round(torch.cuda.memory_allocated(device) / 2**30, 2) if device.type == "cuda" else None
+def _memory_used(device: torch.device) -> int:
+    """Bytes that torch has allocated on an NVIDIA or AMD GPU now; 0 elsewhere."""
+    return torch.cuda.memory_allocated(device) if device.type == "cuda" else 0

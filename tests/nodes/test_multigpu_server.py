@@ -12,10 +12,15 @@ from headless.client import Client
 from test_settings_server import run
 
 
-def latent(client: Client, server: Any, prompt: dict[str, Any]) -> torch.Tensor:
+def latent(client: Client, server: Any, prompt: dict[str, Any], gpus: int | None) -> torch.Tensor:
+    """What was saved; ``gpus`` is what the live status says at every step."""
     from safetensors.torch import load_file
 
-    made = client.run(prompt)
+    seen: list[dict[str, Any]] = []
+    made = client.run(prompt, lambda event: seen.append(event["data"]) if event["type"] == "wan_fp8.status" else None)
+    assert seen and {(status["gpus"], status["memory_gib"]) for status in seen} == {(gpus, None)}, (
+        "no memory of a GPU here"
+    )
     path = next(output for output in made if output.filename.endswith(".latent"))
     return load_file(Path(server.output) / path.subfolder / path.filename)["latent_tensor"]
 
@@ -24,8 +29,8 @@ def test_a_graph_in_a_pool_is_the_same_graph(client: Client, server: Any) -> Non
     one = pool_graphs.graph("pool/one")
     one["3"]["inputs"] |= {"model": ["1", 0], "model_low": ["1", 1]}
     del one["9"]
-    theirs = latent(client, server, one)
-    ours = latent(client, server, pool_graphs.graph("pool/two"))
+    theirs = latent(client, server, one, gpus=None)
+    ours = latent(client, server, pool_graphs.graph("pool/two"), gpus=2)
     assert float((ours - theirs).norm() / theirs.norm()) < 1e-4
     first = pool_graphs.workers(server.pid)
     assert len(first) == 2
@@ -40,6 +45,6 @@ def test_a_graph_in_a_pool_is_the_same_graph(client: Client, server: Any) -> Non
     began = time.monotonic()
     again["5"]["inputs"]["seed"] = 1
     again["6"]["inputs"]["filename_prefix"] = "pool/four"
-    assert torch.equal(latent(client, server, again), ours)
+    assert torch.equal(latent(client, server, again, gpus=2), ours)
     assert time.monotonic() - began < 20
     run(client, stop)

@@ -1,4 +1,5 @@
-"""Machines that are not here: what only POSIX has is taken away, and torch says that it was built for something else.
+"""Machines that are not here: what Windows or macOS lacks is taken away, and torch says that it was built for something
+else and sees no GPU.
 
 In a process of its own that loads the pack as ComfyUI does, imports the whole engine and asks the Doctor.
 """
@@ -9,6 +10,7 @@ import json
 import subprocess
 import sys
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -18,28 +20,26 @@ from wan_fp8 import doctor
 PACK = Path(__file__).resolve().parents[2]
 PROBE = """
 import asyncio, importlib, importlib.abc, json, sys
-core, pack, modules = sys.argv[1], sys.argv[2], json.loads(sys.argv[3])
+core, pack, modules, lacks = sys.argv[1], sys.argv[2], *map(json.loads, sys.argv[3:])
 sys.path.insert(0, core)
 import comfy.cli_args
 comfy.cli_args.args.cpu = True
 import multiprocessing, torch, nodes  # the host and torch have code of their own for each system
 
-POSIX = {"fcntl", "grp", "pwd", "resource", "termios", "posix_ipc", "_posixshmem"}
-
 class NotHere(importlib.abc.MetaPathFinder):
     def find_spec(self, name, path=None, target=None):
-        if name.partition(".")[0] in POSIX:
+        if name.partition(".")[0] in lacks["modules"]:
             raise ModuleNotFoundError(f"No module named {name!r}", name=name)
 
 sys.meta_path.insert(0, NotHere())
-for name in POSIX:
+for name in lacks["modules"]:
     sys.modules.pop(name, None)
-import os, signal
-sys.platform = "win32"
-for name in ("fork", "getuid", "setsid", "killpg", "sched_getaffinity"):
-    delattr(os, name)
-for name in ("SIGKILL", "SIGHUP", "pthread_sigmask"):
-    delattr(signal, name)
+import os, signal, socket
+sys.platform = lacks["platform"]
+for module, names in ((os, lacks["os"]), (signal, lacks["signal"]), (socket, lacks["socket"])):
+    for name in names:
+        delattr(module, name)
+torch.backends.mps.is_available = lambda: False
 torch.version.cuda = None
 before = set(nodes.NODE_CLASS_MAPPINGS)
 assert asyncio.run(nodes.load_custom_node(pack))
@@ -52,6 +52,24 @@ for name in modules:
 doctor = importlib.import_module(f"{loaded}.wan_fp8.doctor")
 print(json.dumps([ours, json.loads(doctor.examine("cpu").json())["sections"]]))
 """
+WINDOWS = {
+    "platform": "win32",
+    "modules": ["fcntl", "grp", "pwd", "resource", "termios", "posix_ipc", "_posixshmem"],
+    "os": ["fork", "getuid", "setsid", "killpg", "sched_getaffinity"],
+    "signal": ["SIGKILL", "SIGHUP", "pthread_sigmask"],
+    "socket": [],
+}
+MACOS = {
+    "platform": "darwin",
+    "modules": ["posix_ipc"],
+    "os": [
+        *("sched_getaffinity", "sched_setaffinity", "pidfd_open", "memfd_create", "eventfd", "posix_fadvise"),
+        *("getrandom", "copy_file_range", "splice", "setresuid"),
+    ],
+    "signal": ["SIGRTMIN", "SIGPWR", "SIGSTKFLT", "sigtimedwait", "sigwaitinfo"],
+    "socket": ["SOCK_CLOEXEC", "SOCK_NONBLOCK", "SO_PEERCRED", "AF_NETLINK", "AF_PACKET", "AF_VSOCK"],
+}
+"""What CPython documents as not available there, of what this system has: names of modules and of their attributes."""
 MODULES = [
     ".".join(path.relative_to(PACK).with_suffix("").parts).removesuffix(".__init__")
     for path in sorted((PACK / "wan_fp8").rglob("*.py"))
@@ -59,8 +77,9 @@ MODULES = [
 ]
 
 
-def test_the_pack_loads_without_what_only_posix_and_cuda_have(comfy_core: Path) -> None:
-    command = [sys.executable, "-c", PROBE, str(comfy_core), str(PACK), json.dumps(MODULES)]
+@pytest.mark.parametrize("lacks", [WINDOWS, MACOS], ids=["windows", "macos"])
+def test_the_pack_loads_without_what_another_system_lacks(comfy_core: Path, lacks: dict[str, Any]) -> None:
+    command = [sys.executable, "-c", PROBE, str(comfy_core), str(PACK), json.dumps(MODULES), json.dumps(lacks)]
     done = subprocess.run(command, capture_output=True, text=True, timeout=120, check=False)
     assert done.returncode == 0, done.stderr[-3000:]
     ours, sections = json.loads(done.stdout.splitlines()[-1])

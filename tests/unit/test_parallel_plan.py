@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import re
 from pathlib import Path
 
 import pytest
@@ -158,6 +159,13 @@ def test_estimate_of_a_step() -> None:
     assert plan(Machine(gpus=2, memory_gib=80), A14B).step_seconds is None
     with pytest.raises(InputError, match="more than nothing"):
         Machine(gpus=2, memory_gib=80, tflops=0)
+
+
+def test_the_worked_plan_of_the_docs_is_what_the_planner_says(capsys: pytest.CaptureFixture[str]) -> None:
+    page = (Path(__file__).resolve().parents[2] / "docs" / "multi_host.md").read_text(encoding="utf-8")
+    code, said = re.findall(r"^```python\n(.+?)^```\n+^```\n(.+?)^```", page, re.MULTILINE | re.DOTALL)[0]
+    exec(compile(code, "docs/multi_host.md", "exec"), {})  # noqa: S102 - our own page
+    assert capsys.readouterr().out == said and len(said.splitlines()) == 5
 
 
 def test_layouts_that_sparse_attention_cannot_take() -> None:

@@ -267,6 +267,16 @@ class Remote:
         middle = statistics.median(self._seconds)
         return f"pool: {self.dims}; {memory}; {middle:.3g} s a forward ({len(self._seconds)} of them)"
 
+    @property
+    def ranks(self) -> int | None:
+        """GPUs of the pool, or its processes on a CPU; None before it was needed."""
+        return None if self._pool is None else self._pool.world
+
+    @property
+    def memory_used(self) -> int:
+        """Bytes on the fullest GPU of the pool after the last forward; 0: not known, as on a CPU."""
+        return max(self._memory, default=0)
+
     def drop(self) -> None:
         """The pool frees this model's memory; the next forward loads it again."""
         if self._pool is not None and self._pool.alive and self._pool.loaded.pop(self.name, None) is not None:
