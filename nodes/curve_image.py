@@ -18,6 +18,8 @@ SKIPPED, COMPUTED = (78, 201, 140), (58, 62, 72)
 LEFT, RIGHT, TOP, BOTTOM = 84, 24, 64, 420
 DRAWN = ("E012K2R20", "E024K2R10")
 ROW = 58
+LONGEST = 40
+"""Letters of a curve's name in the title."""
 
 
 def planned_passes(curve: Curve, preset: str) -> tuple[list[int], int]:
@@ -68,7 +70,12 @@ def _title(draw: ImageDraw.ImageDraw, curve: Curve) -> None:
     steps = len(curve.sigmas)
     known = DEFAULTS.get(_spec(curve).task)
     published = "" if known is None else f" (published: {known.steps})"
-    draw.text((LEFT, 14), f"{curve.name}: {curve.task}, {steps} steps{published}, {experts}", INK, font(20))
+    draw.text((LEFT, 14), f"{_short(curve.name)}: {curve.task}, {steps} steps{published}, {experts}", INK, font(20))
+
+
+def _short(name: str) -> str:
+    """A name that leaves room for the rest of its line."""
+    return name if len(name) <= LONGEST else f"{name[: LONGEST - 3]}..."
 
 
 def _plot(draw: ImageDraw.ImageDraw, curve: Curve) -> None:

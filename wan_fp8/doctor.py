@@ -10,6 +10,7 @@ Every section is a function that returns rows; ``SECTIONS`` names them. Nothing 
 from __future__ import annotations
 
 import argparse
+import contextlib
 import dataclasses
 import functools
 import json
@@ -43,6 +44,7 @@ from .models.memory import activation_bytes, weight_bytes
 from .models.specs import SPECS, ModelSpec
 from .parallel.plan import Machine, Workload, plan
 from .quant.recipe import GRANULARITIES, Recipe
+from .registry import Backend
 from .sampling import DEFAULTS
 
 FORMAT, VERSION = "wan_fp8.doctor", 1
@@ -55,6 +57,7 @@ LINEAR_BOUND, EXACT_BOUND, FP8_ATTENTION_BOUND = 0.06, 0.02, 0.08
 attention 0.003; the last one is the guard's own bound."""
 SIZES = {"i2v-A14B": ("832x480", "1280x720"), "ti2v-5B": ("1280x704",)}
 """Models and sizes that expectations are given for; T2V-A14B is I2V-A14B with 20 channels less."""
+FAILED = "FAILED: do not trust videos of this machine, and report it with this table"
 GEMM_BACKEND = {"torch": "torch", "transformer_engine": "transformer_engine"}
 
 
@@ -126,15 +129,27 @@ def examine(
     chosen = torch.device(device) if device is not None else (devices[0] if devices else torch.device("cpu"))
     roots = {kind: [Path(root) for root in given] for kind, given in (folders or {}).items()}
     patient = Patient(device_caps(chosen), roots, self_test)
-    private = [(str(path), kind) for kind, given in roots.items() for path in given] + [(str(Path.home()), "~")]
+    private = _private(roots)
     sections = {}
     for name, look in SECTIONS.items():
-        rows = look(patient)
+        try:
+            rows = look(patient)
+        except Exception as error:  # one thing that is broken hides no other: it is for broken machines that this is
+            rows = [Row(name, f"not found out: {type(error).__name__}: {error}", "report this with the table")]
         if rows:
             sections[name] = [
                 Row(*(_without_paths(getattr(row, f.name), private) for f in dataclasses.fields(row))) for row in rows
             ]
     return Report(sections, time.perf_counter() - began)
+
+
+def _private(roots: Mapping[str, Sequence[Path]]) -> list[tuple[str, str]]:
+    """Paths of this machine, as errors may spell them, and what stands in the table instead."""
+    named = [(path, kind) for kind, given in roots.items() for path in given]
+    with contextlib.suppress(RuntimeError):  # a user without a home, as in some containers: there is none to hide
+        named.append((Path.home(), "~"))
+    spelled = [(spelt, name) for path, name in named for spelt in (path, path.resolve()) if spelt != Path(spelt.anchor)]
+    return [(text, name) for path, name in spelled for text in {str(path), path.as_posix(), repr(str(path))[1:-1]}]
 
 
 def _without_paths(text: str, private: Sequence[tuple[str, str]]) -> str:
@@ -260,7 +275,7 @@ def libraries(patient: Patient) -> list[Row]:
     rows = []
     for name, library in LIBRARIES.items():
         versions = [found for found in map(_version, library.distributions) if found is not None]
-        present = bool(versions) or any(has_module(module.partition(".")[0]) for module in library.modules)
+        present = bool(versions) or any(has_module(module) for module in library.modules)
         if present:
             rows.append(Row(library.title, versions[0] if versions else "present", library.brings))
         elif library.advised.has_one_of(capabilities):
@@ -356,7 +371,17 @@ def self_test(patient: Patient) -> list[Row]:
     if not patient.self_test:
         return []
     with torch.inference_mode():
-        return [_linear_test(patient), *_attention_tests(patient)]
+        return [*_tested("FP8 linear", _linear_test, patient), *_attention_tests(patient)]
+
+
+def _tested(what: str, test: Callable[..., Row], *args: Any) -> list[Row]:
+    """The verdict; a kernel that raises, as one that was not built for this GPU does, has failed like one that errs."""
+    try:
+        return [test(*args)]
+    except torch.OutOfMemoryError:
+        return [Row(what, "not run: the memory is full", "close what holds GPU memory, and ask again")]
+    except Exception as error:
+        return [Row(what, f"{type(error).__name__}: {error}".splitlines()[0], FAILED)]
 
 
 def _linear_test(patient: Patient) -> Row:
@@ -393,14 +418,18 @@ def _attention_tests(patient: Patient) -> list[Row]:
     tokens, heads = (128, 2) if device.type == "cpu" else (8192, 8)
     generator = torch.Generator().manual_seed(1)
     q, k, v = (torch.randn(1, tokens, heads, 128, generator=generator).to(device, patient.dtype) for _ in range(3))
-    rows = []
+
+    def test(backend: Backend) -> Row:
+        made, seconds = _timed(functools.partial(backend.run, q, k, v), device)
+        bound = EXACT_BOUND if backend.exact else FP8_ATTENTION_BOUND
+        return _verdict(f"attention {backend.name}", measure_error(made, q, k, v), bound, seconds)
+
+    rows: list[Row] = []
     for name in ("auto", *presets.LOW_PRECISION):
         if name != "auto" and ATTENTION.backend(name).refuse(request) is not None:
             continue
         backend = ATTENTION.resolve(name, request).backend
-        made, seconds = _timed(functools.partial(backend.run, q, k, v), device)
-        bound = EXACT_BOUND if backend.exact else FP8_ATTENTION_BOUND
-        rows.append(_verdict(f"attention {backend.name}", measure_error(made, q, k, v), bound, seconds))
+        rows += _tested(f"attention {backend.name}", test, backend)
     return rows
 
 
@@ -424,7 +453,7 @@ def _verdict(what: str, error: float, bound: float, seconds: float) -> Row:
     found = f"relative error {error:.4f} of {bound:g} allowed, {1000 * seconds:.2f} ms"
     if error <= bound:
         return Row(what, found, "passed")
-    return Row(what, found, "FAILED: do not trust videos of this machine, and report it with this table")
+    return Row(what, found, FAILED)
 
 
 # ---- recommendation ------------------------------------------------------------------------------------------------
@@ -448,7 +477,7 @@ def _topology(spec: ModelSpec, recipe: Recipe) -> tuple[str, str]:
     """What several GPUs would do together for a video of 720p, by the planner."""
     gpus = [device_caps(device) for device in gpu_devices() if device.type == "cuda"]
     if len(gpus) < 2:
-        return "one GPU", ""
+        return "one GPU" if gpu_devices() else "no GPU", ""
     if len({gpu.name for gpu in gpus}) > 1:
         return "one GPU", f"the {len(gpus)} GPUs are of different kinds, and would wait for the slowest one"
     memory = min(gpu.total_memory_bytes or 0 for gpu in gpus) / GIB
@@ -529,7 +558,11 @@ def main(arguments: Sequence[str] | None = None) -> int:
     asked: Any = parser.parse_args(arguments)
     if asked.models is not None and not asked.models.is_dir():
         parser.error(f"--models takes a folder laid out like ComfyUI's models/, and {asked.models} is none")
-    report = examine(asked.device, folders=default_folders(asked.models), self_test=not asked.no_self_test)
+    try:
+        device = None if asked.device is None else device_caps(asked.device).device
+    except Exception as error:  # torch has a kind of its own for each
+        parser.error(f"--device takes a device that torch has here, such as cuda:0 or cpu; {asked.device}: {error}")
+    report = examine(device, folders=default_folders(asked.models), self_test=not asked.no_self_test)
     print(report.json() if asked.json else report.text())
     return int(any(row.note.startswith("FAILED") for row in report.sections.get("self-test", [])))
 

@@ -5,7 +5,9 @@ from __future__ import annotations
 import functools
 import importlib.util
 from dataclasses import dataclass
+from importlib.machinery import PathFinder
 from pathlib import Path
+from typing import Any
 
 import torch
 
@@ -67,8 +69,33 @@ def device_caps(device: torch.device | str) -> DeviceCaps:
 
 @functools.cache
 def has_module(name: str) -> bool:
-    """True if a Python module can be found, without importing it."""
-    return importlib.util.find_spec(name) is not None
+    """True if a Python module can be found, without importing it or the package that it lies in, which may be broken.
+
+    False for a stand-in that another pack put into ``sys.modules``: it has no spec, and nothing in it to call.
+    """
+    package = name.rpartition(".")[0]
+    try:
+        if not package:
+            return importlib.util.find_spec(name) is not None
+        around = importlib.util.find_spec(package)  # packages of two levels are not asked for
+    except ValueError:
+        return False
+    places = None if around is None else around.submodule_search_locations
+    return places is not None and PathFinder.find_spec(name, list(places)) is not None
+
+
+def load_entry(module: str, name: str) -> tuple[Any, str]:
+    """What an optional library calls ``name``, and ""; or None, and why it cannot be had.
+
+    Only in here is every exception taken: a wheel for another torch or GPU, and a stand-in of another pack, raise what
+    they like at their import. The reason keeps their words, and whoever asked for the library refuses with it.
+    """
+    if not has_module(module):
+        return None, f"{module} is not installed"
+    try:
+        return getattr(importlib.import_module(module), name), ""
+    except Exception as error:
+        return None, f"{module} does not load ({type(error).__name__}: {error})"
 
 
 def gpu_devices() -> list[torch.device]:

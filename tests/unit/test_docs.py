@@ -97,3 +97,11 @@ def test_help_pages_without_a_picture_are_named() -> None:
     if bare:
         warnings.warn(f"no picture: {', '.join(bare)}; run tests/ui/make_pictures.py and show it there", stacklevel=1)
     assert {path.stem for path in folder.glob("*.jpg")} <= {path.stem for path in folder.glob("*.md")}
+
+
+def test_help_pages_link_to_nothing_outside_their_folder() -> None:
+    """ComfyUI serves ``web/`` alone: a link that leads out of it is dead in the help panel."""
+    out = {
+        page.name for page in (PACK / "web" / "docs").glob("*.md") if re.search(r"\]\(\.\./", page.read_text("utf-8"))
+    }
+    assert out == set()

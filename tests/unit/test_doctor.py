@@ -78,6 +78,53 @@ def test_the_self_test_passes_here_and_notices_a_wrong_kernel(
     assert len(found) == 2 and all(line.note.startswith("FAILED") for line in found)
 
 
+def test_a_kernel_that_raises_is_a_row_and_hides_no_other(monkeypatch: pytest.MonkeyPatch) -> None:
+    def raises(error: Exception):
+        def run(*_: torch.Tensor) -> torch.Tensor:
+            raise error
+
+        return run
+
+    sdpa = doctor.ATTENTION.backend("sdpa")
+    for error, found, note in (
+        (
+            RuntimeError("no kernel image is available\nmore"),
+            "RuntimeError: no kernel image is available",
+            doctor.FAILED,
+        ),
+        (torch.OutOfMemoryError("CUDA out of memory"), "not run: the memory is full", "close what"),
+    ):
+        broken = Backend("sdpa", raises(error), sdpa.refuse, True, sdpa.priority)
+        monkeypatch.setitem(doctor.ATTENTION._backends, "sdpa", broken)
+        linear, attention = doctor.examine("cpu").sections["self-test"]
+        assert linear.note == "passed" and attention.found == found and attention.note.startswith(note)
+    monkeypatch.setitem(doctor.SECTIONS, "attention", raises(TypeError("odd library")))
+    sections = doctor.examine("cpu", self_test=False).sections
+    assert sections["attention"][0].found == "not found out: TypeError: odd library" and "recommended" in sections
+
+
+def test_paths_are_hidden_however_an_error_spells_them(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / "real").mkdir()
+    (tmp_path / "models").symlink_to(tmp_path / "real")
+    private = doctor._private({"vae": [tmp_path / "models"]})
+    for spelt in (tmp_path / "models" / "a", tmp_path / "real" / "a"):
+        assert doctor._without_paths(f"cannot read {spelt}", private) == "cannot read vae/a"
+    monkeypatch.setattr(Path, "home", lambda: Path("/"))
+    assert doctor._without_paths("docs/memory.md", doctor._private({})) == "docs/memory.md"
+
+    def homeless() -> Path:
+        raise RuntimeError("Could not determine home directory.")
+
+    monkeypatch.setattr(Path, "home", homeless)
+    assert doctor._private({}) == []
+
+
+def test_a_device_that_is_not_there_gets_a_sentence(capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit):
+        doctor.main(["--device", "banana"])
+    assert "--device takes a device that torch has here, such as cuda:0 or cpu; banana" in capsys.readouterr().err
+
+
 def on(name: str, capability: tuple[int, int] | None, gib: float, cuda: str | None = "13.0") -> doctor.Patient:
     device = torch.device("cuda", 0) if capability else torch.device(name)
     caps = DeviceCaps(

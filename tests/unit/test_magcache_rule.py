@@ -400,3 +400,20 @@ def test_measured_figures_of_the_page_are_those_of_the_script() -> None:
         )  # fmt: skip
         assert "| " + " | ".join(map(str, cells)) + " |\n" in page
         assert row["passes_computed"] + row["passes_skipped"] == 80
+
+
+@pytest.mark.parametrize(
+    ("text", "words"),
+    [
+        ("[" * 100_000, "no readable JSON"),
+        ('{"format": "wan_fp8_magcache_curve", "version": 1, "sigmas": [1%s, 0.5]}' % ("0" * 400), "far above"),
+        ('{"format": "wan_fp8_magcache_curve", "version": 1, "sigmas": [1e999, 0.5]}', "finite"),
+        ('{"format": "wan_fp8_magcache_curve", "version": 1, "sigmas": [NaN, 0.5]}', "finite"),
+    ],
+    ids=["deep", "long", "infinite", "nan"],
+)
+def test_a_hostile_curve_gets_a_sentence(tmp_path, text: str, words: str):
+    (tmp_path / "curve.json").write_text(text)
+    with pytest.raises(InputError, match=words) as found:
+        load_curve(tmp_path / "curve.json")
+    assert len(str(found.value)) < 400

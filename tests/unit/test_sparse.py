@@ -366,7 +366,18 @@ def test_calibrated_densities_are_used_and_saved() -> None:
         SparseRun(sparsity, 0, 1).selected(*(t[:, :, :1] for t in (q, k, v)), Step(0, 10), None)
 
 
-@pytest.mark.parametrize("text", ["", "{}", '{"format": "other", "version": 1}', "[1]"])
+@pytest.mark.parametrize(
+    "text",
+    [
+        "",
+        "{}",
+        '{"format": "other", "version": 1}',
+        "[1]",
+        "[" * 100_000,
+        '{"format": "wan_fp8.sparsity", "version": 1, "densities": [], "steps": 1e999}',
+    ],
+    ids=["empty", "nothing", "other", "list", "deep", "endless"],
+)
 def test_wrong_tables_get_a_sentence(text: str) -> None:
     with pytest.raises(InputError, match="not a table of densities"):
         Calibration.from_json(text)

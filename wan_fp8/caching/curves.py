@@ -183,7 +183,7 @@ def load_curve(path: str | Path) -> Curve:
     path = Path(path)
     try:
         data = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
+    except (OSError, ValueError, RecursionError) as error:
         raise InputError(
             f"{path.name} is no readable JSON ({error}): choose a curve that Wan2.2 Save MagCache Curve wrote"
         ) from None
@@ -239,8 +239,10 @@ def _numbers(data: dict[str, Any], name: str) -> tuple[float, ...]:
     if not isinstance(values, list) or not 0 < len(values) <= MAX_STEPS:
         raise InputError(f"its {name} must be a list of 1 to {MAX_STEPS} numbers")
     for index, value in enumerate(values):
-        if isinstance(value, bool) or not isinstance(value, (int, float)) or not math.isfinite(value):
+        if isinstance(value, bool) or not isinstance(value, (int, float)) or not abs(value) < math.inf:
             raise InputError(f"its {name} must be finite numbers; entry {index} is {value!r}")
+        if isinstance(value, int) and abs(value) > MAX_STEPS:  # too long for a float, or to be repeated
+            raise InputError(f"its {name} must be noise levels or ratios; entry {index} is a whole number far above")
     return tuple(float(value) for value in values)
 
 

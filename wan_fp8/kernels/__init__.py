@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from ..errors import BackendUnavailableError, InputError
-from ..hardware import has_module
+from ..hardware import has_module, load_entry
 
 SETTINGS = ("auto", "triton", "eager")
 _TYPES = (torch.bfloat16, torch.float16, torch.float32)
@@ -25,9 +25,17 @@ def refusal(device: torch.device, dtype: torch.dtype) -> str | None:
         return "Triton is not installed (it comes with torch for CUDA on Linux)"
     if device.type != "cuda" and not _interpreted():
         return f"Triton kernels need a GPU; the tensors are on {device.type}"
+    if _triton_fault() is not None:
+        return _triton_fault()
     if dtype not in _TYPES:
         return f"the fused kernels take bf16, fp16 and fp32, not {dtype}"
     return None
+
+
+@functools.cache
+def _triton_fault() -> str | None:
+    """What importing Triton, which a GPU is about to do anyway, ends in; None: well."""
+    return load_entry("triton", "jit")[1] or None
 
 
 @functools.cache

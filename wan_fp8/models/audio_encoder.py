@@ -137,7 +137,7 @@ def load_audio_encoder(source: str | Path | Mapping[str, Tensor]) -> AudioEncode
         state = load_audio_encoder_state_dict(source)
     try:
         from transformers import Wav2Vec2Config, Wav2Vec2Model
-    except ImportError as error:
+    except Exception as error:  # one of another torch raises what it likes
         raise BackendUnavailableError(
             f"the audio encoder needs the transformers package, which does not import here: {error}; run 'pip install "
             "transformers'"

@@ -186,7 +186,7 @@ def build_umt5(
 def _skeleton(spec: UMT5Spec, *, fp8: bool) -> nn.Module:
     try:
         from transformers import UMT5Config, UMT5EncoderModel
-    except ImportError as error:
+    except Exception as error:  # one of another torch raises what it likes
         raise BackendUnavailableError(
             f"the text encoder needs the transformers package, which does not import here: {error}; "
             "run 'pip install transformers'"

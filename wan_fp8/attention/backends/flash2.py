@@ -4,14 +4,12 @@ carries."""
 from __future__ import annotations
 
 import functools
-import importlib
 from collections.abc import Callable
-from importlib import metadata
 
 from torch import Tensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
-from ...hardware import has_module
+from ...hardware import load_entry
 from ..core import ATTENTION
 from .sdpa import attend, refuse_half_cuda
 
@@ -20,12 +18,8 @@ from .sdpa import attend, refuse_half_cuda
 def _package() -> tuple[Callable | None, str]:
     """flash-attn 2.x's entry, or why torch's kernel is used instead. FA4 installs below the same name and has no such
     entry."""
-    if not has_module("flash_attn"):
-        return None, "flash-attn is not installed"
-    try:
-        return importlib.import_module("flash_attn").flash_attn_func, f"flash-attn {metadata.version('flash-attn')}"
-    except (ImportError, OSError, AttributeError, metadata.PackageNotFoundError) as error:
-        return None, f"flash-attn does not load ({error})"
+    function, reason = load_entry("flash_attn", "flash_attn_func")
+    return function, reason or "flash-attn"
 
 
 @ATTENTION.register("fa2", priority=15, refuse=refuse_half_cuda)

@@ -3,13 +3,12 @@
 from __future__ import annotations
 
 import functools
-import importlib
 from collections.abc import Callable
 
 import torch
 from torch import Tensor
 
-from ...hardware import has_module
+from ...hardware import load_entry
 from ...kernels import attention_cast, refusal
 from ..core import ATTENTION, AttentionRequest
 
@@ -21,13 +20,10 @@ def _load() -> tuple[Callable | None, str]:
     """The kernel's entry, or why there is none. A broken installation keeps its own words."""
     reasons = []
     for name in _MODULES:
-        if not has_module(name):
-            reasons.append(f"{name} is not installed")
-            continue
-        try:
-            return importlib.import_module(name).flash_attn_func, name
-        except (ImportError, OSError, AttributeError) as error:
-            reasons.append(f"{name} does not load ({error})")
+        function, reason = load_entry(name, "flash_attn_func")
+        if function is not None:
+            return function, name
+        reasons.append(reason)
     return None, "; ".join(reasons)
 
 

@@ -4,25 +4,22 @@ on Hopper too."""
 from __future__ import annotations
 
 import functools
-import importlib
 from collections.abc import Callable
 
 import torch
 from torch import Tensor
 
-from ...hardware import has_module
+from ...hardware import has_module, load_entry
 from ...libraries import hint
 from ..core import ATTENTION, AttentionRequest
 
 
 @functools.cache
 def _load() -> tuple[Callable | None, str]:
-    if not has_module("flash_attn") or not has_module("flash_attn.cute"):
+    if not has_module("flash_attn.cute"):
         return None, f"flash_attn.cute is not installed; install it with: {hint('fa4', torch.version.cuda)}"
-    try:
-        return importlib.import_module("flash_attn.cute").flash_attn_func, "flash_attn.cute"
-    except (ImportError, OSError, AttributeError) as error:
-        return None, f"flash_attn.cute does not load ({error})"
+    function, reason = load_entry("flash_attn.cute", "flash_attn_func")
+    return function, reason or "flash_attn.cute"
 
 
 def _refuse(request: AttentionRequest) -> str | None:

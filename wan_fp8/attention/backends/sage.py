@@ -3,25 +3,18 @@
 from __future__ import annotations
 
 import functools
-import importlib
 from collections.abc import Callable
-from importlib import metadata
 
 import torch
 from torch import Tensor
 
-from ...hardware import has_module
+from ...hardware import load_entry
 from ..core import ATTENTION, AttentionRequest
 
 
 @functools.cache
 def _load() -> tuple[Callable | None, str]:
-    if not has_module("sageattention"):
-        return None, "sageattention is not installed"
-    try:
-        return importlib.import_module("sageattention").sageattn, metadata.version("sageattention")
-    except (ImportError, OSError, AttributeError, metadata.PackageNotFoundError) as error:
-        return None, f"sageattention does not load ({error})"
+    return load_entry("sageattention", "sageattn")
 
 
 def _refuse(request: AttentionRequest) -> str | None:

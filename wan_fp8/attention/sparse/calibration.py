@@ -73,7 +73,7 @@ class Calibration:
                 )
             rows = [(int(r["step"]), int(r["block"]), tuple(float(x) for x in r["heads"])) for r in data["densities"]]
             return cls(int(data["steps"]), tuple(sorted(rows)))
-        except (ValueError, KeyError, TypeError, IndexError) as error:
+        except (ValueError, KeyError, TypeError, IndexError, OverflowError, RecursionError) as error:
             if isinstance(error, InputError):
                 raise
             raise InputError(f"{name} is not a table of densities ({error}): save one after a sparse run") from error
