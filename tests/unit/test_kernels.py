@@ -31,7 +31,7 @@ def test_eager_references(case, dtype: str) -> None:
 def test_triton_kernels_in_the_interpreter() -> None:
     environment = os.environ | {"TRITON_INTERPRET": "1", "PYTHONPATH": str(TRITON.resolve())}
     done = subprocess.run(
-        [sys.executable, str(HERE / "kernel_cases.py")], env=environment, capture_output=True, text=True, timeout=300
+        [sys.executable, str(HERE / "kernel_cases.py")], env=environment, capture_output=True, text=True, timeout=550
     )
     assert done.returncode == 0, done.stdout + done.stderr
     assert done.stdout.count("ok ") == 2 * len(CASES)
