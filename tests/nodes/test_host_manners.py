@@ -216,8 +216,10 @@ def test_streamed_weights_are_pinned_in_every_run(monkeypatch) -> None:
         pinned.add(tensor.data_ptr())
         return fresh
 
+    monkeypatch.setattr(management, "MAX_PINNED_MEMORY", 1 << 40)
     monkeypatch.setattr(management, "pin_memory", pin)
     monkeypatch.setattr(management, "unpin_memory", lambda tensor: pinned.discard(tensor.data_ptr()))
+    monkeypatch.setattr(torch.Tensor, "is_pinned", lambda self: self.data_ptr() in pinned)
     model = fp8(core_model())
     net = model.model.diffusion_model
     streamed: list[set[int]] = []
