@@ -1,7 +1,8 @@
 # make demo   a video from nothing: sets up ComfyUI, makes a tiny checkpoint, runs workflows/t2v_a14b.json
 # make test   the whole test suite against that ComfyUI          make ui     only the tests in a browser
 # make check  ruff and mypy                                      make host   only set up the ComfyUI, in .host/
-# make soak   100 prompts through a pool of two CPU processes, with faults; SOAK="--seconds 120" for less
+# make soak   make prompts: 200 mixed prompts in one server; make pool-soak: 100 through a pool of two CPU processes,
+#             with faults (SOAK="--seconds 120" for less); and what they leave behind
 # make clean  removes caches, .out/ and .host/, never output/
 #
 # COMFYUI_DIR=... make demo uses your own ComfyUI. PYTHON=... names the interpreter to build with.
@@ -17,7 +18,7 @@ TESTS ?=
 # Triton, for its interpreter only: kept out of the environment, where PyTorch would find it and take it for a GPU's.
 TRITON = $(WAN_FP8_HOST_DIR)/triton
 
-.PHONY: demo test check host clean ui triton soak
+.PHONY: demo test check host clean ui triton soak prompts pool-soak
 
 demo:
 	@$(PYTHON) scripts/demo.py
@@ -37,7 +38,12 @@ test: host triton
 ui: host
 	@$(PYTEST) tests/ui
 
-soak: host
+soak: prompts pool-soak
+
+prompts: host
+	@$(PINNED) $(VENV)/python scripts/soak_prompts.py
+
+pool-soak: host
 	@$(PINNED) OMP_NUM_THREADS=1 $(VENV)/python scripts/soak.py $(SOAK)
 
 # The pack's modules import each other relatively; the link gives mypy a package name to resolve that from.
@@ -47,11 +53,6 @@ check: host
 	@mkdir -p .out/typing && ln -sfn ../.. .out/typing/wan_fp8_pack
 	@$(VENV)/mypy -p wan_fp8_pack.wan_fp8 -p wan_fp8_pack.nodes
 	@$(VENV)/mypy scripts
-
-# Some minutes: 200 mixed prompts in one server, and what they leave behind.
-.PHONY: prompts
-prompts: host
-	@$(PINNED) $(VENV)/python scripts/soak_prompts.py
 
 clean:
 	rm -rf .host .out .pytest_cache .mypy_cache .ruff_cache .hypothesis
