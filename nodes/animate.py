@@ -19,7 +19,7 @@ from .choices import check_choice
 from .long_video import Frames, SegmentSampler, check_video, decoded, picked
 from .missing import require
 from .notices import extended, node_id, notice
-from .sampler_inputs import MAX_FRAMES, model_inputs, pixel_inputs, schedule_inputs
+from .sampler_inputs import MAX_FRAMES, model_inputs, pixel_inputs, schedule_inputs, segment_vae_input
 from .samplers import NODE_OF_TASK, Settings
 from .schema import SAMPLING, node_schema
 
@@ -48,11 +48,7 @@ class WanFP8SampleAnimate(io.ComfyNode):
             search_aliases=["wan2.2 animate", "character animation", "character replacement", "pose", "wan sampler"],
             inputs=[
                 *model_inputs(Task.ANIMATE),
-                io.Vae.Input(
-                    "vae",
-                    tooltip="Wan 2.1 VAE (16 channels), the one of this checkpoint. Encodes what goes in, decodes what "
-                    "comes out.",
-                ),
+                segment_vae_input(),
                 io.ClipVision.Input(
                     "clip_vision",
                     tooltip="CLIP ViT-H, the one of this checkpoint, or clip_vision_h.safetensors from core's Load "

@@ -70,10 +70,9 @@ class WanFP8MultiGPU(io.ComfyNode):
                     "address",
                     default="",
                     tooltip="host:port of a pool that was started with torchrun, on this host or others; 'gpus' is "
-                    "then "
-                    f"not used. Its token comes from the environment variable {TOKEN_VARIABLE} of ComfyUI, so that it "
-                    "is "
-                    "not saved with the workflow. Default empty: a pool of this ComfyUI's own. docs/multi_host.md.",
+                    f"then not used. Its token comes from the environment variable {TOKEN_VARIABLE} of "
+                    "ComfyUI, so that it is not saved with the workflow. Default empty: a pool of this ComfyUI's own. "
+                    "docs/multi_host.md.",
                 ),
                 low_input(),
             ],

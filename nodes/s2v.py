@@ -27,7 +27,7 @@ from .choices import check_choice
 from .long_video import Frames, SegmentSampler, check_video, decoded, picked
 from .missing import require
 from .notices import extended, node_id, notice
-from .sampler_inputs import model_inputs, pixel_inputs, schedule_inputs
+from .sampler_inputs import model_inputs, pixel_inputs, schedule_inputs, segment_vae_input
 from .samplers import NODE_OF_TASK, Settings
 from .schema import SAMPLING, node_schema
 
@@ -62,11 +62,7 @@ class WanFP8SampleS2V(io.ComfyNode):
             ],
             inputs=[
                 *model_inputs(Task.S2V),
-                io.Vae.Input(
-                    "vae",
-                    tooltip="Wan 2.1 VAE (16 channels), the one of this checkpoint. Encodes what goes in, decodes what "
-                    "comes out.",
-                ),
+                segment_vae_input(),
                 io.Image.Input(
                     "reference_image",
                     tooltip="Who is seen, one picture; transparency is dropped. Scaled and cropped around its centre, "

@@ -66,6 +66,14 @@ def model_inputs(task: Task) -> list[io.Input]:
     ]
 
 
+def segment_vae_input() -> io.Input:
+    """The VAE of a sampler that decodes as it goes."""
+    return io.Vae.Input(
+        "vae",
+        tooltip="Wan 2.1 VAE (16 channels), the one of this checkpoint. Encodes what goes in, decodes what comes out.",
+    )
+
+
 def low_noise_input() -> io.Input:
     """The second expert's MODEL."""
     return io.Model.Input(

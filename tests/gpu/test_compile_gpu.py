@@ -6,7 +6,7 @@ import pytest
 import torch
 from test_model_parity import inputs, relative, tiny_model
 
-from wan_fp8 import compile_blocks, remove_compile
+from wan_fp8 import Recipe, apply_recipe, compile_blocks, remove_compile
 from wan_fp8.models.blocks import ForwardOptions
 
 CUDA = torch.device("cuda")
@@ -59,3 +59,19 @@ def test_tf32_is_used_inside_and_put_back() -> None:
     assert torch.equal(model(x, timestep, context, options=ForwardOptions(tf32=False)), plain)
     assert torch.backends.cuda.matmul.allow_tf32
     torch.backends.cuda.matmul.allow_tf32 = False
+
+
+@pytest.mark.parametrize("recipe", ["rowwise", "Float8CurrentScaling", "Float8BlockScaling"])
+def test_fp8_linears_compile(recipe: str) -> None:
+    """The fused kernels cast to e4m3 inside what is compiled; their constants must not arrive as float64."""
+    model = tiny_model("t2v", torch.bfloat16).to(CUDA)
+    apply_recipe(model, Recipe(recipe, backend="torch"))
+    model.fused_kernels = "triton"
+    x, context = (t.to(CUDA, torch.bfloat16) for t in inputs("t2v"))
+    timesteps = [torch.tensor([t], device=CUDA) for t in (900.0, 700.0)]
+    plain = [model(x, t, context) for t in timesteps]
+    compile_blocks(model)
+    compiled = [model(x, t, context) for t in timesteps]
+    assert model.compiled_parts[model.compile_setting].graphs > 0
+    for ours, theirs in zip(compiled, plain, strict=True):
+        assert relative(ours, theirs) < 2e-2, "another rounding may move a value across a step of e4m3"
