@@ -147,7 +147,7 @@ class Client:
                 raise Cancelled("Cancelled.") from None
         finally:
             connection.close()
-        entry = self._entry(prompt_id)
+        entry = self.entry(prompt_id)
         for node_id in (node_id for node_id in entry["outputs"] if node_id not in told):
             data = {"node": node_id, "output": entry["outputs"][node_id], "prompt_id": prompt_id}
             on_event({"type": "executed", "data": data})
@@ -231,9 +231,9 @@ class Client:
 
     def outcome(self, prompt_id: str, prompt: Mapping[str, Json]) -> list[Output]:
         """The files of a prompt that has ended. Raises ExecutionFailed or Cancelled if it ended that way."""
-        return _made(self._entry(prompt_id), prompt)
+        return _made(self.entry(prompt_id), prompt)
 
-    def _entry(self, prompt_id: str) -> Json:
+    def entry(self, prompt_id: str) -> Json:
         """The history entry; it is written a moment after the last message is sent."""
         deadline = time.monotonic() + PATIENCE_S
         while time.monotonic() < deadline:

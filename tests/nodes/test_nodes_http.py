@@ -148,7 +148,7 @@ def test_previews_and_lines_reach_the_page(server: Any, graphs: Graphs) -> None:
     connection.close()
     assert previews == SMALL["steps"]
     assert "tokens lost; the model reads 512" in texts["2"] and "T2V" in texts["1"]
-    outputs = client.get(f"/history/{prompt_id}")[prompt_id]["outputs"]
+    outputs = client.entry(prompt_id)["outputs"]
     assert "tokens lost" in outputs["2"]["text"][0]
 
 

@@ -57,7 +57,7 @@ def run(client: Client, prompt: dict[str, Any]) -> tuple[dict[str, list[str]], d
     finally:
         connection.close()
     client.outcome(prompt_id, prompt)
-    return texts, client.get(f"/history/{prompt_id}")[prompt_id]["outputs"]
+    return texts, client.entry(prompt_id)["outputs"]
 
 
 def test_choices_and_summary_are_on_the_nodes_and_in_the_history(client: Client) -> None:
