@@ -17,9 +17,10 @@ from tiny_wan import package
 from tiny_wan.autoencoder import _fold_statistics, measure_vae
 from tiny_wan.captions import COLOURS, MOTIONS, SHAPES, Scene, caption, scenes, vocabulary
 from tiny_wan.classify import classify
-from tiny_wan.data import encode_pool, make_pool
+from tiny_wan.data import encode_pool, keep_latents, make_pool, read_latents
 from tiny_wan.evaluate import SampleOptions, sample
 from tiny_wan.loop import Budget
+from tiny_wan.straight import straight_weights
 from tiny_wan.text import full_rows, make_encoder, make_table, open_encoder
 from tiny_wan.transformer import (
     PATCH,
@@ -32,7 +33,7 @@ from tiny_wan.transformer import (
     velocity,
     without_image,
 )
-from tiny_wan.world import WorldSize, draw, make_clips
+from tiny_wan.world import WorldSize, around_shapes, draw, make_clips
 
 from wan_fp8 import load_text_encoder, load_transformer
 from wan_fp8.models.specs import Task
@@ -99,6 +100,22 @@ def test_the_classifier_is_not_fooled() -> None:
     assert {v.motion for v in classify(frozen)} == {None} and {v.colour for v in classify(frozen)} == {"red"}
     assert {v.colour for v in classify(video.flip(1))} == {"blue"}
     assert classify(torch.zeros_like(video[:1]))[0] == type(classify(video[:1])[0])(None, None, None)
+
+
+def test_a_window_shows_a_piece_of_the_clip() -> None:
+    """Every pixel of it, and the shape in every clip."""
+    size, window = WorldSize(), WorldSize(width=24, height=40, frames=9)
+    clips = make_clips(some_scenes(), [0] * len(some_scenes()), size, seed=0)
+    clips.slope_N.zero_()  # the one thing that is laid out over the whole height
+    seen = around_shapes(clips, size, window, torch.Generator().manual_seed(0))
+    left = clips.wall_N - seen.wall_N
+    first = next(f for f in range(9) if torch.allclose(clips.x_NT[:, f : f + 9] - left[:, None], seen.x_NT, atol=1e-4))
+    top = (clips.y_NT[:, first] - seen.y_NT[:, 0]).round()
+    pieces, whole = draw(seen, window), draw(clips, size)
+    for i, (x, y) in enumerate(zip(left.int().tolist(), top.int().tolist(), strict=True)):
+        expected = whole[i, :, first : first + 9, y : y + 40, x : x + 24]
+        torch.testing.assert_close(pieces[i], expected, rtol=0, atol=1e-3)
+    assert (pieces.amax(1) - pieces.amin(1)).amax((1, 2, 3)).min() > 0.3, "a piece without its shape"
 
 
 def test_captions_hold_their_words_and_no_others() -> None:
@@ -233,6 +250,36 @@ def test_the_loss_falls(pool: Any) -> None:
     )  # fmt: skip
     _, log = train_transformer(stage, NARROW, pool, seed=0)
     assert log.steps == 60 and log.losses[-1][2] < 0.7 * log.losses[0][2], log.losses
+
+
+def test_colours_pass_through_an_untrained_vae() -> None:
+    net = WanVAE(VAESpec(dim=8))
+    weights = straight_weights(net, seed=0)
+    assert all(torch.equal(value, weights[name]) for name, value in net.state_dict().items())
+    video = draw(make_pool(32, WorldSize(), seed=1, held_out=True, device=torch.device("cpu")).clips, WorldSize())
+    with torch.no_grad():
+        seen = net.decode(net.encode(video))
+    hue, seen_hue = (v - v.mean(1, keepdim=True) for v in (video, seen))
+    assert torch.corrcoef(torch.stack([hue.flatten(), seen_hue.flatten()]))[0, 1] > 0.8
+
+
+def test_latents_are_encoded_once(pool: Any, tmp_path: Path) -> None:
+    path = tmp_path / "work" / "latents.pt"
+    assert read_latents(path, "a", torch.device("cpu")) is None
+    keep_latents(path, "a", pool)
+    again = read_latents(path, "a", torch.device("cpu"))
+    assert again is not None and torch.equal(again.latents_NCFHW, pool.latents_NCFHW)
+    assert torch.equal(again.table.rows_NLD, pool.table.rows_NLD) and again.unconditional == pool.unconditional
+    assert read_latents(path, "another VAE", torch.device("cpu")) is None
+
+
+def test_without_i2v_no_first_frames_are_encoded(vae: WanVAE, encoder: Any) -> None:
+    clips = make_pool(2, SMALL, seed=0, held_out=False, device=torch.device("cpu"))
+    alone = encode_pool(clips, SMALL, vae, encoder, images=False)
+    nothing = torch.zeros(2, dtype=torch.bool)
+    assert alone.image_NCFHW is None and not alone.condition(torch.arange(2), nothing).any()
+    with pytest.raises(AssertionError):
+        alone.condition(torch.arange(2), ~nothing)
 
 
 def test_latents_get_the_published_statistics(vae: WanVAE) -> None:

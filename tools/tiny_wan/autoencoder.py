@@ -9,23 +9,24 @@ from pathlib import Path
 
 import torch
 import torch.nn.functional as F
-from tiny_checkpoint.weights import random_weights
 from torch import Tensor
 
-from wan_fp8.models.vae import LATENT_CHANNELS, LATENTS_MEAN, LATENTS_STD, VAESpec, WanVAE, normalize_latents
+from wan_fp8.models.vae import LATENTS_MEAN, LATENTS_STD, Norm, VAESpec, WanVAE, normalize_latents
 
 from .loop import Budget, Log, Trainer, batches
-from .world import Clips, WorldSize, draw
+from .straight import straight_weights
+from .world import Clips, WorldSize, around_shapes, draw
 
 DIM = 8
 """Channels at full resolution."""
-KL_WEIGHT = 5e-5
+KL_WEIGHT = 2e-5
 L1_WEIGHT = 0.1
 COLOUR_WEIGHT = 4.0
 """Of the error in colour, the difference of each channel from their mean: backgrounds are grey, so that without it an
 autoencoder learns them, and shapes in grey, long before it learns a colour."""
-FIRST_LOG_VARIANCE = -4.0
-"""Of untrained latents: little noise, so that there is something to decode from the start."""
+WINDOW = WorldSize(width=40, height=40, frames=9)
+"""What it trains on: pieces of clips around their shapes. All but one layer is a convolution, and most of a whole clip
+is background."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -34,15 +35,13 @@ class VAEOptions:
 
     budget: Budget
     batch: int = 12
-    rate: float = 2e-3
-    warmup: int = 200
+    rate: float = 3e-3
+    warmup: int = 50
     log_every: int = 50
     graphs: bool = True
-
-
-def compute_type(device: torch.device) -> torch.dtype:
-    """bf16 on a GPU, float32 elsewhere."""
-    return torch.bfloat16 if device.type == "cuda" else torch.float32
+    compile: bool = False
+    """Norms only: convolutions are libraries' already."""
+    dtype: torch.dtype = torch.float32
 
 
 def train_vae(
@@ -66,11 +65,14 @@ def train_vae(
     device = clips.x_NT.device
     torch.manual_seed(seed)
     vae = WanVAE(VAESpec(dim=DIM))
-    shapes = {name: tuple(value.shape) for name, value in vae.state_dict().items()}
-    weights = random_weights(shapes, seed=seed, part="vae", dtype=torch.float32)
-    weights["conv1.bias"][LATENT_CHANNELS:] += FIRST_LOG_VARIANCE
-    vae.load_state_dict({name: value.float() for name, value in (start or weights).items()})
+    weights = start or straight_weights(vae, seed)
+    vae.load_state_dict({name: value.float() for name, value in weights.items()})
     vae.to(device)
+    if options.compile:
+        torch._dynamo.config.recompile_limit = 64  # one for each width, with and without gradients
+        for module in vae.modules():
+            if isinstance(module, Norm):
+                module.compile(dynamic=True)
     trainer = Trainer(
         vae,
         stage="vae",
@@ -84,7 +86,13 @@ def train_vae(
     if state is not None and state.is_file():
         trainer.restore(state)
     order = iter(batches(len(clips), options.batch, seed, device))
-    dtype = compute_type(device)
+    generator = torch.Generator(device).manual_seed(seed)
+    dtype = options.dtype
+    window = WorldSize(
+        width=min(size.width, WINDOW.width),
+        height=min(size.height, WINDOW.height),
+        frames=min(size.frames, WINDOW.frames),
+    )
 
     def loss_of(video: Tensor) -> Tensor:
         mean, log_variance = vae.moments(video.to(dtype))
@@ -97,18 +105,18 @@ def train_vae(
         return loss + COLOUR_WEIGHT * colour.square().mean()
 
     for step, used in trainer.steps():
-        trainer.learn(loss_of, (draw(clips[next(order)], size),), step, used)
+        seen = around_shapes(clips[next(order)], size, window, generator)
+        trainer.learn(loss_of, (draw(seen, window),), step, used)
     if state is not None:
         trainer.save(state)
     vae.load_state_dict(trainer.averaged())
     vae.requires_grad_(False).eval()
-    _fold_statistics(vae, clips[: min(len(clips), 1024)], size)
+    _fold_statistics(vae, clips[: min(len(clips), 512)], size)
     return {name: value.detach().clone() for name, value in vae.state_dict().items()}, trainer.log
 
 
-def encode(vae: WanVAE, video: Tensor, at_once: int = 128) -> Tensor:
-    """Latents as the transformer takes them, normalised: [N, 16, F, H/8, W/8] in the VAE's computing type."""
-    dtype = compute_type(video.device)
+def encode(vae: WanVAE, video: Tensor, dtype: torch.dtype, at_once: int = 128) -> Tensor:
+    """Latents as the transformer takes them, normalised: [N, 16, F, H/8, W/8] in ``dtype``, which computes as well."""
     pieces = [normalize_latents(vae.encode(part.to(dtype)).float()).to(dtype) for part in video.split(at_once)]
     return torch.cat(pieces)
 
@@ -135,10 +143,11 @@ def _fold_statistics(vae: WanVAE, clips: Clips, size: WorldSize) -> None:
 
 
 @torch.no_grad()
-def measure_vae(vae: WanVAE, clips: Clips, size: WorldSize, at_once: int = 64) -> dict[str, float]:
+def measure_vae(
+    vae: WanVAE, clips: Clips, size: WorldSize, dtype: torch.dtype = torch.float32, at_once: int = 64
+) -> dict[str, float]:
     """Mean PSNR of reconstructions in dB (and the worst clip's), and how far the latents' statistics are off."""
     values, latents = [], []
-    dtype = compute_type(clips.x_NT.device)
     for i in range(0, len(clips), at_once):
         video = draw(clips[i : i + at_once], size)
         mean = vae.encode(video.to(dtype))

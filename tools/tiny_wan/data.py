@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import random
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
+from pathlib import Path
 
 import torch
 from torch import Tensor
@@ -12,7 +13,7 @@ from wan_fp8.models.text_encoder import TextEncoder
 from wan_fp8.models.vae import WanVAE
 from wan_fp8.sampling import i2v_condition, i2v_mask
 
-from .autoencoder import compute_type, encode
+from .autoencoder import encode
 from .captions import BACKGROUNDS, Scene, phrasings, scenes
 from .text import UNCONDITIONAL, CaptionTable, make_table
 from .world import Clips, WorldSize, draw, make_clips
@@ -52,8 +53,8 @@ class LatentPool:
 
     latents_NCFHW: Tensor
     """Normalised."""
-    image_NCFHW: Tensor
-    """Normalised latents of the first frame followed by grey, as I2V is given them."""
+    image_NCFHW: Tensor | None
+    """Normalised latents of the first frame followed by grey, as I2V is given them; None if nothing learns I2V."""
     mask_4FHW: Tensor
     scene_N: Tensor
     background_N: Tensor
@@ -66,6 +67,9 @@ class LatentPool:
 
     def condition(self, index_B: Tensor, given: Tensor | None = None) -> Tensor:
         """I2V's 20 channels; zeros in the clips where ``given`` is False (they learn text to video)."""
+        if self.image_NCFHW is None:
+            assert given is not None and not given.any()
+            return torch.zeros(len(index_B), 20, *self.latents_NCFHW.shape[2:], device=index_B.device)
         image = self.image_NCFHW[index_B].float()
         condition = i2v_condition(self.mask_4FHW.expand(len(image), -1, -1, -1, -1), image)
         return condition if given is None else condition * given.view(-1, 1, 1, 1, 1)
@@ -89,19 +93,52 @@ def _scene_captions(scene: Scene) -> list[str]:
 
 
 @torch.no_grad()
-def encode_pool(pool: Pool, size: WorldSize, vae: WanVAE, encoder: TextEncoder, at_once: int = 256) -> LatentPool:
-    """Draw and encode everything once; the transformer's training then touches neither pixels nor the VAE."""
+def encode_pool(
+    pool: Pool,
+    size: WorldSize,
+    vae: WanVAE,
+    encoder: TextEncoder,
+    *,
+    dtype: torch.dtype = torch.float32,
+    images: bool = True,
+    at_once: int = 256,
+) -> LatentPool:
+    """Draw and encode everything once; the transformer's training then touches neither pixels nor the VAE.
+
+    Args:
+        dtype: Computes and keeps the latents.
+        images: Whether the conditioning of I2V is wanted as well.
+    """
     device = pool.scene_N.device
-    latents, images = [], []
+    latents, given = [], []
     for i in range(0, len(pool.clips), at_once):
         video = draw(pool.clips[i : i + at_once], size)
-        latents.append(encode(vae, video))
-        images.append(encode(vae, grey_after_first(video)))
+        latents.append(encode(vae, video, dtype))
+        if images:
+            given.append(encode(vae, grey_after_first(video), dtype))
     texts = [text for scene in pool.scenes for text in _scene_captions(scene)]
     table = make_table(encoder, [*texts, *UNCONDITIONAL])
     mask = i2v_mask(size.frames, size.height // 8, size.width // 8).to(device)
-    every = torch.cat(latents).to(compute_type(device))
-    return LatentPool(every, torch.cat(images), mask, pool.scene_N, pool.background_N, table, len(texts))
+    first = torch.cat(given) if images else None
+    return LatentPool(torch.cat(latents), first, mask, pool.scene_N, pool.background_N, table, len(texts))
+
+
+def keep_latents(path: Path, key: str, pool: LatentPool) -> None:
+    """Write a pool, complete or not at all."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    kept = {f.name: getattr(pool, f.name) for f in fields(pool) if f.name != "table"}
+    table = {f.name: getattr(pool.table, f.name) for f in fields(pool.table)}
+    partial = path.with_suffix(".partial")
+    torch.save({"key": key, "pool": kept, "table": table}, partial)
+    partial.rename(path)
+
+
+def read_latents(path: Path, key: str, device: torch.device) -> LatentPool | None:
+    """What ``keep_latents`` wrote under the same key; None if there is nothing, or something else."""
+    if not path.is_file():
+        return None
+    kept = torch.load(path, map_location=device, weights_only=True)
+    return LatentPool(**kept["pool"], table=CaptionTable(**kept["table"])) if kept["key"] == key else None
 
 
 def grey_after_first(video_N3THW: Tensor) -> Tensor:

@@ -27,7 +27,7 @@ from wan_fp8.sampling import (
     timesteps,
 )
 
-from .autoencoder import compute_type, encode, psnr
+from .autoencoder import encode, psnr
 from .captions import BACKGROUNDS, Scene, caption, scenes
 from .classify import Verdict, classify
 from .data import grey_after_first
@@ -45,6 +45,8 @@ class SampleOptions:
     """(low noise, high noise)"""
     seed: int = 0
     at_once: int = 128
+    dtype: torch.dtype = torch.float32
+    """The VAE's."""
 
 
 @torch.no_grad()
@@ -87,9 +89,8 @@ def sample(
 
 
 @torch.no_grad()
-def decode(vae: WanVAE, latents: Tensor, at_once: int = 32) -> Tensor:
+def decode(vae: WanVAE, latents: Tensor, dtype: torch.dtype = torch.float32, at_once: int = 32) -> Tensor:
     """[B, 3, T, H, W] float32 in -1..1."""
-    dtype = compute_type(latents.device)
     parts = [vae.decode(denormalize_latents(part.float()).to(dtype)).float() for part in latents.split(at_once)]
     return torch.cat(parts).clamp(-1, 1)
 
@@ -146,7 +147,7 @@ def evaluate_t2v(
     videos = []
     for i in range(0, len(captions), options.at_once):
         rows = full_rows(encoder, captions[i : i + options.at_once])
-        videos.append(decode(vae, sample(experts, rows, negative, size, options)))
+        videos.append(decode(vae, sample(experts, rows, negative, size, options), options.dtype))
     video = torch.cat(videos).cpu()
     return Evaluation(list(chosen), captions, video, classify(video))
 
@@ -169,7 +170,7 @@ def evaluate_i2v(
     backgrounds = [rng.randrange(len(BACKGROUNDS)) for _ in chosen]
     clips = make_clips(chosen, backgrounds, size, seed=10_000 + options.seed, device=device)
     given = grey_after_first(draw(clips, size))
-    latents = encode(vae, given).float()
+    latents = encode(vae, given, options.dtype).float()
     mask = i2v_mask(size.frames, size.height // 8, size.width // 8).to(device)
     condition = i2v_condition(mask.expand(len(chosen), -1, -1, -1, -1), latents)
     negative = full_rows(encoder, [NEGATIVE_PROMPT])
@@ -177,10 +178,10 @@ def evaluate_i2v(
     for i in range(0, len(captions), options.at_once):
         part = slice(i, i + options.at_once)
         rows = full_rows(encoder, captions[part])
-        videos.append(decode(vae, sample(experts, rows, negative, size, options, condition[part])))
+        videos.append(decode(vae, sample(experts, rows, negative, size, options, condition[part]), options.dtype))
     video = torch.cat(videos)
     first = given[:, :, 0]
-    limit = decode(vae, latents[:, :, :1])[:, :, 0]
+    limit = decode(vae, latents[:, :, :1], options.dtype)[:, :, 0]
     frames = {
         "first_frame_psnr_db": round(float(psnr(video[:, :, 0], first).mean()), 2),
         "first_frame_psnr_worst_db": round(float(psnr(video[:, :, 0], first).min()), 2),

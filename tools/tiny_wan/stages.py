@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import datetime
+import hashlib
 import platform
 import shutil
 import sys
 import time
+from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
@@ -20,9 +22,10 @@ from wan_fp8.models.vae import WanVAE, load_vae
 
 from . import package
 from .autoencoder import VAEOptions, measure_vae, train_vae
-from .data import LatentPool, encode_pool, make_pool
+from .data import LatentPool, encode_pool, keep_latents, make_pool, read_latents
 from .evaluate import SampleOptions, choose_scenes, contact_sheet, evaluate_i2v, evaluate_t2v
 from .loop import Budget, Log
+from .package import TEXT_FILE, VAE_FILE
 from .text import make_encoder, open_encoder
 from .transformer import Stage, TransformerSize, train_transformer, without_image
 from .world import WorldSize
@@ -63,6 +66,10 @@ class Run:
     resume: bool
     start_from: Path | None
     graphs: bool
+    compile: bool
+    dtype: torch.dtype
+    """What training computes in."""
+    tasks: tuple[str, ...]
     card: dict[str, Any] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
@@ -112,15 +119,24 @@ class Run:
         package.write_card(self.out, self.card)
 
     def vae(self) -> WanVAE:
-        return load_vae(package.read_weights(self.out / package.VAE_FILE), torch.float32, self.device)
+        return load_vae(package.read_weights(self.out / VAE_FILE), torch.float32, self.device)
 
     def encoder(self) -> TextEncoder:
-        return open_encoder(package.read_weights(self.out / package.TEXT_FILE), self.device)
+        return open_encoder(package.read_weights(self.out / TEXT_FILE), self.device)
 
     def latents(self) -> LatentPool:
+        """Every clip encoded, once for all stages that run with the same ``--work``."""
         began = time.perf_counter()
+        images = "i2v" in self.tasks
+        files = [hashlib.sha256((self.out / name).read_bytes()).hexdigest() for name in (VAE_FILE, TEXT_FILE)]
+        key = repr((files, self.clips, self.seed, self.size, self.dtype, images))
+        path = self.work / "latents.pt"
+        if (found := read_latents(path, key, self.device)) is not None:
+            print(f"{len(found)} clips from {path}", flush=True)
+            return found
         pool = make_pool(self.clips, self.size, seed=self.seed, held_out=False, device=self.device)
-        latents = encode_pool(pool, self.size, self.vae(), self.encoder())
+        latents = encode_pool(pool, self.size, self.vae(), self.encoder(), dtype=self.dtype, images=images)
+        keep_latents(path, key, latents)
         print(
             f"{len(latents)} clips encoded in {time.perf_counter() - began:.1f} s, "
             f"latents {tuple(latents.latents_NCFHW.shape)}, caption rows {tuple(latents.table.rows_NLD.shape)}",
@@ -137,19 +153,22 @@ def _thinned(losses: list[list[float]], most: int = 120) -> list[list[float]]:
 
 def run_text(run: Run) -> None:
     """The text encoder: random, with a tokenizer of the world's words."""
-    package.write_weights(run.out / package.TEXT_FILE, run.start(package.TEXT_FILE) or make_encoder(run.seed))
+    package.write_weights(run.out / TEXT_FILE, run.start(TEXT_FILE) or make_encoder(run.seed))
 
 
 def run_vae(run: Run, budget: Budget) -> None:
     """The VAE."""
     began = time.perf_counter()
     pool = make_pool(run.clips, run.size, seed=run.seed, held_out=False, device=run.device)
-    options = VAEOptions(budget=budget, batch=run.vae_batch, log_every=run.log_every, graphs=run.graphs)
-    start = run.start(package.VAE_FILE)
+    options = VAEOptions(
+        budget=budget, batch=run.vae_batch, log_every=run.log_every,
+        graphs=run.graphs, compile=run.compile, dtype=run.dtype,
+    )  # fmt: skip
+    start = run.start(VAE_FILE)
     weights, log = train_vae(pool.clips, run.size, options, seed=run.seed, start=start, state=run.state("vae"))
-    package.write_weights(run.out / package.VAE_FILE, weights)
+    package.write_weights(run.out / VAE_FILE, weights)
     unseen = make_pool(min(256, run.clips), run.size, seed=run.seed + 1, held_out=True, device=run.device)
-    quality = measure_vae(run.vae(), unseen.clips, run.size)
+    quality = measure_vae(run.vae(), unseen.clips, run.size, run.dtype)
     print(f"vae on held-out clips: {quality}", flush=True)
     run.note("vae", log, began, batch=run.vae_batch, held_out=quality)
 
@@ -158,8 +177,9 @@ def run_joint(run: Run, budget: Budget, pool: LatentPool) -> None:
     """One transformer for every noise level, with and without an image."""
     began = time.perf_counter()
     stage = Stage(
-        name="joint", task=Task.I2V, budget=budget, low=0.0, high=1.0, image=0.35,
-        batch=run.batch, log_every=run.log_every, graphs=run.graphs,
+        name="joint", task=Task.I2V, budget=budget, low=0.0, high=1.0,
+        image=0.35 if "i2v" in run.tasks else 0.0,
+        batch=run.batch, log_every=run.log_every, graphs=run.graphs, compile=run.compile, dtype=run.dtype,
     )  # fmt: skip
     weights, log = train_transformer(stage, run.model, pool, seed=run.seed, state=run.state("joint"))
     run.work.mkdir(parents=True, exist_ok=True)
@@ -178,7 +198,7 @@ def run_expert(run: Run, name: str, budget: Budget, pool: LatentPool) -> None:
     low, high = INTERVALS[name]
     stage = Stage(
         name=name, task=Task(task), budget=budget, low=low, high=high, image=1.0, rate=EXPERT_RATE,
-        batch=run.batch, log_every=run.log_every, graphs=run.graphs,
+        batch=run.batch, log_every=run.log_every, graphs=run.graphs, compile=run.compile, dtype=run.dtype,
     )  # fmt: skip
     file = package.expert_file(task, expert)
     start = run.start(file)
@@ -194,7 +214,8 @@ def run_evaluate(run: Run, count: int, options: SampleOptions, fused_kernels: st
     """Score both tasks on captions of training's scenes and of held-out ones; write the sheet."""
     began = time.perf_counter()
     vae, encoder = run.vae(), run.encoder()
-    dtype = torch.bfloat16 if run.device.type == "cuda" else torch.float32
+    dtype = run.dtype
+    options = replace(options, dtype=dtype)
     results: dict[str, Any] = {"steps": options.steps, "solver": "unipc", "seed": options.seed}
     shown = []
     for task in package.TASKS:
@@ -228,13 +249,13 @@ def run_evaluate(run: Run, count: int, options: SampleOptions, fused_kernels: st
     package.write_card(run.out, run.card)
 
 
-def plan(stage: str, run: Run, tasks: list[str]) -> list[str]:
+def plan(stage: str, run: Run, tasks: Sequence[str]) -> list[str]:
     """The trainings of a command, in order. What ``--start-from`` makes unnecessary is copied from there."""
     if unknown := set(tasks) - set(package.TASKS):
         raise ValueError(f"tasks are {', '.join(package.TASKS)}; got {', '.join(sorted(unknown))}")
     experts = [name for name in INTERVALS if name.split("_")[0] in tasks]
     if stage == "all" and run.start_from is not None:
-        kept = [package.VAE_FILE, *(package.expert_file(*_parts(name)) for name in INTERVALS if name not in experts)]
+        kept = [VAE_FILE, *(package.expert_file(*_parts(name)) for name in INTERVALS if name not in experts)]
         for file in kept:
             if (run.start_from / file).is_file():
                 shutil.copy(run.start_from / file, run.out / file)

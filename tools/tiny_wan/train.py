@@ -51,10 +51,13 @@ StartFrom = Annotated[Path | None, typer.Option(help="Folder of an earlier train
 Captions = Annotated[int, typer.Option(min=1, help="Captions per score.")]
 SampleSteps = Annotated[int, typer.Option(min=1, help="Steps of the sampler.")]
 Graphs = Annotated[bool, typer.Option(help="On a GPU: record a step and replay it.")]
+Compile = Annotated[bool, typer.Option("--compile", help="Fuse what lies between matrix products (torch.compile).")]
+Dtype = Annotated[str, typer.Option(help="What to compute in: bf16, fp32, or auto: bf16 on a GPU, fp32 elsewhere.")]
 Tasks = Annotated[str, typer.Option(help="Whose experts to train: t2v, i2v, or both.")]
 Fused = Annotated[str, typer.Option(help="Kernels that sampling uses: eager, auto or triton.")]
 
 
+DTYPES = {"auto": None, "bf16": torch.bfloat16, "fp32": torch.float32}
 STAGES = {
     "all": "Every stage in order.",
     "text": "Draw the text encoder and make its tokenizer.",
@@ -91,11 +94,15 @@ def train(
     fused_kernels: Fused = "eager",
     tasks: Tasks = "t2v,i2v",
     graphs: Graphs = True,
+    compile: Compile = False,
+    dtype: Dtype = "auto",
 ) -> None:
     stage = context.info_name or "all"
     stop_on_signal()
     torch.set_float32_matmul_precision("high")
     torch.backends.cudnn.benchmark = True
+    if dtype not in DTYPES:
+        raise typer.BadParameter(f"--dtype is {', '.join(DTYPES)}; got {dtype}")
     run = Run(
         out=out,
         work=work or out.with_name(out.name + ".work"),
@@ -110,10 +117,13 @@ def train(
         resume=resume,
         start_from=start_from,
         graphs=graphs,
+        compile=compile,
+        dtype=DTYPES[dtype] or (torch.bfloat16 if torch.device(device).type == "cuda" else torch.float32),
+        tasks=tuple(tasks.split(",")),
     )
 
     try:
-        chosen = plan(stage, run, tasks.split(","))
+        chosen = plan(stage, run, run.tasks)
     except ValueError as error:
         raise typer.BadParameter(str(error)) from error
     whole = sum(SHARES[name] for name in chosen)

@@ -21,7 +21,6 @@ from wan_fp8.models.specs import ModelSpec, Task
 from wan_fp8.models.wan import WanModel, build_model
 from wan_fp8.sampling import shift_sigmas
 
-from .autoencoder import compute_type
 from .data import LatentPool
 from .loop import Budget, Log, Trainer, batches
 
@@ -75,6 +74,9 @@ class Stage:
     """Training's own: noise levels are drawn as an even grid warped by it."""
     log_every: int = 100
     graphs: bool = True
+    compile: bool = False
+    dtype: torch.dtype = torch.float32
+    """What it computes in; weights are float32."""
 
 
 def initial_weights(spec: ModelSpec, seed: int) -> dict[str, Tensor]:
@@ -104,13 +106,15 @@ def without_image(weights: Mapping[str, Tensor]) -> dict[str, Tensor]:
     return {**weights, PATCH: weights[PATCH][:, :-CONDITION_CHANNELS].clone()}
 
 
-def trainable(spec: ModelSpec, weights: Mapping[str, Tensor], device: torch.device) -> WanModel:
-    """A model with float32 weights that computes in the device's type, through operations that have derivatives."""
+def trainable(
+    spec: ModelSpec, weights: Mapping[str, Tensor], device: torch.device, dtype: torch.dtype = torch.float32
+) -> WanModel:
+    """A model with float32 weights that computes in ``dtype``, through operations that have derivatives."""
     model = build_model(spec)
     model.load_state_dict({name: value.float() for name, value in weights.items()})
     model.to(device)
     model.fused_kernels = "eager"
-    model.compute_dtype_override = compute_type(device)
+    model.compute_dtype_override = dtype
     return model
 
 
@@ -164,7 +168,7 @@ def train_transformer(
     """
     device = pool.latents_NCFHW.device
     spec = size.spec(stage.task)
-    model = trainable(spec, start or initial_weights(spec, seed), device)
+    model = trainable(spec, start or initial_weights(spec, seed), device, stage.dtype)
     trainer = Trainer(
         model,
         stage=stage.name,
@@ -182,6 +186,7 @@ def train_transformer(
     def loss_of(x: Tensor, sigma: Tensor, caption: Tensor, target: Tensor) -> Tensor:
         return F.mse_loss(velocity(model, pool, x, sigma, caption).float(), target)
 
+    compute = torch.compile(loss_of, dynamic=False) if stage.compile else loss_of
     for step, used in trainer.steps():
         index = next(order)
         clean = pool.latents_NCFHW[index].float()
@@ -193,7 +198,7 @@ def train_transformer(
             given = torch.rand(len(index), generator=generator, device=device) < stage.image
             x = torch.cat([x, pool.condition(index, given)], dim=1)
         caption = pool.captions(index, DROPPED, generator)
-        trainer.learn(loss_of, (x, sigma, caption, noise - clean), step, used)
+        trainer.learn(compute, (x, sigma, caption, noise - clean), step, used)
     if state is not None:
         trainer.save(state)
     return trainer.averaged(), trainer.log

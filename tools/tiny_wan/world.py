@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, fields, replace
 
 import torch
 from torch import Tensor
@@ -146,6 +146,25 @@ def make_clips(
     shape = torch.tensor([scene.shape for scene in scenes])
     slope = uniform(-0.04, 0.04)
     return Clips(*(t.to(device) for t in (x, y, r, angle, colour, shape, tones, slope, wall)))
+
+
+def around_shapes(clips: Clips, size: WorldSize, window: WorldSize, generator: torch.Generator) -> Clips:
+    """The same clips as seen through a smaller window for fewer frames, to be drawn at ``window``'s size.
+
+    The window's centre lies up to half its size from the shape, so that few pixels show nothing but background.
+
+    Args:
+        generator: On the device of the numbers.
+    """
+    device, n = clips.x_NT.device, len(clips)
+    first = torch.randint(size.frames - window.frames + 1, (1,), generator=generator, device=device)
+    at = first + torch.arange(window.frames, device=device)
+    x, y, radius, angle = (v[:, at] for v in (clips.x_NT, clips.y_NT, clips.size_NT, clips.angle_NT))
+    away = torch.rand(2, n, generator=generator, device=device) - 0.5
+    left = (x.mean(1) + (away[0] - 0.5) * window.width).round().clamp(0, size.width - window.width)
+    top = (y.mean(1) + (away[1] - 0.5) * window.height).round().clamp(0, size.height - window.height)
+    moved = {"x_NT": x - left[:, None], "y_NT": y - top[:, None], "size_NT": radius, "angle_NT": angle}
+    return replace(clips, **moved, wall_N=clips.wall_N - left)
 
 
 def draw(clips: Clips, size: WorldSize) -> Tensor:
