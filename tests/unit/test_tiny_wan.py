@@ -368,6 +368,11 @@ def test_going_on_keeps_what_is_not_trained(trained: Path, tmp_path: Path) -> No
     kept = {package.VAE_FILE, *(package.expert_file("i2v", expert) for expert in package.EXPERTS)}
     assert {path.name for path in tmp_path.iterdir()} == kept
     assert all((tmp_path / name).read_bytes() == (trained / name).read_bytes() for name in kept)
+    vae_alone = tmp_path / "vae"
+    vae_alone.mkdir()
+    (vae_alone / package.VAE_FILE).write_bytes((trained / package.VAE_FILE).read_bytes())
+    begun = SimpleNamespace(out=tmp_path, start_from=vae_alone)
+    assert plan("all", begun, ["i2v"]) == ["joint", "i2v_high_noise", "i2v_low_noise"]  # type: ignore[arg-type]
     with pytest.raises(ValueError, match="tasks are t2v, i2v; got s2v"):
         plan("experts", fresh, ["s2v"])  # type: ignore[arg-type]
 
