@@ -14,7 +14,7 @@ from typing import Any
 import pytest
 import torch
 from tiny_wan import package
-from tiny_wan.autoencoder import _fold_statistics, measure_vae
+from tiny_wan.autoencoder import _fold_statistics, measure_vae, psnr
 from tiny_wan.captions import COLOURS, MOTIONS, SHAPES, Scene, caption, scenes, vocabulary
 from tiny_wan.classify import classify
 from tiny_wan.data import encode_pool, keep_latents, make_pool, read_latents
@@ -271,6 +271,23 @@ def test_colours_pass_through_an_untrained_vae() -> None:
         back = back - back.mean(1, keepdim=True)
         seen.append(float(torch.corrcoef(torch.stack([hue.flatten(), back.flatten()]))[0, 1]))
     assert seen[0] > 0.3 and abs(seen[1]) < 0.1, seen
+
+
+TRAINED = PACK / "tools" / "tiny_wan" / "trained"
+
+
+def test_the_trained_vae_shows_what_it_was_given() -> None:
+    """Clips of scenes that it never saw: colours and motions are still there to be measured."""
+    card = package.read_card(TRAINED)
+    assert card["files"] == package.file_facts(TRAINED)
+    size, net = WorldSize(), load_vae(TRAINED / package.VAE_FILE)
+    drawn = make_pool(24, size, seed=7, held_out=True, device=torch.device("cpu"))
+    video = draw(drawn.clips, size)
+    with torch.no_grad():
+        seen = torch.cat([net.decode(net.encode(part)) for part in video.split(4)]).clamp(-1, 1)
+    assert psnr(seen, video).mean() > card["stages"]["vae"]["held_out"]["psnr_db"] - 1
+    right = [v.matches(drawn.scenes[i]) for v, i in zip(classify(seen), drawn.scene_N.tolist(), strict=True)]
+    assert sum(right) >= 22, right
 
 
 def test_latents_are_encoded_once(pool: Any, tmp_path: Path) -> None:
