@@ -407,6 +407,18 @@ def test_going_on_keeps_what_is_not_trained(trained: Path, tmp_path: Path) -> No
         plan("experts", fresh, ["s2v"])  # type: ignore[arg-type]
 
 
+def test_a_kept_vae_stays_on_the_card(tmp_path: Path) -> None:
+    from tiny_wan.stages import Run
+
+    run = Run(
+        out=tmp_path / "out", work=tmp_path / "work", device=torch.device("cpu"), seed=0, size=SMALL, model=NARROW,
+        clips=3, batch=3, vae_batch=2, log_every=1, resume=False, start_from=TRAINED, graphs=False, compile=False,
+        dtype=torch.float32, tasks=("t2v",),
+    )  # fmt: skip
+    kept = package.read_card(TRAINED)["stages"]["vae"]
+    assert run.card["stages"] == {"vae": kept} and run.card["earlier"][-1]["stages"] == {"vae": kept}
+
+
 def test_sampling_switches_experts_and_is_repeatable(encoder: Any) -> None:
     experts = {name: random_model(NARROW.spec(Task.T2V), seed) for seed, name in enumerate(package.EXPERTS)}
     calls: list[str] = []
