@@ -18,7 +18,8 @@ import torch
 from torch import Tensor
 
 import wan_fp8
-from wan_fp8.attention import Attention, AttentionCore, Sparsity, attention_cores
+from wan_fp8.attention import Attention, AttentionCore, Sparsity, Step, attention_cores, sparsity_report
+from wan_fp8.attention.sparse.report import SparseReport
 from wan_fp8.caching import Conditioning, Curve, EasyCache, MagCache, RunPosition, apply_cache, apply_magcache, cache_of
 from wan_fp8.errors import InputError
 from wan_fp8.models.blocks import ForwardOptions
@@ -71,6 +72,13 @@ LAYOUTS: dict[int, dict[str, ParallelDims]] = {
     },
 }
 
+
+SPARSE = (
+    (Task.TI2V, "none", 1, {"coverage": 0.8, "bound": 0.2}),
+    (Task.T2V, "rowwise", 2, {"policy": "density", "density": 0.5, "bound": 0.3, "reuse": 2}),
+    (Task.T2V, "none", 1, {"policy": "window", "density": 0.4, "bound": None}),
+)
+"""Task, recipe, batch and setting of sparse runs."""
 
 CHANNELS = {Task.T2V: (16, 16), Task.I2V: (36, 16), Task.TI2V: (48, 48), Task.ANIMATE: (36, 16), Task.S2V: (16, 16)}
 
@@ -183,7 +191,7 @@ class Video:
         one = [0.0, *[now] * (self.grid[0] - 1)] if self.task == Task.TI2V else now
         return torch.tensor([one] * self.batch, device=DEVICE)[rows]
 
-    def forward(self, model: WanModel, step: int, rows: slice = slice(None), *parts: Conditioning, **options) -> Tensor:
+    def forward(self, model: WanModel, step: int, /, rows: slice = slice(None), *parts: Conditioning, **options) -> Tensor:
         position = None
         if parts:
             position = RunPosition(sigma=SCHEDULE[step], schedule=SCHEDULE, conditionings=parts)
@@ -369,34 +377,46 @@ def check_compiled(dims: ParallelDims) -> None:
     close(velocities[2:], velocities[:1], 1e-7)
 
 
-def check_sparse_attention(dims: ParallelDims) -> None:
-    """Blocks are chosen for the heads of a rank, among all tokens: the same choices as in one process. A ring splits
-    keys and is refused."""
-    sparsity = Sparsity(
-        density=0.5,
-        policy="density",
-        bound=None,
-        skip_first=0.0,
-        skip_last=0.0,
-        skip_first_blocks=0,
-        skip_last_blocks=0,
-    )
-    models = [model_of(Task.TI2V, torch.float64), parallelize(model_of(Task.TI2V, torch.float64), dims)]
-    for model in models:
-        wan_fp8.set_attention(model, Attention(sparsity=sparsity))
-    video = Video(Task.TI2V, 1, (6, 20, 18))  # 540 tokens, 90 of them a first frame: 5 blocks
-    if dims.ring > 1:
-        refused(lambda: video.forward(models[1], 0), "which a ring splits")
-        return
-    theirs, ours = (video.forward(model, 0) for model in models)
-    close([ours], [theirs], 1e-7)
-    whole, part = (next(iter(_core(model).sparse_runs.values())) for model in models)
-    heads = HEADS // dims.ulysses
-    first = heads * _core(models[1]).share[0]
-    assert part.calls[0].density.tolist() == whole.calls[0].density[first : first + heads].tolist()
-    assert 0 < float(part.calls[0].density.mean()) < 1
-    remove_parallel(models[1])
-    assert _core(models[1]).share == (0, 1)
+EVERYWHERE = {"skip_first": 0.0, "skip_last": 0.0, "skip_first_blocks": 0, "skip_last_blocks": 0}
+
+
+def check_sparse_attention(dims: ParallelDims, task: Task, recipe: str, batch: int, **sparsity) -> None:
+    """A run under a bound, measured and moved on the rank that owns a head, and heads that change ranks: the same
+    choices as in one process, to the last block, and one report of all heads."""
+    many = parallelize(model_of(task, torch.float64, recipe), dims)
+    setting = Attention(sparsity=Sparsity(**EVERYWHERE, **sparsity))
+    wan_fp8.set_attention(many, setting)
+    grid = (6, 20, 18)  # 540 tokens, 90 of them a first frame: 5 blocks
+    video = Video(task, batch, grid)
+    ours = [video.forward(many, step, step=Step(step, 4)) for step in range(4)]
+    same_on_every_rank(ours[-1])
+    found = sparsity_report(many)
+    theirs, expected = _sparse_in_one_process(task, recipe, batch, setting)
+    close(ours, theirs, 1e-7)
+    assert found[0].table == expected.table and found[0].answered == expected.answered
+    assert (found[0].heads, found[0].dense_heads) == (expected.heads, expected.dense_heads) == (2 * HEADS, found[0].dense_heads)
+    assert found[0].samples == expected.samples and found[0].ranks == dims.ulysses
+    for step, (mean, worst) in expected.error_by_step.items():
+        assert math.isclose(found[0].error_by_step[step][0], mean, rel_tol=1e-4)
+        assert math.isclose(found[0].error_by_step[step][1], worst, rel_tol=1e-4)
+    assert 0 < found[0].density < 1
+    remove_parallel(many)
+    assert _core(many).share is None and many.gather_findings is None
+
+
+@functools.cache
+def _sparse_in_one_process(task: Task, recipe: str, batch: int, setting: Attention) -> tuple[list[Tensor], SparseReport]:
+    one, video = model_of(task, torch.float64, recipe), Video(task, batch, (6, 20, 18))
+    wan_fp8.set_attention(one, setting)
+    made = [video.forward(one, step, step=Step(step, 4)) for step in range(4)]
+    return made, sparsity_report(one)[0]
+
+
+def check_sparse_is_refused(dims: ParallelDims) -> None:
+    """A ring splits keys."""
+    model = parallelize(model_of(Task.T2V, torch.float32), dims)
+    wan_fp8.set_attention(model, Attention(sparsity=Sparsity(**EVERYWHERE)))
+    refused(lambda: Video(Task.T2V, 1).forward(model, 0), "which a ring splits")
 
 
 def _core(model: WanModel) -> AttentionCore:
@@ -538,6 +558,14 @@ def _cases(ranks: int) -> Iterator[tuple[str, Callable[[], None]]]:
             yield from (_two_ranks(name, dims) if not few else _merged(name, dims))
     if ranks % 2 == 0:
         yield "prompts of a half are kept", partial(check_twin, ranks)
+    for name, dims in LAYOUTS[ranks].items():
+        if dims.ring > 1:
+            yield f"{name}: sparse attention is refused", partial(check_sparse_is_refused, dims)
+        elif dims.ulysses > 1 and dims.shard == dims.cfg == 1:
+            for task, recipe, batch, sparsity in SPARSE if ranks == 2 else SPARSE[:1]:
+                words = ", ".join(f"{key} {value}" for key, value in sparsity.items())
+                case = partial(check_sparse_attention, dims, task, recipe, batch, **sparsity)
+                yield f"{name}: sparse {task} {recipe} batch {batch}, {words}", case
     for frames in (1, 13):
         yield f"VAE, {frames} frames", partial(check_vae, ranks, frames)
     yield "refusals", partial(check_refusals, ranks)
@@ -558,7 +586,6 @@ def _two_ranks(name: str, dims: ParallelDims) -> Iterator[tuple[str, Callable[[]
         yield f"{name}: compiled", partial(check_compiled, dims)
     if dims.sequence > 1:
         yield f"{name}: FP8 attention", partial(check_fp8_attention, dims)
-        yield f"{name}: sparse attention", partial(check_sparse_attention, dims)
         yield f"{name}: NaN", partial(check_nan, dims)
         yield f"{name}: a skipped pass is silent", partial(check_skipped_pass_is_silent, dims)
 

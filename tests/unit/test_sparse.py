@@ -25,6 +25,7 @@ from wan_fp8.attention.sparse.guarantee import STRIKES, HeadControl, Measured, S
 from wan_fp8.attention.sparse.policies.window import distances
 from wan_fp8.attention.sparse.run import SparseRun
 from wan_fp8.attention.sparse.selection import choose
+from wan_fp8.attention.sparse.share import HeadShare
 from wan_fp8.errors import BackendUnavailableError, InputError
 
 HERE = Path(__file__).resolve().parent
@@ -279,12 +280,27 @@ def test_every_head_and_block_gets_its_turn() -> None:
     seen: set[int] = set()
     places = []
     for call in range(400):
-        at = sample(call, 10, 40, CPU)
+        at = sample(call, HeadShare.whole(10), 40, CPU)
         assert len(at.heads) == 3
         seen |= set(at.heads.tolist())
         places += at.query_block[at.heads == 4].tolist()
     assert seen == set(range(10)) and len(set(places)) > 35
-    assert sample(7, 10, 40, CPU, every_head=True).heads.tolist() == list(range(10))
+    assert sample(7, HeadShare.whole(10), 40, CPU, every_head=True).heads.tolist() == list(range(10))
+
+
+def test_ranks_look_together_at_what_one_process_looks_at() -> None:
+    order, alone = [3, 0, 7, 5, 1, 2, 6, 4], 0
+    for call in range(12):
+        for every in (False, True):
+            whole = sample(call, HeadShare.whole(8), 40, CPU, every_head=every)
+            seen = {}
+            for rank in range(4):
+                share = HeadShare.part(order, rank, 4)
+                at = sample(call, share, 40, CPU, every_head=every)
+                seen |= zip((share.heads[n] for n in at.heads), at.query_block.tolist(), strict=True)
+                alone += not at.heads.numel()
+            assert seen == dict(zip(whole.heads.tolist(), whole.query_block.tolist(), strict=True))
+    assert alone, "a rank of two heads has none to look at in some calls"
 
 
 def test_bound_holds_and_diffuse_heads_keep_everything() -> None:
@@ -360,7 +376,7 @@ def test_calibrated_densities_are_used_and_saved() -> None:
     assert counts == [[2, 9], [5, 5]]
     _, other = SparseRun(sparsity, 3, 4).selected(q, k, v, Step(0, 10), None)
     assert bool((other.counts == 10).all()), "a block that the table does not hold"
-    half = SparseRun(sparsity, 0, 1).selected(*(t[:, :, :1] for t in (q, k, v)), Step(0, 10), None, (1, 2))
+    half = SparseRun(sparsity, 0, 1).selected(*(t[:, :, :1] for t in (q, k, v)), Step(0, 10), None, HeadShare((1,), 2))
     assert bool((half[1].counts == 9).all()), "the second of two ranks"
     with pytest.raises(InputError, match="for 2 heads, and this model has 1"):
         SparseRun(sparsity, 0, 1).selected(*(t[:, :, :1] for t in (q, k, v)), Step(0, 10), None)

@@ -100,6 +100,14 @@ class HeadExchange:
         return received.transpose(1, 2).flatten(2, 3)
 
 
+def gather_rows(row: Tensor, group: dist.ProcessGroup, device: torch.device) -> list[Tensor]:
+    """Every rank's ``row``, of lengths that may differ."""
+    length = torch.tensor([row.shape[0]], device=device)
+    lengths = all_gather(length, group).flatten().tolist()
+    padded = torch.nn.functional.pad(row.to(device), (0, max(lengths) - row.shape[0]))
+    return [theirs[:count] for theirs, count in zip(all_gather(padded, group), lengths, strict=True)]
+
+
 def gather(x: Tensor, group: dist.ProcessGroup, dim: int) -> tuple[Tensor, int]:
     """Every rank's ``x``, in rank order along ``dim``, and the bytes sent."""
     return all_gather(x.contiguous(), group).movedim(0, dim).flatten(dim, dim + 1), sent(x, group.size())

@@ -247,7 +247,7 @@ class Remote:
             self._pool.connection.post("begin_run", {"models": [self.name], "loras": recent})
 
     def sparse_reports(self) -> list[ToldReport]:
-        """What sparse attention did in the run that ends, on the heads of rank 0."""
+        """What sparse attention did in the run that ends, on the heads of all ranks."""
         pool = self._pool
         if not self._dirty or pool is None or not pool.alive or self.name not in pool.loaded:
             return []
