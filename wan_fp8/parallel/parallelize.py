@@ -11,7 +11,6 @@ from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 
 from ..attention import AttentionCore
-from ..attention.sparse.share import HeadShare
 from ..errors import InputError
 from ..models.wan import WanModel
 from .dims import RING_AND_SPARSE, Groups, ParallelDims, build_groups
@@ -82,7 +81,6 @@ def parallelize(model: WanModel, dims: ParallelDims, *, device_type: str | None 
             core = attention.get_submodule("inner_attention")
             attention.inner_attention = ParallelCore(core, split)
             if isinstance(core, AttentionCore):
-                core.share = HeadShare.part(range(model.spec.num_heads), groups.ulysses.rank(), dims.ulysses)
                 core.sparse_refusal = RING_AND_SPARSE if dims.ring > 1 else None
     handles = GuidanceParallel(groups, traffic).attach(model) if dims.cfg > 1 else ()
     _reduce_with(model, SharedMaxima(groups) if dims.world > 1 else None)
@@ -114,7 +112,7 @@ def remove_parallel(model: WanModel) -> WanModel:
         if isinstance(attention.inner_attention, ParallelCore):
             core = attention.inner_attention = attention.inner_attention.core
             if isinstance(core, AttentionCore):
-                core.share = core.sparse_refusal = None
+                core.share, core.sparse_refusal = None, None
     _reduce_with(model, None)
     model.gather_findings = model.layout = None
     model.clear_text_cache()

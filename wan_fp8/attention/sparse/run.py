@@ -176,8 +176,21 @@ class SparseRun:
         )
         return SPARSE.resolve(self.sparsity.backend, request).backend
 
-    def settled_until(self, step: int) -> bool:
-        """Whether a choice of an earlier step still serves this one: other heads could not come here."""
+    def known(self) -> Tensor:
+        """[5, N] fp32 of the heads here: the share of the blocks that each kept of late, and the state of its
+        control."""
+        share = self.calls[-1].share
+        late = [call.density for call in self.calls[-2:] if call.share == share]  # both halves of guidance, if apart
+        assert self.control is not None
+        return torch.cat([torch.stack(late).mean(0, keepdim=True), self.control.table()])
+
+    def learnt_elsewhere(self, known_5N: Tensor) -> None:
+        """Go on with other heads, of which this is ``known``."""
+        assert self.control is not None
+        self.control.replace(known_5N[1:])
+
+    def keeps(self, step: int) -> bool:
+        """Whether a choice of an earlier forward still serves this step: the heads must be the same then."""
         return any(0 <= step - chosen < self.sparsity.reuse for chosen, _ in self._kept.values())
 
     def _look(
