@@ -111,7 +111,7 @@ def norm_of_a_large_mean(device: torch.device, dtype: torch.dtype, fused: bool) 
 
 def rms_norm_and_rope(device: torch.device, dtype: torch.dtype, fused: bool) -> None:
     """Full-width RMSNorm with a rotary turn of 128-wide heads, and without one; widths that are no power of two."""
-    for heads, grid, batch in ((3, (2, 3, 2), 2), (1, (1, 1, 1), 1), (2, (3, 1, 5), 1)):
+    for heads, grid, batch in ((3, (2, 3, 2), 2), (1, (1, 1, 1), 1), (4, (3, 1, 5), 1)):
         dim, tokens = heads * 128, grid[0] * grid[1] * grid[2]
         cos, sin = wan.rope_table(wan.grid_positions(grid), 128, torch.float32)
         weight = values(dim, dtype=dtype, device=device, seed=4)
