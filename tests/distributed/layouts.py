@@ -73,10 +73,11 @@ LAYOUTS: dict[int, dict[str, ParallelDims]] = {
 }
 
 
+EVERYWHERE = {"skip_first": 0.0, "skip_last": 0.0, "skip_first_blocks": 0, "skip_last_blocks": 0}
 SPARSE = (
-    (Task.TI2V, "none", 1, {"coverage": 0.8, "bound": 0.2}),
-    (Task.T2V, "rowwise", 2, {"policy": "density", "density": 0.5, "bound": 0.3, "reuse": 2}),
-    (Task.T2V, "none", 1, {"policy": "window", "density": 0.4, "bound": None}),
+    (Task.TI2V, "none", 1, Sparsity(coverage=0.8, bound=0.2, **EVERYWHERE)),
+    (Task.T2V, "rowwise", 2, Sparsity(policy="density", density=0.5, bound=0.3, reuse=2, **EVERYWHERE)),
+    (Task.T2V, "none", 1, Sparsity(policy="window", density=0.4, bound=None, **EVERYWHERE)),
 )
 """Task, recipe, batch and setting of sparse runs."""
 
@@ -129,10 +130,18 @@ def extended_inputs(task: Task, batch: int, grid: tuple[int, int, int], dtype: t
     }
 
 
-def check_extended(dims: ParallelDims, task: Task, recipe: str, batch: int, dtype: torch.dtype = torch.float64) -> None:
+def check_extended(
+    dims: ParallelDims,
+    task: Task,
+    recipe: str,
+    batch: int,
+    dtype: torch.dtype = torch.float64,
+    sparsity: Sparsity | None = None,
+) -> None:
     """Tokens of a rank begin and end inside a latent frame, and of S2V the last rank has few of the video: the same as
-    one process; faces and sounds are encoded once for all steps."""
-    grid = (3, 8, 10)
+    one process; faces and sounds are encoded once for all steps. With sparse attention a rank has some tokens of many
+    frames."""
+    grid = (3, 8, 10) if sparsity is None else (4, 16, 18)
     given, results = extended_inputs(task, batch, grid, dtype), []
     for layout in (None, dims):
         model = model_of(task, dtype, recipe)
@@ -142,12 +151,18 @@ def check_extended(dims: ParallelDims, task: Task, recipe: str, batch: int, dtyp
             model.casual_audio_encoder.weights.data.abs_()
         if layout is not None:
             parallelize(model, layout)
+        if sparsity is not None:
+            wan_fp8.set_attention(model, Attention(sparsity=sparsity))
         video = Video(task, batch, grid)
         made = []
         for step in range(2):
             time, text = video.timestep(step, slice(None)), video.context.to(dtype)
             made.append(model(video.x[step].to(dtype), time, context=text, **given).clone())
         results.append(made)
+        if sparsity is not None:
+            (report,) = sparsity_report(model)
+            assert report.heads == spec(task).num_layers * HEADS and 0 < report.density < 1
+            assert report.ranks == (1 if layout is None else dims.ulysses)
         if task is Task.ANIMATE:
             assert model.motion_encoder.calls == 1
     same_on_every_rank(results[1][-1])
@@ -377,31 +392,30 @@ def check_compiled(dims: ParallelDims) -> None:
     close(velocities[2:], velocities[:1], 1e-7)
 
 
-EVERYWHERE = {"skip_first": 0.0, "skip_last": 0.0, "skip_first_blocks": 0, "skip_last_blocks": 0}
-
-
-def check_sparse_attention(dims: ParallelDims, task: Task, recipe: str, batch: int, **sparsity) -> None:
+def check_sparse_attention(
+    dims: ParallelDims, task: Task, recipe: str, batch: int, sparsity: Sparsity, dtype: torch.dtype = torch.float64
+) -> None:
     """A run under a bound, measured and moved on the rank that owns a head, and heads that change ranks: the same
     choices as in one process, to the last block, and one report of all heads."""
-    many = parallelize(_uneven(task, recipe), dims)
-    setting = Attention(sparsity=Sparsity(**EVERYWHERE, **sparsity))
-    wan_fp8.set_attention(many, setting)
-    grid = (6, 20, 18)  # 540 tokens, 90 of them a first frame: 5 blocks
-    video = Video(task, batch, grid)
+    many = parallelize(_uneven(task, recipe, dtype), dims)
+    wan_fp8.set_attention(many, Attention(sparsity=sparsity))
+    video = Video(task, batch, (6, 20, 18))  # 540 tokens, 90 of them a first frame: 5 blocks
     ours = [video.forward(many, step, step=Step(step, 4)) for step in range(4)]
     same_on_every_rank(ours[-1])
-    found = sparsity_report(many)
-    theirs, expected = _sparse_in_one_process(task, recipe, batch, setting)
-    close(ours, theirs, 1e-7)
-    assert found[0].table == expected.table and found[0].answered == expected.answered
-    assert (found[0].heads, found[0].dense_heads) == (expected.heads, expected.dense_heads) == (2 * HEADS, found[0].dense_heads)
-    assert found[0].samples == expected.samples and found[0].ranks == dims.ulysses
-    for step, (mean, worst) in expected.error_by_step.items():
-        assert math.isclose(found[0].error_by_step[step][0], mean, rel_tol=1e-4)
-        assert math.isclose(found[0].error_by_step[step][1], worst, rel_tol=1e-4)
-    assert 0 < found[0].density < 1
+    (found,) = sparsity_report(many)
+    theirs, expected = _sparse_in_one_process(task, recipe, batch, sparsity, dtype)
+    exact = dtype == torch.float64
+    close(ours, theirs, 1e-7 if exact else 5e-2)  # rounded, a block on the threshold may fall to the other side
+    assert (found.answered, found.heads, found.samples) == (expected.answered, 2 * HEADS, expected.samples)
+    assert found.ranks == dims.ulysses and 0 < found.density < 1
+    assert [row[:2] for row in found.table] == [row[:2] for row in expected.table]
+    for (_, _, here), (_, _, there) in zip(found.table, expected.table, strict=True):
+        assert here == there if exact else sum(abs(a - b) for a, b in zip(here, there, strict=True)) < 0.05 * HEADS
+    for step, numbers in expected.error_by_step.items() if exact else ():
+        assert found.dense_heads == expected.dense_heads
+        assert all(math.isclose(*pair, rel_tol=1e-4) for pair in zip(found.error_by_step[step], numbers, strict=True))
     orders = {block.self_attn.inner_attention.order for block in many.blocks}
-    assert (orders != {tuple(range(HEADS))}) is (sparsity.get("policy") != "window"), "heads that keep more change ranks"
+    assert (orders != {tuple(range(HEADS))}) is (sparsity.policy != "window"), "heads that keep more change ranks"
     many.begin_run()
     assert {block.self_attn.inner_attention.order for block in many.blocks} == {tuple(range(HEADS))}
     assert torch.equal(video.forward(many, 0, step=Step(0, 4)), ours[0]), "a second run begins as the first one did"
@@ -409,18 +423,20 @@ def check_sparse_attention(dims: ParallelDims, task: Task, recipe: str, batch: i
     assert _core(many).share is None and many.gather_findings is None
 
 
-def _uneven(task: Task, recipe: str) -> WanModel:
+def _uneven(task: Task, recipe: str, dtype: torch.dtype) -> WanModel:
     """The first half of the heads looks at little, so that they keep other shares of the blocks than the rest."""
-    model = model_of(task, torch.float64, recipe)
+    model = model_of(task, dtype, recipe)
     for block in model.blocks:
         block.self_attn.norm_q.weight.data[: WIDTH // 2] *= 4
     return model
 
 
 @functools.cache
-def _sparse_in_one_process(task: Task, recipe: str, batch: int, setting: Attention) -> tuple[list[Tensor], SparseReport]:
-    one, video = _uneven(task, recipe), Video(task, batch, (6, 20, 18))
-    wan_fp8.set_attention(one, setting)
+def _sparse_in_one_process(
+    task: Task, recipe: str, batch: int, sparsity: Sparsity, dtype: torch.dtype
+) -> tuple[list[Tensor], SparseReport]:
+    one, video = _uneven(task, recipe, dtype), Video(task, batch, (6, 20, 18))
+    wan_fp8.set_attention(one, Attention(sparsity=sparsity))
     made = [video.forward(one, step, step=Step(step, 4)) for step in range(4)]
     return made, sparsity_report(one)[0]
 
@@ -576,9 +592,8 @@ def _cases(ranks: int) -> Iterator[tuple[str, Callable[[], None]]]:
             yield f"{name}: sparse attention is refused", partial(check_sparse_is_refused, dims)
         elif dims.ulysses > 1 and dims.shard == dims.cfg == 1:
             for task, recipe, batch, sparsity in SPARSE if ranks == 2 else SPARSE[:1]:
-                words = ", ".join(f"{key} {value}" for key, value in sparsity.items())
-                case = partial(check_sparse_attention, dims, task, recipe, batch, **sparsity)
-                yield f"{name}: sparse {task} {recipe} batch {batch}, {words}", case
+                case = partial(check_sparse_attention, dims, task, recipe, batch, sparsity)
+                yield f"{name}: sparse {task} {recipe} batch {batch}, {sparsity.policy}", case
     for frames in (1, 13):
         yield f"VAE, {frames} frames", partial(check_vae, ranks, frames)
     yield "refusals", partial(check_refusals, ranks)
@@ -587,6 +602,11 @@ def _cases(ranks: int) -> Iterator[tuple[str, Callable[[], None]]]:
             recipe, batch = "none" if few else "rowwise", max(dims.cfg, 1)
             for task in EXTENDED:
                 yield f"{name}: {task} {recipe}", partial(check_extended, dims, task, recipe, batch)
+                if dims.ulysses > dims.ring == 1:
+                    # each half of guidance keeps the bound by itself
+                    sparse = Sparsity(coverage=0.7, bound=0.3 if dims.cfg == 1 else None, **EVERYWHERE)
+                    case = partial(check_extended, dims, task, "none", batch, sparsity=sparse)
+                    yield f"{name}: sparse {task} batch {batch}", case
 
 
 def _two_ranks(name: str, dims: ParallelDims) -> Iterator[tuple[str, Callable[[], None]]]:

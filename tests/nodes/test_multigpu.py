@@ -158,7 +158,7 @@ def test_a_model_of_cores_loader_hands_its_weights_over(form: str) -> None:
 def test_sparse_attention_and_its_report(t2v: Any, many: Any, caplog: pytest.LogCaptureFixture) -> None:
     caplog.set_level("INFO", "wan_fp8")
     sparsity = engine("attention.sparse.setting").Sparsity(
-        policy="density", density=0.5, backend="masked", bound=None, skip_first=0.0, skip_last=0.0,
+        policy="density", density=0.5, backend="masked", bound=0.3, skip_first=0.0, skip_last=0.0,
         skip_first_blocks=0, skip_last_blocks=0,
     )  # fmt: skip
     attention = engine("attention").Attention(sparsity=sparsity)
@@ -169,7 +169,13 @@ def test_sparse_attention_and_its_report(t2v: Any, many: Any, caplog: pytest.Log
     assert distance(theirs, ksample(t2v, latent)) > 1e-3
     told = [record.message for record in caplog.records if record.message.startswith("sparse attention (density")]
     assert len(told) == 2 and "self-attentions" in told[0], told
-    assert models[0].model.diffusion_model.sparse_facts[0]["policy"] == "density"
+    of_pool, of_one = (model.model.diffusion_model.sparse_facts[0] for model in models)
+    assert (of_pool["policy"], of_pool["ranks"], of_one["ranks"]) == ("density", 2, 1)
+    for name in ("heads", "heads_dense", "answered", "density_by_step", "density_by_block"):
+        assert of_pool[name] == of_one[name], "the report is about the heads of all ranks"
+    ring = bridge().with_settings(in_pool(t2v, ring=2), attention=attention)
+    with pytest.raises(engine("errors").InputError, match="which a ring splits: use ulysses alone"):
+        ksample(ring, latent)
 
 
 def test_a_cache_and_its_report(t2v: Any, many: Any, caplog: pytest.LogCaptureFixture) -> None:

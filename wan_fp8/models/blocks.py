@@ -127,14 +127,6 @@ class ForwardState:
     order: TokenOrder | None = None
     """How the tokens stand; None: in the frame order."""
 
-    def video_in_frames(self, x: Tensor, video: int) -> Tensor:
-        """The first ``video`` tokens [B, S, ...] in the frame order; what stands behind them is cut off."""
-        return x[:, :video] if self.order is None else self.order.video_in_frames(x)
-
-    def video_in_sequence(self, x: Tensor) -> Tensor:
-        """The reverse: from the frame order to that of the blocks."""
-        return x if self.order is None else self.order.video_in_blocks(x)
-
 
 class TextContext:
     """The prompt as every block's cross-attention sees it: projected once, keys and values kept across steps.

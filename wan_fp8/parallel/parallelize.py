@@ -13,7 +13,7 @@ from torch.utils.hooks import RemovableHandle
 from ..attention import AttentionCore
 from ..errors import InputError
 from ..models.wan import WanModel
-from .dims import RING_AND_SPARSE, Groups, ParallelDims, build_groups
+from .dims import Groups, ParallelDims, build_groups
 from .exchange import Traffic, gather_rows
 from .guidance import GuidanceParallel
 from .ulysses import NAME, ParallelCore, SequenceParallel
@@ -81,7 +81,7 @@ def parallelize(model: WanModel, dims: ParallelDims, *, device_type: str | None 
             core = attention.get_submodule("inner_attention")
             attention.inner_attention = ParallelCore(core, split)
             if isinstance(core, AttentionCore):
-                core.sparse_refusal = RING_AND_SPARSE if dims.ring > 1 else None
+                core.sparse_refusal = dims.sparse_refusal
     handles = GuidanceParallel(groups, traffic).attach(model) if dims.cfg > 1 else ()
     _reduce_with(model, SharedMaxima(groups) if dims.world > 1 else None)
     if dims.world > 1:

@@ -317,7 +317,7 @@ class Remote:
         pool.loaded[self.name] = self.merged
 
     def _check_sparse(self, sparse: bool) -> None:
-        reason = self.dims.sparse_refusal(self.spec.task) if sparse and self.dims is not None else None
+        reason = self.dims.sparse_refusal if sparse and self.dims is not None else None
         if reason is not None:
             raise InputError(reason)
 

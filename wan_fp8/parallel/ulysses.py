@@ -163,12 +163,6 @@ def _part(state: ForwardState, mine: slice) -> ForwardState:
 
 
 def _refuse(state: ForwardState) -> None:
-    if state.task and state.order is not None:
-        raise InputError(
-            "sparse attention puts the tokens into another order, and this model adds "
-            f"{', '.join(sorted(state.task))} frame by frame between its blocks: use cfg alone, without ulysses and "
-            "ring, or attention that is not sparse"
-        )
     if state.options.block_replace or state.options.attention_override is not None:
         raise InputError(
             "another node replaces blocks or the attention of this model, which needs every token: remove it, or use "
