@@ -55,11 +55,12 @@ def s2v(comfy_core: Path, checkpoints: dict[str, Path], tmp_path_factory: pytest
     return loaded("s2v", checkpoints, tmp_path_factory.mktemp("s2v"))
 
 
-def run_animate(parts: dict[str, Any], model: Any, **more: Any) -> Tensor:
+def run_animate(parts: dict[str, Any], model: Any, width: int = 48, height: int = 32, **more: Any) -> Tensor:
     rest = {name: value for name, value in parts.items() if name not in ("model", "many")}
     generator = torch.Generator().manual_seed(5)
     face = torch.rand(5, 512, 512, 3, generator=generator)
-    given = {"reference_image": picture(48, 32), "pose_video": torch.rand(5, 32, 48, 3, generator=generator)}
+    poses = torch.rand(5, height, width, 3, generator=generator)
+    given = {"reference_image": picture(width, height), "pose_video": poses}
     given |= {"face_video": face, "segment": 5, "overlap": 1, "steps": 2}
     return call("WanFP8SampleAnimate", model=model, **rest, **given, **more)[0]
 
@@ -112,13 +113,20 @@ def test_animate_with_sparse_attention(animate: dict[str, Any]) -> None:
     pools, bridge = nodes_kit.module("wan_fp8.parallel.pools"), nodes_kit.module("nodes.bridge")
     topology = nodes_kit.module("wan_fp8.parallel.remote").Topology
     attention = nodes_kit.module("wan_fp8.attention")
-    sparsity = nodes_kit.module("wan_fp8.attention.sparse.setting").Sparsity()
+    sparsity = nodes_kit.module("wan_fp8.attention.sparse.setting").Sparsity(
+        coverage=0.5, bound=None, skip_first=0.0, skip_last=0.0, skip_first_blocks=0, skip_last_blocks=0
+    )
     sparse = bridge.with_settings(animate["model"], attention=attention.Attention(sparsity=sparsity))
     two = pools.PoolSpec(devices=("cpu", "cpu"))
-    for guidance in ({"guidance": 2.0}, {}):
-        alone = run_animate(animate, sparse, **guidance)
-        many = run_animate(animate, bridge.in_pool(sparse, two, topology()), **guidance)
-        assert float((many - alone).abs().max()) < TOLERANCE
+    for guidance, ranks in ((2.0, 1), (1.0, 2)):
+        facts, made = [], []
+        for model in (sparse, bridge.in_pool(sparse, two, topology())):
+            made.append(run_animate(animate, model, 176, 144, guidance=guidance))
+            facts += model.model.diffusion_model.sparse_facts
+        assert float((made[1] - made[0]).abs().max()) < TOLERANCE
+        assert [found["ranks"] for found in facts] == [1, ranks] and facts[0]["density"] < 1
+        for name in ("heads", "heads_dense", "density_by_step", "density_by_block"):
+            assert facts[0][name] == facts[1][name], "the report is about the heads of all ranks"
 
 
 def test_lora_keys_and_saving_know_the_tasks_modules(animate: dict[str, Any], s2v: dict[str, Any]) -> None:
