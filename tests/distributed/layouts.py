@@ -206,7 +206,9 @@ class Video:
         one = [0.0, *[now] * (self.grid[0] - 1)] if self.task == Task.TI2V else now
         return torch.tensor([one] * self.batch, device=DEVICE)[rows]
 
-    def forward(self, model: WanModel, step: int, /, rows: slice = slice(None), *parts: Conditioning, **options) -> Tensor:
+    def forward(
+        self, model: WanModel, step: int, /, rows: slice = slice(None), *parts: Conditioning, **options
+    ) -> Tensor:
         position = None
         if parts:
             position = RunPosition(sigma=SCHEDULE[step], schedule=SCHEDULE, conditionings=parts)

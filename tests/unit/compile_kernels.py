@@ -280,7 +280,9 @@ def cases() -> Iterator[Case]:
         yield linear(f"rms and rope {dtype}", lambda d=dtype: rotate(d), quick, EVERY)
         yield linear(f"rms {dtype}", lambda d=dtype: rotate(d, rope=False), (), EVERY)
         yield linear(f"rms and rope in 8 parts {dtype}", lambda d=dtype: rotate(d, parts=8), (), EVERY)
-        yield linear(f"rms and rope, 8 parts, ordered {dtype}", lambda d=dtype: rotate(d, parts=8, ordered=True), quick, EVERY)
+        yield linear(
+            f"rms and rope, 8 parts, ordered {dtype}", lambda d=dtype: rotate(d, parts=8, ordered=True), quick, EVERY
+        )
 
 
 # ---- compiling -------------------------------------------------------------------------------------------------------

@@ -103,9 +103,7 @@ class FaceFuser(nn.Module):
         """Normed video tokens (those of this rank, padding included) and normed face tokens -> what is added to the
         video, [B, S, D]."""
         tokens = x_BSD.shape[1]
-        here = frames_here(
-            state.first_token, tokens, face_BFKD.shape[1], state.task["tokens_per_frame"], state.order
-        )
+        here = frames_here(state.first_token, tokens, face_BFKD.shape[1], state.task["tokens_per_frame"], state.order)
         if not here.count:
             return torch.zeros_like(x_BSD)
         q = self._normed(self.q_norm, self.linear1_q(x_BSD), state)

@@ -1,9 +1,9 @@
 """Which rank holds which heads while attention is sparse.
 
-Heads keep different shares of the blocks, and an attention over several ranks takes as long as its slowest one. So heads
-change ranks after the first sparse attentions of a run, and again whenever twice as many have passed: each rank holds as
-many as before, and together they keep about as much as those of any other. All ranks decide from the same numbers.
-What is known of a head moves along with it. Between two forwards the host then waits for the GPU once.
+Heads keep different shares of the blocks, and an attention over several ranks takes as long as its slowest one. So
+heads change ranks after the first sparse attentions of a run, and again whenever twice as many have passed: each rank
+holds as many as before, and together they keep about as much as those of any other. All ranks decide from the same
+numbers. What is known of a head moves along with it. Between two forwards the host then waits for the GPU once.
 
 Nothing is copied for it: what is sent is put into parts in any case, and takes heads from another place.
 

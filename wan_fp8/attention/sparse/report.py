@@ -211,7 +211,9 @@ class Seen:
     @classmethod
     def together(cls, ranks: Sequence[Seen]) -> Seen:
         """Of ranks that ran the same attentions, each for its own heads; each waited for the slowest."""
-        times = {kind: [max(each) for each in zip(*(rank.times[kind] for rank in ranks), strict=True)] for kind in KINDS}
+        times = {
+            kind: [max(each) for each in zip(*(rank.times[kind] for rank in ranks), strict=True)] for kind in KINDS
+        }
         seen = cls(ranks[0].answered, times, [])
         for parts in zip(*(rank.calls for rank in ranks), strict=True):
             columns = ([x for part in parts for x in getattr(part, name)] for name in COLUMNS)

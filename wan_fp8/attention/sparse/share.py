@@ -31,7 +31,7 @@ class HeadShare:
         return cls(tuple(order[rank * each : (rank + 1) * each]), len(order))
 
     def among(self, wanted: Sequence[int], device: torch.device) -> tuple[Tensor, Tensor]:
-        """Of the wanted heads those that are here: their places here, and their numbers in the block; each [n] int64."""
+        """Of the wanted heads those that are here: their places, and their numbers in the block; each [n] int64."""
         return _among(self, tuple(wanted), device)
 
 
