@@ -14,7 +14,7 @@ from typing import Any
 import pytest
 import torch
 from tiny_wan import package
-from tiny_wan.autoencoder import _fold_statistics, measure_vae
+from tiny_wan.autoencoder import _fold_statistics, measure_vae, psnr
 from tiny_wan.captions import COLOURS, MOTIONS, SHAPES, Scene, caption, scenes, vocabulary
 from tiny_wan.classify import classify
 from tiny_wan.data import encode_pool, keep_latents, make_pool, read_latents
@@ -253,14 +253,41 @@ def test_the_loss_falls(pool: Any) -> None:
 
 
 def test_colours_pass_through_an_untrained_vae() -> None:
+    """How much of each pixel's colour comes back, with the weights training begins with and with random ones."""
+    from tiny_checkpoint.weights import random_weights
+
+    size = WorldSize(width=64, height=48, frames=5)
+    video = draw(make_pool(12, size, seed=1, held_out=True, device=torch.device("cpu")).clips, size)
     net = WanVAE(VAESpec(dim=8))
-    weights = straight_weights(net, seed=0)
-    assert all(torch.equal(value, weights[name]) for name, value in net.state_dict().items())
-    video = draw(make_pool(32, WorldSize(), seed=1, held_out=True, device=torch.device("cpu")).clips, WorldSize())
+    straight = straight_weights(net, seed=0)
+    assert all(torch.equal(value, straight[name]) for name, value in net.state_dict().items())
+    shapes = {name: tuple(value.shape) for name, value in straight.items()}
+    random = random_weights(shapes, seed=0, part="vae", dtype=torch.float32)
+    hue, seen = video - video.mean(1, keepdim=True), []
+    for weights in (straight, random):
+        net.load_state_dict(weights)
+        with torch.no_grad():
+            back = net.decode(net.encode(video))
+        back = back - back.mean(1, keepdim=True)
+        seen.append(float(torch.corrcoef(torch.stack([hue.flatten(), back.flatten()]))[0, 1]))
+    assert seen[0] > 0.3 and abs(seen[1]) < 0.1, seen
+
+
+TRAINED = PACK / "tools" / "tiny_wan" / "trained"
+
+
+def test_the_trained_vae_shows_what_it_was_given() -> None:
+    """Clips of scenes that it never saw: colours and motions are still there to be measured."""
+    card = package.read_card(TRAINED)
+    assert card["files"] == package.file_facts(TRAINED)
+    size, net = WorldSize(), load_vae(TRAINED / package.VAE_FILE)
+    drawn = make_pool(24, size, seed=7, held_out=True, device=torch.device("cpu"))
+    video = draw(drawn.clips, size)
     with torch.no_grad():
-        seen = net.decode(net.encode(video))
-    hue, seen_hue = (v - v.mean(1, keepdim=True) for v in (video, seen))
-    assert torch.corrcoef(torch.stack([hue.flatten(), seen_hue.flatten()]))[0, 1] > 0.8
+        seen = torch.cat([net.decode(net.encode(part)) for part in video.split(4)]).clamp(-1, 1)
+    assert psnr(seen, video).mean() > card["stages"]["vae"]["held_out"]["psnr_db"] - 1
+    right = [v.matches(drawn.scenes[i]) for v, i in zip(classify(seen), drawn.scene_N.tolist(), strict=True)]
+    assert sum(right) >= 22, right
 
 
 def test_latents_are_encoded_once(pool: Any, tmp_path: Path) -> None:
@@ -342,6 +369,9 @@ def test_the_folder_loads_everywhere(trained: Path, tmp_path: Path, comfy_core: 
             assert model.spec.task == task and model.spec.in_dim == channels and model.spec.num_heads == 1
             stored = package.read_weights(trained / package.expert_file(task, expert))
             assert all(torch.equal(value, stored[name]) for name, value in model.state_dict().items())
+        card = (folder / "README.md").read_text()
+        assert all(facts["sha256"] in card for facts in package.file_facts(folder).values())
+        assert "`train.py all --device cpu" in card and "Apache-2.0" in card and str(trained) not in card
         encoder = load_text_encoder(folder)
         rows = encoder.encode("a red ball rolls to the right")
         assert rows.shape == (1, 512, 4096) and (rows[0].abs().sum(1) > 0).sum() == 8
@@ -368,8 +398,25 @@ def test_going_on_keeps_what_is_not_trained(trained: Path, tmp_path: Path) -> No
     kept = {package.VAE_FILE, *(package.expert_file("i2v", expert) for expert in package.EXPERTS)}
     assert {path.name for path in tmp_path.iterdir()} == kept
     assert all((tmp_path / name).read_bytes() == (trained / name).read_bytes() for name in kept)
+    vae_alone = tmp_path / "vae"
+    vae_alone.mkdir()
+    (vae_alone / package.VAE_FILE).write_bytes((trained / package.VAE_FILE).read_bytes())
+    begun = SimpleNamespace(out=tmp_path, start_from=vae_alone)
+    assert plan("all", begun, ["i2v"]) == ["joint", "i2v_high_noise", "i2v_low_noise"]  # type: ignore[arg-type]
     with pytest.raises(ValueError, match="tasks are t2v, i2v; got s2v"):
         plan("experts", fresh, ["s2v"])  # type: ignore[arg-type]
+
+
+def test_a_kept_vae_stays_on_the_card(tmp_path: Path) -> None:
+    from tiny_wan.stages import Run
+
+    run = Run(
+        out=tmp_path / "out", work=tmp_path / "work", device=torch.device("cpu"), seed=0, size=SMALL, model=NARROW,
+        clips=3, batch=3, vae_batch=2, log_every=1, resume=False, start_from=TRAINED, graphs=False, compile=False,
+        dtype=torch.float32, tasks=("t2v",),
+    )  # fmt: skip
+    kept = package.read_card(TRAINED)["stages"]["vae"]
+    assert run.card["stages"] == {"vae": kept} and run.card["earlier"][-1]["stages"] == {"vae": kept}
 
 
 def test_sampling_switches_experts_and_is_repeatable(encoder: Any) -> None:
