@@ -27,6 +27,7 @@ from wan_fp8.attention.sparse.run import SparseRun
 from wan_fp8.attention.sparse.selection import choose
 from wan_fp8.attention.sparse.share import HeadShare
 from wan_fp8.errors import BackendUnavailableError, InputError
+from wan_fp8.models.over_frames import frames_here
 
 HERE = Path(__file__).resolve().parent
 TRITON = Path(os.environ.get("WAN_FP8_HOST_DIR") or HERE.parents[1] / ".host") / "triton"
@@ -187,7 +188,6 @@ def test_orders_are_permutations(grid: tuple[int, int, int], first_frame: bool, 
     x = torch.randn(2, video + behind + 5, 3)
     assert torch.equal(order.undo(order.apply(x)), x)
     assert torch.equal(order.video_in_frames(order.apply(x)), x[:, :video])
-    assert torch.equal(order.video_in_blocks(x[:, :video]), order.apply(x)[:, :video])
     kept = torch.zeros(order.layout.key_blocks, dtype=torch.bool)
     for start, end in order.layout.kept:
         kept[start:end] = True
@@ -197,6 +197,29 @@ def test_orders_are_permutations(grid: tuple[int, int, int], first_frame: bool, 
         assert torch.equal(order.there[:frame].sort().values, tokens[:frame]) and bool(of_token[:frame].all())
     else:
         assert not of_token[: video // BLOCK * BLOCK].any()
+
+
+@pytest.mark.parametrize("ordered", [False, True])
+def test_the_frames_of_a_part_of_the_tokens(ordered: bool) -> None:
+    """Each frame's tokens come together from wherever they stand, and go back; what stands behind is no frame's."""
+    grid, behind = (5, 12, 10), 40
+    order, per_frame = token_order(grid, behind, True), 120
+    frame = (order.there if ordered else torch.arange(640)).clone() // per_frame
+    for first, tokens in ((0, 640), (0, 213), (213, 213), (426, 214), (610, 30)):
+        here = frames_here(first, tokens, 5, per_frame, order if ordered else None)
+        assert here.count == max(min(first + tokens, 600) - first, 0)
+        if not here.count:
+            continue
+        mine = frame[first : first + here.count]
+        assert (here.first, here.last) == (int(mine.min()), int(mine.max()) + 1)
+        number = torch.arange(2 * here.count).view(2, -1, 1, 1)
+        grouped = here.grouped(number)
+        assert grouped.shape == (2 * (here.last - here.first), here.width, 1, 1)
+        assert torch.equal(here.cut(grouped.flatten(2)), number.flatten(2))
+        rows = here.row_of_token(torch.arange(10).view(2, 5))
+        assert torch.equal(rows, torch.stack([mine, mine + 5]))
+        of_frame = here.cut(torch.arange(here.first, here.last).repeat(2)[:, None, None].expand(-1, here.width, 1))
+        assert torch.equal(of_frame[0, :, 0], mine), "a token stands in its own frame"
 
 
 def test_the_window_knows_near_from_far() -> None:
