@@ -400,6 +400,7 @@ def check_sparse_attention(
     """A run under a bound, measured and moved on the rank that owns a head, and heads that change ranks: the same
     choices as in one process, to the last block, and one report of all heads."""
     many = parallelize(_uneven(task, recipe, dtype), dims)
+    many.stack_wrappers["sequence_parallel"].overlap = recipe == "none"  # else all at once, as compiled blocks send
     wan_fp8.set_attention(many, Attention(sparsity=sparsity))
     video = Video(task, batch, (6, 20, 18))  # 540 tokens, 90 of them a first frame: 5 blocks
     ours = [video.forward(many, step, step=Step(step, 4)) for step in range(4)]
