@@ -1,5 +1,4 @@
-"""Text encoder and VAE in a pool: core's VAE and this process's encoder to the tolerance or the bit, and what goes wrong.
-"""
+"""Text encoder and VAE in a pool: the VAE and the encoder of this process, and what goes wrong."""
 
 from __future__ import annotations
 
@@ -137,7 +136,7 @@ def test_refusals_leave_the_pool_as_it_was(checkpoints: dict[str, Path], many: R
         RemoteTextEncoder(TextSource.of(checkpoints["t2v"]), pool_kit.TWO).encode_prompt("a" * (2**20 + 1))
     connection = many.pool().connection
     for fields in ({"do": "dance"}, {"do": "decode"}, {"do": "encode"}):
-        with pytest.raises(InputError, match="a pool's VAE cannot"):
+        with pytest.raises(InputError, match="a pool's VAE takes one clip"):
             given = {"source": {"type": "VAESource", "fields": {}}, **fields}
             connection.request("vae", given, {"x": torch.zeros(1, 5, 1, 8, 8)}, poll=lambda: None)
     assert torch.equal(many.decode(latents), right) and many.pool().pids == pids
@@ -188,5 +187,3 @@ def test_a_cancelled_decode_leaves_the_pool_as_it_was(many: RemoteVAE) -> None:
         many.poll = before
     assert time.monotonic() - began < 1.0, "a cancelled decode waits for the pool"
     assert torch.equal(many.decode(latents), right) and many.pool() is pool
-
-

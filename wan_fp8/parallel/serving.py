@@ -271,7 +271,7 @@ class Serving:
                     )
 
     def make_room(self, wanted: int) -> list[str]:
-        """Drop the text encoder, and then the models that were used longest ago, until ``wanted`` bytes are free, on the
+        """Drop the text encoder, then the models that were used longest ago, until ``wanted`` bytes are free on the
         fullest rank."""
         evicted = []
         self.parts.yield_to(int(ROOM * wanted))

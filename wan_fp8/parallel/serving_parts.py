@@ -37,11 +37,15 @@ class Rank(Protocol):
     rank: int
     world: int
     handed: dict[str, Tensor]
-    agreed: Callable[[str], AbstractContextManager[None]]
     stage: Callable[[str], None]
-    make_room: Callable[[int], list[str]]
-    free_bytes: Callable[[], int]
-    free: Callable[[], None]
+
+    def agreed(self, what: str) -> AbstractContextManager[None]: ...
+
+    def make_room(self, wanted: int) -> list[str]: ...
+
+    def free_bytes(self) -> int: ...
+
+    def free(self) -> None: ...
 
 
 class Parts:
@@ -179,4 +183,7 @@ def _checked(what: str, x: Tensor) -> tuple[int, int, int]:
     whole = fits and shape[1] == 3 and (shape[2] - 1) % TIME_STRIDE == shape[3] % STRIDE == shape[4] % STRIDE == 0
     if what == "encode" and whole:
         return shape[3] // STRIDE, shape[4] // STRIDE, x.numel()
-    raise InputError(f"a pool's VAE cannot {str(what)[:20]} {shape} of {x.dtype}: one clip, 16 x F x H x W or 3 x T x H x W")
+    raise InputError(
+        f"a pool's VAE takes one clip, 16 x F x H x W to decode or 3 x (4n + 1) x 8H x 8W to encode; asked to "
+        f"{str(what)[:20]} {shape} of {x.dtype}"
+    )

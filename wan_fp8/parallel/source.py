@@ -88,7 +88,7 @@ class TextSource:
         """The file or folder as it lies there now."""
         whole = os.path.abspath(path)
         tokens = None if tokenizer is None else os.path.abspath(tokenizer)
-        stamps = _stamp(Path(whole)) + (() if tokens is None else _stamp(Path(tokens)))
+        stamps = _stamp(Path(whole)) + (() if tokens is None else _stamp(Path(tokens), "*"))
         return cls(path=whole, dtype=dtype, tokenizer=tokens, stamp=stamps)
 
     @property
@@ -97,6 +97,6 @@ class TextSource:
         return os.path.basename(self.path)
 
 
-def _stamp(path: Path) -> tuple[tuple[str, int, int], ...]:
-    files = sorted(path.rglob("*.safetensors")) if path.is_dir() else [path]
+def _stamp(path: Path, pattern: str = "*.safetensors") -> tuple[tuple[str, int, int], ...]:
+    files = sorted(path.rglob(pattern)) if path.is_dir() else [path]
     return tuple((file.name, file.stat().st_size, file.stat().st_mtime_ns) for file in files if file.is_file())
