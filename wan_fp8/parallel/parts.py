@@ -77,7 +77,10 @@ class RemoteVAE(_Part):
         """
         shape = tuple(latents_BCFHW.shape)
         if len(shape) != 5 or shape[1] != LATENT_CHANNELS or 0 in shape:
-            raise InputError(f"the Wan2.1 VAE decodes [clips, 16, frames, rows, columns]; got {shape}")
+            raise InputError(
+                f"the Wan2.1 VAE decodes [clips, 16, frames, rows, columns]; got {shape}: latents of TI2V-5B (48 "
+                "channels) take the Wan2.2 VAE"
+            )
         return self._each("decode", latents_BCFHW)
 
     def _each(self, what: str, clips: Tensor) -> Tensor:

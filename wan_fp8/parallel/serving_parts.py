@@ -16,7 +16,7 @@ from ..models.text_encoder import TextEncoder, load_text_encoder
 from ..models.vae import LATENT_CHANNELS, WanVAE, load_vae
 from . import plain
 from .source import TextSource, VAESource
-from .vae import BYTES_PER_VALUE, MOST_VALUES, STRIDE, TIME_STRIDE, SplitVAE, values_of_a_frame
+from .vae import GROUP_COPIES, MOST_VALUES, STRIDE, TIME_STRIDE, SplitVAE, values_of_a_frame
 from .wire import Json
 
 log = logging.getLogger("wan_fp8")
@@ -97,11 +97,11 @@ class Parts:
         mine = STRIDE * (-(-rows // me.world) if shared else rows)
         one = values_of_a_frame(vae, 1, mine, STRIDE * columns)
         size, whole = x.element_size(), RESULT_COPIES * values * x.element_size()
-        evicted += me.make_room(BYTES_PER_VALUE * one * size + whole)
+        evicted += me.make_room(GROUP_COPIES * one * size + whole)
         if not shared and me.rank:
             return {"evicted": evicted}, {}
         me.stage(f"{what[:-1]}ing a video of {tuple(x.shape[2:])}" + (f" over {me.world} ranks" if shared else ""))
-        room = (self._least_free(shared) - whole) // (BYTES_PER_VALUE * size)
+        room = (self._least_free(shared) - whole) // (GROUP_COPIES * size)
         group = dist.group.WORLD if shared and me.world > 1 else None
         split = SplitVAE(vae, group, max(one, min(room, MOST_VALUES)))
         y = split.encode(x) if what == "encode" else split.decode(x)

@@ -27,9 +27,9 @@ STRIDE = 8
 TIME_STRIDE = 4
 MOST_VALUES = 2**31
 """Of one activation: convolution kernels count in 32 bits."""
-BYTES_PER_VALUE = 4
-"""Memory that a group of frames takes, in bytes of its widest activation: that one, its input with the frames before,
-output, shortcut and a copy of each that is on its way."""
+GROUP_COPIES = 4
+"""Memory that a group of frames takes, as a multiple of its widest activation: that one, its input with the frames
+before, output, shortcut, and a kernel's own."""
 
 
 class SplitVAE:
