@@ -253,14 +253,24 @@ def test_the_loss_falls(pool: Any) -> None:
 
 
 def test_colours_pass_through_an_untrained_vae() -> None:
+    """How much of each pixel's colour comes back, with the weights training begins with and with random ones."""
+    from tiny_checkpoint.weights import random_weights
+
+    size = WorldSize(width=64, height=48, frames=5)
+    video = draw(make_pool(12, size, seed=1, held_out=True, device=torch.device("cpu")).clips, size)
     net = WanVAE(VAESpec(dim=8))
-    weights = straight_weights(net, seed=0)
-    assert all(torch.equal(value, weights[name]) for name, value in net.state_dict().items())
-    video = draw(make_pool(32, WorldSize(), seed=1, held_out=True, device=torch.device("cpu")).clips, WorldSize())
-    with torch.no_grad():
-        seen = net.decode(net.encode(video))
-    hue, seen_hue = (v - v.mean(1, keepdim=True) for v in (video, seen))
-    assert torch.corrcoef(torch.stack([hue.flatten(), seen_hue.flatten()]))[0, 1] > 0.8
+    straight = straight_weights(net, seed=0)
+    assert all(torch.equal(value, straight[name]) for name, value in net.state_dict().items())
+    shapes = {name: tuple(value.shape) for name, value in straight.items()}
+    random = random_weights(shapes, seed=0, part="vae", dtype=torch.float32)
+    hue, seen = video - video.mean(1, keepdim=True), []
+    for weights in (straight, random):
+        net.load_state_dict(weights)
+        with torch.no_grad():
+            back = net.decode(net.encode(video))
+        back = back - back.mean(1, keepdim=True)
+        seen.append(float(torch.corrcoef(torch.stack([hue.flatten(), back.flatten()]))[0, 1]))
+    assert seen[0] > 0.3 and abs(seen[1]) < 0.1, seen
 
 
 def test_latents_are_encoded_once(pool: Any, tmp_path: Path) -> None:
@@ -342,6 +352,9 @@ def test_the_folder_loads_everywhere(trained: Path, tmp_path: Path, comfy_core: 
             assert model.spec.task == task and model.spec.in_dim == channels and model.spec.num_heads == 1
             stored = package.read_weights(trained / package.expert_file(task, expert))
             assert all(torch.equal(value, stored[name]) for name, value in model.state_dict().items())
+        card = (folder / "README.md").read_text()
+        assert all(facts["sha256"] in card for facts in package.file_facts(folder).values())
+        assert "`train.py all --device cpu" in card and "Apache-2.0" in card and str(trained) not in card
         encoder = load_text_encoder(folder)
         rows = encoder.encode("a red ball rolls to the right")
         assert rows.shape == (1, 512, 4096) and (rows[0].abs().sum(1) > 0).sum() == 8
@@ -368,6 +381,11 @@ def test_going_on_keeps_what_is_not_trained(trained: Path, tmp_path: Path) -> No
     kept = {package.VAE_FILE, *(package.expert_file("i2v", expert) for expert in package.EXPERTS)}
     assert {path.name for path in tmp_path.iterdir()} == kept
     assert all((tmp_path / name).read_bytes() == (trained / name).read_bytes() for name in kept)
+    vae_alone = tmp_path / "vae"
+    vae_alone.mkdir()
+    (vae_alone / package.VAE_FILE).write_bytes((trained / package.VAE_FILE).read_bytes())
+    begun = SimpleNamespace(out=tmp_path, start_from=vae_alone)
+    assert plan("all", begun, ["i2v"]) == ["joint", "i2v_high_noise", "i2v_low_noise"]  # type: ignore[arg-type]
     with pytest.raises(ValueError, match="tasks are t2v, i2v; got s2v"):
         plan("experts", fresh, ["s2v"])  # type: ignore[arg-type]
 

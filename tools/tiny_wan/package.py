@@ -93,5 +93,48 @@ def assemble(trained: Path, target: Path, task: str, size: TransformerSize) -> P
     tiny_text.write_tokenizer(partial / "google" / "umt5-xxl", bytes(encoder.pop(SPIECE).tolist()))
     write_weights(partial / TEXT_FILE, encoder)
     (partial / VAE_FILE).write_bytes((trained / VAE_FILE).read_bytes())
+    write_model_card(partial, read_card(trained), task)
     partial.rename(target)
     return target
+
+
+def write_model_card(folder: Path, card: Mapping[str, Any], task: str) -> None:
+    """README.md of a checkpoint folder: what it is, how it was made, how good it is, and its files' hashes."""
+    used = {name: facts for name, facts in card["stages"].items() if name.split("_")[0] in ("vae", "joint", task)}
+    lines = [
+        f"# {folder.name.removesuffix('.partial')}",
+        "",
+        "A Wan2.2 in miniature: architecture, key names and folder layout of the published checkpoint, trained on a",
+        "drawn world of coloured shapes. It makes small videos of what such captions say, and nothing else.",
+        "",
+        f"- License: {card['license']}",
+        f"- Data: {card['data']}",
+        f"- Transformers: {_listed(card['model'])}",
+        f"- Made on {card['date']} with {_listed(card['versions'])} ({card['hardware']}), seed {card['seed']}",
+        "",
+        "| stage | command | steps | seconds | loss at the end |",
+        "| --- | --- | --- | --- | --- |",
+        *(
+            f"| {name} | `train.py {facts['command']}` | {facts['steps']} | {facts['seconds']} | {facts['loss']} |"
+            for name, facts in used.items()
+        ),
+        "",
+    ]
+    if quality := used.get("vae", {}).get("held_out"):
+        lines += [f"VAE on clips that it was not trained on: {quality['psnr_db']} dB.", ""]
+    for name, scores in card.get("evaluation", {}).items():
+        if name.startswith(task):
+            lines.append(
+                f"- {name}: of {scores['captions']} captions {scores['colour_and_motion']:.0%} have their colour and "
+                f"motion, {scores['shape']:.0%} their shape"
+                + (f"; first frame {scores['first_frame_psnr_db']} dB" if "first_frame_psnr_db" in scores else "")
+            )
+    lines += ["", "| file | bytes | SHA-256 |", "| --- | --- | --- |"]
+    for path in sorted(folder.rglob("*.safetensors")):
+        digest = hashlib.sha256(path.read_bytes()).hexdigest()
+        lines.append(f"| {path.relative_to(folder)} | {path.stat().st_size} | `{digest}` |")
+    (folder / "README.md").write_text("\n".join(lines) + "\n")
+
+
+def _listed(facts: Mapping[str, Any]) -> str:
+    return ", ".join(f"{name} {value}" for name, value in facts.items())

@@ -87,11 +87,13 @@ class Run:
             "hardware": torch.cuda.get_device_name(self.device) if self.device.type == "cuda" else platform.machine(),
             "versions": {"python": platform.python_version(), "torch": torch.__version__},
             "date": datetime.date.today().isoformat(),
-            "command": " ".join(sys.argv[1:]),
         }
         if self.start_from is not None:
             earlier = package.read_card(self.start_from)
-            self.card["earlier"] = [*earlier.get("earlier", []), {k: earlier.get(k) for k in ("command", "stages")}]
+            self.card["earlier"] = [
+                *earlier.get("earlier", []),
+                {k: earlier.get(k) for k in ("hardware", "date", "stages")},
+            ]
 
     def state(self, stage: str) -> Path:
         """Where a stage keeps what it needs to go on. Without ``--resume`` an old one is removed."""
@@ -109,6 +111,7 @@ class Run:
         """Put a stage on the card, and the card on disk."""
         last = log.losses[-1][2] if log.losses else None
         self.card["stages"][stage] = {
+            "command": _command(sys.argv[1:]),
             "steps": log.steps,
             "seconds": round(log.seconds, 1),
             "seconds_in_all": round(time.perf_counter() - began, 1),
@@ -143,6 +146,19 @@ class Run:
             flush=True,
         )
         return latents
+
+
+def _command(words: Sequence[str]) -> str:
+    """What was asked for, without the folders of the machine that did it."""
+    kept, skip = [], False
+    for word in words:
+        if not skip and word not in FOLDERS:
+            kept.append(word)
+        skip = word in FOLDERS
+    return " ".join(kept)
+
+
+FOLDERS = ("--out", "--work", "--start-from")
 
 
 def _thinned(losses: list[list[float]], most: int = 120) -> list[list[float]]:
@@ -259,7 +275,8 @@ def plan(stage: str, run: Run, tasks: Sequence[str]) -> list[str]:
         for file in kept:
             if (run.start_from / file).is_file():
                 shutil.copy(run.start_from / file, run.out / file)
-        return experts
+        there = all((run.start_from / package.expert_file(*_parts(name))).is_file() for name in experts)
+        return experts if there else ["joint", *experts]
     return {"all": ["vae", "joint", *experts], "vae": ["vae"], "joint": ["joint"], "experts": experts}.get(stage, [])
 
 
