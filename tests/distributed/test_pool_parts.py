@@ -139,6 +139,10 @@ def test_refusals_leave_the_pool_as_it_was(checkpoints: dict[str, Path], many: R
         with pytest.raises(InputError, match="a pool's VAE takes one clip"):
             given = {"source": {"type": "VAESource", "fields": {}}, **fields}
             connection.request("vae", given, {"x": torch.zeros(1, 5, 1, 8, 8)}, poll=lambda: None)
+    for kind in ("vae", "text"):
+        given = {"source": {"type": "Recipe", "fields": {}}, "do": "decode", "text": "a"}
+        with pytest.raises(InputError, match="Source; got Recipe"):
+            connection.request(kind, given, {"x": latents}, poll=lambda: None)
     assert torch.equal(many.decode(latents), right) and many.pool().pids == pids
 
 

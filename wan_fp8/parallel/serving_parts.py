@@ -5,7 +5,7 @@ from __future__ import annotations
 import logging
 from collections.abc import Callable
 from contextlib import AbstractContextManager
-from typing import Protocol
+from typing import Protocol, TypeVar
 
 import torch
 import torch.distributed as dist
@@ -23,10 +23,13 @@ log = logging.getLogger("wan_fp8")
 
 RESULT_COPIES = 4
 """Of the whole result on each GPU while the ranks' rows are put together."""
+SAFE_SHARE = 0.7
+"""Of the free memory, that groups of frames may fill: what a kernel takes for itself is not known."""
 WORKING_BYTES = 2**29
 """Activations of one prompt of 512 tokens through UMT5-XXL."""
 
 Answer = tuple[Json, dict[str, Tensor]]
+Kind = TypeVar("Kind", TextSource, VAESource)
 
 
 class Rank(Protocol):
@@ -88,7 +91,7 @@ class Parts:
             InputError: no clip.
             CheckpointError: the file is no Wan2.1 VAE.
         """
-        source, what, x, me = plain.from_plain(fields["source"]), fields["do"], tensors["x"], self._rank
+        source, what, x, me = _source(fields, VAESource), fields["do"], tensors["x"], self._rank
         rows, columns, values = _checked(what, x)
         evicted = [] if self._has(source) else self._read_vae(source)
         assert self._vae is not None
@@ -97,15 +100,19 @@ class Parts:
         mine = STRIDE * (-(-rows // me.world) if shared else rows)
         one = values_of_a_frame(vae, 1, mine, STRIDE * columns)
         size, whole = x.element_size(), RESULT_COPIES * values * x.element_size()
+        me.free()  # what forwards left, in pieces of other sizes
         evicted += me.make_room(GROUP_COPIES * one * size + whole)
         if not shared and me.rank:
             return {"evicted": evicted}, {}
         me.stage(f"{what[:-1]}ing a video of {tuple(x.shape[2:])}" + (f" over {me.world} ranks" if shared else ""))
-        room = (self._least_free(shared) - whole) // (GROUP_COPIES * size)
+        room = (int(SAFE_SHARE * self._least_free(shared)) - whole) // (GROUP_COPIES * size)
         group = dist.group.WORLD if shared and me.world > 1 else None
         split = SplitVAE(vae, group, max(one, min(room, MOST_VALUES)))
         y = split.encode(x) if what == "encode" else split.decode(x)
-        return {"evicted": evicted}, {"y": y} if me.rank == 0 else {}
+        found = {"y": y.contiguous()} if me.rank == 0 else {}
+        del y, split
+        me.free()  # gigabytes that others may want
+        return {"evicted": evicted}, found
 
     def run_text(self, fields: Json) -> Answer:
         """Encode one prompt on rank 0.
@@ -113,7 +120,7 @@ class Parts:
         Raises:
             CheckpointError: the file holds no usable text encoder, or came without a tokenizer.
         """
-        source, me = plain.from_plain(fields["source"]), self._rank
+        source, me = _source(fields, TextSource), self._rank
         evicted: list[str] = []
         if self._somebody(me.rank == 0 and (self._encoder is None or self._encoder[0] != source)):
             self._encoder = None
@@ -167,6 +174,17 @@ class Parts:
         if shared:
             dist.all_reduce(room, dist.ReduceOp.MIN, group=self._rank.control)
         return int(room)
+
+
+def _source(fields: Json, kind: type[Kind]) -> Kind:
+    """
+    Raises:
+        InputError: another kind of source.
+    """
+    source = plain.from_plain(fields["source"])
+    if not isinstance(source, kind):
+        raise InputError(f"a pool reads this from a {kind.__name__}; got {type(source).__name__}")
+    return source
 
 
 def _checked(what: str, x: Tensor) -> tuple[int, int, int]:
