@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 import signal
 import threading
@@ -16,9 +17,12 @@ import torch
 from wan_fp8.errors import CheckpointError, InputError, PoolError, WanFP8Error
 from wan_fp8.models.text_encoder import load_text_encoder
 from wan_fp8.models.vae import WanVAE, load_vae
-from wan_fp8.parallel import pools
+from wan_fp8.parallel import plain, pools
 from wan_fp8.parallel.parts import RemoteTextEncoder, RemoteVAE
+from wan_fp8.parallel.serving_parts import Parts
 from wan_fp8.parallel.source import TextSource, VAESource
+from wan_fp8.parallel.vae import SplitVAE, values_of_a_frame
+from wan_fp8.parallel.wire import Message
 
 pytestmark = pytest.mark.timeout(120)
 TOLERANCE = 1e-5
@@ -144,6 +148,72 @@ def test_refusals_leave_the_pool_as_it_was(checkpoints: dict[str, Path], many: R
         with pytest.raises(InputError, match="Source; got Recipe"):
             connection.request(kind, given, {"x": latents}, poll=lambda: None)
     assert torch.equal(many.decode(latents), right) and many.pool().pids == pids
+
+
+class OneRank:
+    """A rank by itself, with as much memory as a test says."""
+
+    device, control, rank, world = torch.device("cpu"), None, 0, 1
+
+    def __init__(self) -> None:
+        self.handed: dict[str, torch.Tensor] = {}
+        self.left, self.asked = 2**40, []
+
+    def stage(self, text: str) -> None:
+        pass
+
+    def agreed(self, what: str) -> contextlib.nullcontext[None]:
+        return contextlib.nullcontext()
+
+    def make_room(self, wanted: int) -> list[str]:
+        self.asked.append(wanted)
+        return ["a model"]
+
+    def free_bytes(self) -> int:
+        return self.left
+
+    def free(self) -> None:
+        pass
+
+
+@pytest.fixture
+def parts(monkeypatch: pytest.MonkeyPatch) -> Parts:
+    monkeypatch.setattr("torch.distributed.all_reduce", lambda *_, **__: None)
+    return Parts(OneRank())
+
+
+def test_the_text_encoder_leaves_for_a_model_that_needs_the_room(checkpoints: dict[str, Path], parts: Parts) -> None:
+    source = plain.to_plain(TextSource.of(checkpoints["t2v"]))
+    found, out = parts.run_text({"source": source, "text": "a"})
+    assert found["evicted"] == ["a model"] and parts._rank.asked[0] > 2**29
+    parts.yield_to(2**39)
+    assert parts.run_text({"source": source, "text": "a"})[0]["evicted"] == [] and len(parts.labels()) == 1
+    parts._rank.left = 2**20
+    parts.yield_to(2**30)
+    assert parts.labels() == []
+    assert torch.equal(parts.run_text({"source": source, "text": "a"})[1]["rows"], out["rows"])
+
+
+def test_groups_of_frames_are_as_large_as_memory_allows(
+    checkpoints: dict[str, Path], one: WanVAE, parts: Parts, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    fields = {"source": plain.to_plain(VAESource.of(checkpoints["t2v"])), "do": "decode"}
+    latents, seen = clips(16, 5, 4, 4), []
+    run = SplitVAE._group_length
+    monkeypatch.setattr(SplitVAE, "_group_length", lambda self, *given: seen.append(run(self, *given)) or seen[-1])
+    least = values_of_a_frame(one, 1, 32, 32) * 4 * 4  # four of them in fp32
+    for left in (2**40, 3 * least / 0.7 + 2**20, 0):
+        parts._rank.left = int(left)
+        y = parts.run_vae(fields, {"x": latents})[1]["y"]
+        assert pool_kit.relative(y, one.decode(latents)) < TOLERANCE
+    assert seen[0] > 4 and seen[1:] == [2, 1] and parts._rank.asked[-1] > least
+
+
+def test_what_left_the_pool_is_known_even_if_nobody_waits_for_the_answer(many: RemoteVAE) -> None:
+    pool = many.pool()
+    pool.loaded |= {"left": "", "stays": ""}
+    pool.connection._enter(Message("answer", {"id": 10**9, "found": [{"evicted": ["left"]}, {}]}))
+    assert pool.loaded.pop("stays") == "" and "left" not in pool.loaded
 
 
 def large() -> torch.Tensor:
