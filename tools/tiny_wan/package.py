@@ -110,12 +110,13 @@ def write_model_card(folder: Path, card: Mapping[str, Any], task: str) -> None:
         f"- License: {card['license']}",
         f"- Data: {card['data']}",
         f"- Transformers: {_listed(card['model'])}",
-        f"- Made on {card['date']} with {_listed(card['versions'])} ({card['hardware']}), seed {card['seed']}",
+        f"- Made on {card['date']} with {_listed(card['versions'])}, seed {card['seed']}",
         "",
-        "| stage | command | steps | seconds | loss at the end |",
-        "| --- | --- | --- | --- | --- |",
+        "| stage | command | on | steps | seconds | loss at the end |",
+        "| --- | --- | --- | --- | --- | --- |",
         *(
-            f"| {name} | `train.py {facts['command']}` | {facts['steps']} | {facts['seconds']} | {facts['loss']} |"
+            f"| {name} | `train.py {facts['command']}` | {facts['hardware']} "
+            f"| {facts['steps']} | {facts['seconds']} | {facts['loss']} |"
             for name, facts in used.items()
         ),
         "",

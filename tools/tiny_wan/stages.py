@@ -84,7 +84,6 @@ class Run:
             ),
             "seed": self.seed,
             "model": {"dim": self.model.dim, "ffn_dim": self.model.ffn_dim, "layers": self.model.num_layers},
-            "hardware": torch.cuda.get_device_name(self.device) if self.device.type == "cuda" else platform.machine(),
             "versions": {"python": platform.python_version(), "torch": torch.__version__},
             "date": datetime.date.today().isoformat(),
         }
@@ -94,6 +93,12 @@ class Run:
                 *earlier.get("earlier", []),
                 {k: earlier.get(k) for k in ("hardware", "date", "stages")},
             ]
+
+    @property
+    def hardware(self) -> str:
+        if self.device.type == "cuda":
+            return torch.cuda.get_device_name(self.device)
+        return f"{torch.get_num_threads()} CPU cores ({platform.machine()})"
 
     def state(self, stage: str) -> Path:
         """Where a stage keeps what it needs to go on. Without ``--resume`` an old one is removed."""
@@ -112,6 +117,7 @@ class Run:
         last = log.losses[-1][2] if log.losses else None
         self.card["stages"][stage] = {
             "command": _command(sys.argv[1:]),
+            "hardware": self.hardware,
             "steps": log.steps,
             "seconds": round(log.seconds, 1),
             "seconds_in_all": round(time.perf_counter() - began, 1),
