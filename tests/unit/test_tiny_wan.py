@@ -14,7 +14,7 @@ from typing import Any
 import pytest
 import torch
 from tiny_wan import package
-from tiny_wan.autoencoder import _fold_statistics, measure_vae
+from tiny_wan.autoencoder import _fold_statistics, measure_vae, psnr
 from tiny_wan.captions import COLOURS, MOTIONS, SHAPES, Scene, caption, scenes, vocabulary
 from tiny_wan.classify import classify
 from tiny_wan.data import encode_pool, keep_latents, make_pool, read_latents
@@ -273,6 +273,23 @@ def test_colours_pass_through_an_untrained_vae() -> None:
     assert seen[0] > 0.3 and abs(seen[1]) < 0.1, seen
 
 
+TRAINED = PACK / "tools" / "tiny_wan" / "trained"
+
+
+def test_the_trained_vae_shows_what_it_was_given() -> None:
+    """Clips of scenes that it never saw: colours and motions are still there to be measured."""
+    card = package.read_card(TRAINED)
+    assert card["files"] == package.file_facts(TRAINED)
+    size, net = WorldSize(), load_vae(TRAINED / package.VAE_FILE)
+    drawn = make_pool(24, size, seed=7, held_out=True, device=torch.device("cpu"))
+    video = draw(drawn.clips, size)
+    with torch.no_grad():
+        seen = torch.cat([net.decode(net.encode(part)) for part in video.split(4)]).clamp(-1, 1)
+    assert psnr(seen, video).mean() > card["stages"]["vae"]["held_out"]["psnr_db"] - 1
+    right = [v.matches(drawn.scenes[i]) for v, i in zip(classify(seen), drawn.scene_N.tolist(), strict=True)]
+    assert sum(right) >= 22, right
+
+
 def test_latents_are_encoded_once(pool: Any, tmp_path: Path) -> None:
     path = tmp_path / "work" / "latents.pt"
     assert read_latents(path, "a", torch.device("cpu")) is None
@@ -388,6 +405,18 @@ def test_going_on_keeps_what_is_not_trained(trained: Path, tmp_path: Path) -> No
     assert plan("all", begun, ["i2v"]) == ["joint", "i2v_high_noise", "i2v_low_noise"]  # type: ignore[arg-type]
     with pytest.raises(ValueError, match="tasks are t2v, i2v; got s2v"):
         plan("experts", fresh, ["s2v"])  # type: ignore[arg-type]
+
+
+def test_a_kept_vae_stays_on_the_card(tmp_path: Path) -> None:
+    from tiny_wan.stages import Run
+
+    run = Run(
+        out=tmp_path / "out", work=tmp_path / "work", device=torch.device("cpu"), seed=0, size=SMALL, model=NARROW,
+        clips=3, batch=3, vae_batch=2, log_every=1, resume=False, start_from=TRAINED, graphs=False, compile=False,
+        dtype=torch.float32, tasks=("t2v",),
+    )  # fmt: skip
+    kept = package.read_card(TRAINED)["stages"]["vae"]
+    assert run.card["stages"] == {"vae": kept} and run.card["earlier"][-1]["stages"] == {"vae": kept}
 
 
 def test_sampling_switches_experts_and_is_repeatable(encoder: Any) -> None:

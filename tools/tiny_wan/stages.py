@@ -89,10 +89,9 @@ class Run:
         }
         if self.start_from is not None:
             earlier = package.read_card(self.start_from)
-            self.card["earlier"] = [
-                *earlier.get("earlier", []),
-                {k: earlier.get(k) for k in ("hardware", "date", "stages")},
-            ]
+            stages = earlier.get("stages", {})
+            self.card["stages"] = {k: v for k, v in stages.items() if k == "vae"} | self.card["stages"]
+            self.card["earlier"] = [*earlier.get("earlier", []), {"date": earlier.get("date"), "stages": stages}]
 
     @property
     def hardware(self) -> str:

@@ -2,12 +2,14 @@
 """Train a tiny Wan2.2 on a drawn world: VAE, T2V and I2V experts, measured at the end. Minutes on one H100.
 
     python tools/tiny_wan/train.py all --minutes 7 --out build/tiny_wan
+    python tools/tiny_wan/train.py all --minutes 4 --out build/tiny_wan --start-from tools/tiny_wan/trained
     python tools/tiny_wan/train.py assemble build/tiny_wan models/wan/Wan2.2-T2V-A14B-tiny --task t2v
 
 ``all`` runs the stages in order; each can be run alone (``text``, ``vae``, ``joint``, ``experts``, ``evaluate``)
 on what the earlier ones left in ``--out``. A stage that was stopped (SIGTERM) goes on with ``--resume``.
 ``all --start-from FOLDER`` keeps the VAE of an earlier training and trains its experts further, or new ones if it has
-none. Without a GPU, in hours: ``--device cpu --dtype bf16 --compile --clips 6144 --vae-batch 6 --batch 64``.
+none; ``tools/tiny_wan/trained`` has a VAE that is good enough. On a CPU add ``--device cpu --dtype bf16 --compile
+--clips 6144 --vae-batch 6 --batch 64``: a quarter of an hour for a VAE on two cores, hours for transformers.
 """
 
 from __future__ import annotations
