@@ -25,6 +25,7 @@ from wan_fp8.parallel.vae import SplitVAE, values_of_a_frame
 from wan_fp8.parallel.wire import Message
 
 pytestmark = pytest.mark.timeout(120)
+TWO = pools.PoolSpec(devices=("cpu",) * 2)
 TOLERANCE = 1e-5
 """fp32, sums in another order."""
 
@@ -42,7 +43,7 @@ def one(checkpoints: dict[str, Path]) -> WanVAE:
 
 @pytest.fixture(scope="module")
 def many(checkpoints: dict[str, Path]) -> RemoteVAE:
-    return RemoteVAE(VAESource.of(checkpoints["t2v"]), pool_kit.TWO)
+    return RemoteVAE(VAESource.of(checkpoints["t2v"]), TWO)
 
 
 def clips(channels: int, frames: int, rows: int, columns: int, count: int = 1) -> torch.Tensor:
@@ -61,7 +62,7 @@ def test_decode_and_encode(one: WanVAE, many: RemoteVAE, frames: int, rows: int,
 
 
 def test_its_type_is_what_it_is_kept_and_computed_in(checkpoints: dict[str, Path], one: WanVAE) -> None:
-    half = RemoteVAE(VAESource.of(checkpoints["t2v"], torch.bfloat16), pool_kit.TWO)
+    half = RemoteVAE(VAESource.of(checkpoints["t2v"], torch.bfloat16), TWO)
     latents = clips(16, 2, 4, 3)
     there = half.decode(latents.bfloat16())
     assert there.dtype == torch.bfloat16
@@ -77,7 +78,7 @@ def test_a_vae_without_a_file_is_handed_over_once(one: WanVAE, many: RemoteVAE) 
         read.append(1)
         return dict(one.state_dict())
 
-    handed, latents = RemoteVAE(VAESource(), pool_kit.TWO, state), clips(16, 2, 4, 3)
+    handed, latents = RemoteVAE(VAESource(), TWO, state), clips(16, 2, 4, 3)
     expected = many.decode(latents)
     for _ in range(2):
         assert torch.equal(handed.decode(latents), expected)
@@ -98,7 +99,7 @@ def test_text_rows_are_the_same_bits(checkpoints: dict[str, Path], dtype: torch.
     torch.set_num_threads(1)  # as a worker on a CPU
     try:
         here = load_text_encoder(checkpoints["t2v"], dtype)
-        there = RemoteTextEncoder(TextSource.of(checkpoints["t2v"], dtype), pool_kit.TWO)
+        there = RemoteTextEncoder(TextSource.of(checkpoints["t2v"], dtype), TWO)
         for text in ("a cat & a dog", "", "word " * 600):
             rows, lost = there.encode_prompt(text)
             assert torch.equal(rows, here.encode_prompt(text)) and lost == here.tokenize(text).lost_tokens
@@ -108,7 +109,7 @@ def test_text_rows_are_the_same_bits(checkpoints: dict[str, Path], dtype: torch.
 
 
 def test_the_encoder_lies_on_rank_0_and_goes_with_the_last_model(checkpoints: dict[str, Path], many: RemoteVAE) -> None:
-    encoder = RemoteTextEncoder(TextSource.of(checkpoints["t2v"]), pool_kit.TWO)
+    encoder = RemoteTextEncoder(TextSource.of(checkpoints["t2v"]), TWO)
     first, _ = encoder.encode_prompt("a")
     many.decode(clips(16, 1, 2, 2))
     connection = many.pool().connection
@@ -133,11 +134,11 @@ def test_refusals_leave_the_pool_as_it_was(checkpoints: dict[str, Path], many: R
     with pytest.raises(InputError, match=r"encodes \[clips, 3"):
         many.encode(clips(3, 1, 12, 8))
     with pytest.raises(CheckpointError, match=r"Wan2\.2 VAE"):
-        RemoteVAE(VAESource.of(checkpoints["ti2v"]), pool_kit.TWO).decode(latents)
+        RemoteVAE(VAESource.of(checkpoints["ti2v"]), TWO).decode(latents)
     with pytest.raises(WanFP8Error, match=r"gone\.safetensors"):
-        RemoteTextEncoder(TextSource.of(tmp_path / "gone.safetensors"), pool_kit.TWO).encode_prompt("a")
+        RemoteTextEncoder(TextSource.of(tmp_path / "gone.safetensors"), TWO).encode_prompt("a")
     with pytest.raises(InputError, match="1048577 characters"):
-        RemoteTextEncoder(TextSource.of(checkpoints["t2v"]), pool_kit.TWO).encode_prompt("a" * (2**20 + 1))
+        RemoteTextEncoder(TextSource.of(checkpoints["t2v"]), TWO).encode_prompt("a" * (2**20 + 1))
     connection = many.pool().connection
     for fields in ({"do": "dance"}, {"do": "decode"}, {"do": "encode"}):
         with pytest.raises(InputError, match="a pool's VAE takes one clip"):
@@ -234,7 +235,7 @@ def test_a_worker_killed_in_a_decode_is_named_and_the_next_one_works(many: Remot
 
     thread = threading.Thread(target=body)
     thread.start()
-    pool_kit.eventually(lambda: "decoding" in pool.connection.ranks[1]["stage"], "the decode did not begin")
+    pool_kit.eventually(lambda: "(9, 48, 48)" in pool.connection.ranks[1]["stage"], "the decode did not begin")
     os.kill(pool.pids[1], signal.SIGKILL)
     thread.join(20)
     assert isinstance(raised[0], PoolError), raised

@@ -100,7 +100,7 @@ class Parts:
         mine = STRIDE * (-(-rows // me.world) if shared else rows)
         one = values_of_a_frame(vae, 1, mine, STRIDE * columns)
         size, whole = x.element_size(), RESULT_COPIES * values * x.element_size()
-        me.free()  # what forwards left, in pieces of other sizes
+        self._give_back()  # what forwards left, in pieces of other sizes
         evicted += me.make_room(GROUP_COPIES * one * size + whole)
         if not shared and me.rank:
             return {"evicted": evicted}, {}
@@ -111,7 +111,7 @@ class Parts:
         y = split.encode(x) if what == "encode" else split.decode(x)
         found = {"y": y.contiguous()} if me.rank == 0 else {}
         del y, split
-        me.free()  # gigabytes that others may want
+        self._give_back()  # gigabytes that others may want
         return {"evicted": evicted}, found
 
     def run_text(self, fields: Json) -> Answer:
@@ -161,6 +161,11 @@ class Parts:
             encoder = load_text_encoder(source.path, source.dtype, me.device, source.tokenizer)
             self._encoder = source, encoder
         return self._encoder[1]
+
+    def _give_back(self) -> None:
+        """Of the GPU's memory, what no tensor is in."""
+        if self._rank.device.type == "cuda":
+            torch.cuda.empty_cache()
 
     def _somebody(self, mine: bool) -> bool:
         """Whether it is so on any rank."""
