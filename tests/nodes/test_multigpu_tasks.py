@@ -40,8 +40,8 @@ def loaded(kind: str, checkpoints: dict[str, Path], folder: Path) -> dict[str, A
         output = call("WanFP8LoadCheckpoint", checkpoint=f"pool_{kind}", weight_dtype="fp32", vae_dtype="fp32")
         model, _, encoder, vae, clip_vision, audio_encoder = output.args
         positive, negative = call("WanFP8TextEncode", text_encoder=encoder, prompt="a fox").args
-        many = call("WanFP8MultiGPU", model=model, gpus="cpu:2", topology="1x2x1")[0]
-    parts = {"model": model, "many": many, "positive": positive, "negative": negative, "vae": vae}
+        many, _, _, there = call("WanFP8MultiGPU", model=model, vae=vae, gpus="cpu:2", topology="1x2x1").args
+    parts = {"model": model, "many": many, "positive": positive, "negative": negative, "vae": vae, "vae_there": there}
     return parts | ({"clip_vision": clip_vision} if kind == "animate" else {"audio_encoder": audio_encoder})
 
 
@@ -55,8 +55,14 @@ def s2v(comfy_core: Path, checkpoints: dict[str, Path], tmp_path_factory: pytest
     return loaded("s2v", checkpoints, tmp_path_factory.mktemp("s2v"))
 
 
+def given_to(model: Any, parts: dict[str, Any]) -> dict[str, Any]:
+    """Everything but the MODEL; one in a pool gets the VAE of the pool as well."""
+    rest = {name: value for name, value in parts.items() if name not in ("model", "many", "vae", "vae_there")}
+    return rest | {"vae": parts["vae_there" if model is parts["many"] else "vae"]}
+
+
 def run_animate(parts: dict[str, Any], model: Any, width: int = 48, height: int = 32, **more: Any) -> Tensor:
-    rest = {name: value for name, value in parts.items() if name not in ("model", "many")}
+    rest = given_to(model, parts)
     generator = torch.Generator().manual_seed(5)
     face = torch.rand(5, 512, 512, 3, generator=generator)
     poses = torch.rand(5, height, width, 3, generator=generator)
@@ -72,7 +78,7 @@ def features(frames: int) -> dict[str, Any]:
 
 
 def run_s2v(parts: dict[str, Any], model: Any, **more: Any) -> Tensor:
-    rest = {name: value for name, value in parts.items() if name not in ("model", "many")}
+    rest = given_to(model, parts)
     given = {"size": "width x height", "width": 64, "height": 64, "clip_frames": 8, "steps": 2}
     given |= {"reference_image": picture(64, 64), "audio_features": features(40)}
     return call("WanFP8SampleS2V", model=model, **rest, **given, **more)[0]
