@@ -249,7 +249,7 @@ class Remote:
             self._pool.connection.post("begin_run", {"models": [self.name], "loras": recent})
 
     def sparse_reports(self) -> list[ToldReport]:
-        """What sparse attention did in the run that ends, on the heads of rank 0."""
+        """What sparse attention did in the run that ends, on the heads of all ranks."""
         pool = self._pool
         if not self._dirty or pool is None or not pool.alive or self.name not in pool.loaded:
             return []
@@ -317,7 +317,7 @@ class Remote:
         pool.loaded[self.name] = self.merged
 
     def _check_sparse(self, sparse: bool) -> None:
-        reason = self.dims.sparse_refusal(self.spec.task) if sparse and self.dims is not None else None
+        reason = self.dims.sparse_refusal if sparse and self.dims is not None else None
         if reason is not None:
             raise InputError(reason)
 

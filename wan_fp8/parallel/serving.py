@@ -205,7 +205,7 @@ class Serving:
         return self.parts.run_text(fields)
 
     def _do_sparse(self, fields: Json, tensors: dict[str, Tensor]) -> Answer:
-        """What sparse attention did in this run on this rank's heads."""
+        """What sparse attention did in this run, on the heads of all ranks."""
         reports = sparsity_report(self._held(fields).model)
         told = [{"facts": r.facts(), "lines": r.lines(), "as_asked": r.as_asked} for r in reports]
         return {"reports": told}, {}

@@ -67,10 +67,6 @@ class TokenOrder:
         """The video's tokens alone, in the frame order."""
         return x.index_select(axis, self.back[: self.video])
 
-    def video_in_blocks(self, x: Tensor, axis: int = 1) -> Tensor:
-        """The video's tokens alone, from the frame order into this one."""
-        return x.index_select(axis, self.there[: self.video])
-
 
 def _taken(x: Tensor, index: Tensor, axis: int) -> Tensor:
     extra = x.shape[axis] - index.shape[0]
