@@ -31,6 +31,7 @@ from wan_fp8.attention.sparse.policies.window import distances
 from wan_fp8.attention.sparse.registry import SparseRequest
 from wan_fp8.attention.sparse.run import SparseRun
 from wan_fp8.attention.sparse.selection import BlockStatistics, choose, estimated_scores, use_fused
+from wan_fp8.attention.sparse.share import HeadShare
 from wan_fp8.errors import BackendUnavailableError
 from wan_fp8.hardware import device_caps
 
@@ -122,7 +123,7 @@ def cost_rows(qkv: list[Tensor], order: TokenOrder, device: str, repeats: int) -
     none = torch.zeros(heads, dtype=torch.int32, device=device)
     chosen = choose(scores, amount, none, "count", order.layout, q.shape[1], BLOCK, fused)
     control = HeadControl(heads, 0.05, 0.1, torch.device(device))
-    at = sample(3, heads, chosen.key_blocks, q.device)
+    at = sample(3, HeadShare.whole(heads), chosen.key_blocks, q.device)
 
     def whole(policy: str) -> None:
         sparsity = Sparsity(policy=policy, density=0.5, bound=None, skip_first=0.0, skip_last=0.0)

@@ -7,6 +7,7 @@ nor runs the encoder.
 
 from __future__ import annotations
 
+import functools
 import logging
 import threading
 from collections import OrderedDict
@@ -17,8 +18,11 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ..wan_fp8.errors import CheckpointError
+from ..wan_fp8.errors import CheckpointError, InputError
 from ..wan_fp8.models.text_encoder import TextEncoder
+from ..wan_fp8.parallel.parts import RemoteTextEncoder
+from ..wan_fp8.parallel.pools import PoolSpec
+from ..wan_fp8.parallel.source import TextSource
 from . import bridge
 
 logger = logging.getLogger("wan_fp8")
@@ -85,10 +89,13 @@ class TextEncoderHandle:
         identity: What the rows depend on besides the prompt: files of weights and tokenizer, their sizes and times,
             storage type.
         name: For messages.
+        source: The same as data, for the processes of a pool.
     """
 
-    def __init__(self, load: Callable[[], TextEncoder], identity: Hashable, name: str) -> None:
-        self._load, self._identity, self._name = load, identity, name
+    def __init__(
+        self, load: Callable[[], TextEncoder], identity: Hashable, name: str, source: TextSource | None = None
+    ) -> None:
+        self._load, self._identity, self._name, self.source = load, identity, name, source
         self._encoder: TextEncoder | None = None
         self._patcher: Any = None
 
@@ -112,6 +119,19 @@ class TextEncoderHandle:
         padded[0, : len(rows)] = rows
         return EncodedPrompt(padded, lost)
 
+    def in_pool(self, pool: PoolSpec) -> TextEncoderHandle:
+        """The same encoder in a pool; rows that are kept here serve both, for they are the same bits.
+
+        Raises:
+            InputError: nobody said where its file lies.
+        """
+        if self.source is None:
+            raise InputError(
+                f"the text encoder {self._name} has no file that a pool's processes could read: connect that of Load "
+                "Wan2.2 Checkpoint to Wan2.2 Multi-GPU"
+            )
+        return PooledTextEncoder(self, RemoteTextEncoder(self.source, pool))
+
     def _run(self, text: str) -> tuple[Tensor, int]:
         encoder = self._loaded_encoder()
         prompt = encoder.tokenize(text)
@@ -125,6 +145,19 @@ class TextEncoderHandle:
             self._patcher = bridge.manage(encoder.model, WORKING_BYTES)
             self._encoder = encoder
         return self._encoder
+
+
+class PooledTextEncoder(TextEncoderHandle):
+    """A text encoder on one GPU of a pool; nothing of it is loaded here."""
+
+    def __init__(self, handle: TextEncoderHandle, remote: RemoteTextEncoder) -> None:
+        super().__init__(handle._load, handle._identity, handle._name, handle.source)
+        self.remote = remote
+        remote.poll, remote.say = bridge.stop_if_cancelled, functools.partial(bridge.say, keep=True)
+
+    def _run(self, text: str) -> tuple[Tensor, int]:
+        rows, lost = self.remote.encode_prompt(text)
+        return rows.to(torch.float32), lost
 
 
 def check_text_encoder(value: object) -> TextEncoderHandle:

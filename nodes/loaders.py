@@ -24,7 +24,7 @@ from ..wan_fp8.errors import CheckpointError
 from ..wan_fp8.models.specs import ModelSpec, Task
 from ..wan_fp8.models.text_encoder import load_text_encoder
 from ..wan_fp8.models.tokenizer import find_tokenizer
-from ..wan_fp8.parallel.source import ModelSource
+from ..wan_fp8.parallel.source import ModelSource, TextSource
 from . import bridge
 from .audio import AudioEncoderHandle
 from .choices import check_choice
@@ -280,6 +280,7 @@ def _text_encoder(chosen: Selection, name: str, choice: str, dtype: torch.dtype,
         load=lambda: load_text_encoder(path, dtype=dtype, device="cpu", tokenizer=tokenizer),
         identity=(stamp(path), dtype, None if used is None else stamp(used)),
         name=path.name,
+        source=TextSource.of(path, dtype, tokenizer),
     )
 
 
@@ -300,7 +301,7 @@ def _vae(chosen: Selection, name: str, choice: str, dtype: torch.dtype | None, s
     if what.kind is not Kind.VAE or what.version is None:
         raise CheckpointError(f"{path.name} is {what.label}: choose the Wan VAE under 'vae'")
     require_vae_version(path.name, what.version, VAE_OF_TASK[spec.task])
-    return bridge.lazy_vae(lambda: load_vae_state_dict(path).state_dict, dtype=dtype)
+    return bridge.lazy_vae(lambda: load_vae_state_dict(path).state_dict, dtype=dtype, path=path, version=what.version)
 
 
 SENSES = (Task.ANIMATE, Task.S2V)

@@ -1,4 +1,5 @@
-"""Nodes for several GPUs: a MODEL that runs in a pool of worker processes, and the end of the pools."""
+"""Nodes for several GPUs: a MODEL, its text encoder and its VAE in a pool of worker processes, and the end of the
+pools."""
 
 from __future__ import annotations
 
@@ -15,8 +16,10 @@ from ..wan_fp8.parallel.outside import TOKEN_VARIABLE, is_loopback, parse_addres
 from ..wan_fp8.parallel.pools import PoolSpec
 from ..wan_fp8.parallel.remote import Topology
 from . import bridge
+from .encoder import check_text_encoder
+from .missing import Missing
 from .notices import node_id, notice
-from .schema import SETTINGS, node_schema
+from .schema import SETTINGS, TextEncoderSocket, node_schema
 from .settings import changed, low_input, model_input, outputs
 
 ALL = "all"
@@ -36,9 +39,10 @@ class WanFP8MultiGPU(io.ComfyNode):
             category=SETTINGS,
             is_experimental=True,
             description="Runs the transformer of a Wan2.2 MODEL on several GPUs, one process each, which read the "
-            "checkpoint themselves. Samplers, previews, cancelling, LoRAs, FP8 recipes, attention and MagCache work "
-            "as on one GPU, before this node or after it. The processes stay between prompts and end with ComfyUI, "
-            "with Stop Wan2.2 Pools, or when no MODEL uses them any more.",
+            "checkpoint themselves; text encoder and VAE too, where they are connected. Samplers, previews, "
+            "cancelling, LoRAs, FP8 recipes, attention and MagCache work as on one GPU, before this node or after it. "
+            "The processes stay between prompts and end with ComfyUI, with Stop Wan2.2 Pools, or when no MODEL uses "
+            "them any more.",
             search_aliases=["multi gpu", "parallel", "ulysses", "xdit", "fsdp", "distributed"],
             inputs=[
                 model_input("Two-expert checkpoints: the high-noise expert here, the other at 'model_low'."),
@@ -75,14 +79,45 @@ class WanFP8MultiGPU(io.ComfyNode):
                     "docs/multi_host.md.",
                 ),
                 low_input(),
+                TextEncoderSocket.Input(
+                    "text_encoder",
+                    optional=True,
+                    tooltip="From Load Wan2.2 Checkpoint, to run on the pool's first GPU, which reads it itself (bf16: "
+                    "11.4 GB); it leaves when a model needs the room. The rows are the same. Default: not connected, "
+                    "it runs in ComfyUI.",
+                ),
+                io.Vae.Input(
+                    "vae",
+                    optional=True,
+                    tooltip="A Wan2.1 VAE, to decode and encode on all GPUs of the pool, each some rows of every "
+                    "frame. Core's VAE Decode and all samplers take it. A Wan2.2 VAE (TI2V-5B) goes through unchanged, "
+                    "and the node says so. Default: not connected, it runs in ComfyUI.",
+                ),
             ],
-            outputs=outputs("in the pool"),
+            outputs=[
+                *outputs("in the pool"),
+                TextEncoderSocket.Output(
+                    display_name="text_encoder",
+                    tooltip="'text_encoder' on one GPU of the pool, for Encode Wan2.2 Prompt.",
+                ),
+                io.Vae.Output(
+                    display_name="vae", tooltip="'vae' over all GPUs of the pool, for VAE Decode and our samplers."
+                ),
+            ],
             hidden=[io.Hidden.unique_id],
         )
 
     @classmethod
     def execute(
-        cls, model: Any, gpus: str, topology: str, weights: str, address: str, model_low: Any = None
+        cls,
+        model: Any,
+        gpus: str,
+        topology: str,
+        weights: str,
+        address: str,
+        model_low: Any = None,
+        text_encoder: Any = None,
+        vae: Any = None,
     ) -> io.NodeOutput:
         pair = model_low is not None and model_low is not model
         chosen = _topology(topology, weights, experts=1 + pair)
@@ -94,7 +129,8 @@ class WanFP8MultiGPU(io.ComfyNode):
         if pair:
             bridge.remote_of(results[1]).pool()
         lines = [f"pool of {pool.world}: {_places(pool)}", str(dims if made is None else made)]
-        return io.NodeOutput(*results, ui=notice(node_id(cls), lines))
+        encoder, decoder = _encoder(text_encoder, spec, pool, lines), _vae(vae, spec, pool, lines)
+        return io.NodeOutput(*results, encoder, decoder, ui=notice(node_id(cls), lines))
 
 
 class WanFP8StopPool(io.ComfyNode):
@@ -131,6 +167,36 @@ class WanFP8StopPool(io.ComfyNode):
         return io.NodeOutput(
             latent, ui=notice(node_id(cls), [f"{count} pools ended" if count != 1 else "1 pool ended"])
         )
+
+
+def _encoder(given: Any, spec: PoolSpec, pool: pools.Pool, lines: list[str]) -> Any:
+    """The text encoder in the pool; one that its loader could not provide goes on as such."""
+    if given is None:
+        return _not_connected("text_encoder", "the text encoder")
+    if isinstance(given, Missing):
+        return given
+    lines.append(f"text encoder: on {_places(pool).split(', ')[0]}")
+    return check_text_encoder(given).in_pool(spec)
+
+
+def _vae(given: Any, spec: PoolSpec, pool: pools.Pool, lines: list[str]) -> Any:
+    """The VAE in the pool, or the one that came in where a pool does not split it, which is said."""
+    if given is None:
+        return _not_connected("vae", "the VAE")
+    if isinstance(given, Missing):
+        return given
+    vae, stays = bridge.vae_in_pool(given, spec)
+    lines.append(
+        stays or f"VAE: rows of every frame over {pool.world} ranks, {str(vae.vae_dtype).removeprefix('torch.')}"
+    )
+    return vae
+
+
+def _not_connected(box: str, what: str) -> Missing:
+    return Missing(
+        f"Wan2.2 Multi-GPU returns '{box}' only when '{box}' is connected to it: connect {what} there, or take it from "
+        "its loader"
+    )
 
 
 def _places(pool: pools.Pool) -> str:

@@ -15,6 +15,7 @@ from .measure import Measured, in_float32, measured, plain
 from .memory import free_host_bytes
 from .recipe import fp8_layers, recipe_of, rounded_again, with_recipe
 from .remote import in_pool, is_remote, remote_of, source_of
+from .remote_vae import vae_in_pool
 from .residency import make_resident, manage
 from .sampling import (
     core_sigmas,
@@ -82,6 +83,7 @@ __all__ = [
     "source_of",
     "spec_of",
     "stop_if_cancelled",
+    "vae_in_pool",
     "where_it_computes",
     "with_recipe",
     "with_settings",

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import contextlib
 from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import comfy.ldm.wan.vae2_2
@@ -40,21 +42,46 @@ def load_vae(weights: Mapping[str, Tensor], *, dtype: torch.dtype | None = None)
     return vae
 
 
-def lazy_vae(read: Callable[[], Mapping[str, Tensor]], *, dtype: torch.dtype | None = None) -> Any:
+@dataclass(frozen=True, slots=True)
+class Declared:
+    """What is known of a VAE without reading it."""
+
+    path: Path
+    version: str
+    """``2.1`` or ``2.2``."""
+    dtype: torch.dtype | None
+    """Computation type; None: core's choice."""
+
+
+def lazy_vae(
+    read: Callable[[], Mapping[str, Tensor]],
+    *,
+    dtype: torch.dtype | None = None,
+    path: Path | None = None,
+    version: str = "",
+) -> Any:
     """A core VAE whose weights are read when something first asks it for anything.
 
     Args:
         read: Gives the weights under the official names; called once.
         dtype: As for ``load_vae``.
+        path: The file that ``read`` reads, so that others can read it for themselves; ``version`` is then its.
     """
-    return _LazyVAE(read, dtype)
+    return _LazyVAE(read, dtype, None if path is None else Declared(path, version, dtype))
+
+
+def declared(vae: Any) -> Declared | None:
+    """What our loader said of a VAE; asking loads nothing. None: another loader's."""
+    return vae.__dict__.get("_declared") if isinstance(vae, _LazyVAE) else None
 
 
 class _LazyVAE(comfy.sd.VAE):
     """Has no attribute of its own until the first one is asked for; then it is what ``load_vae`` makes."""
 
-    def __init__(self, read: Callable[[], Mapping[str, Tensor]], dtype: torch.dtype | None) -> None:
-        self.__dict__["_pending"] = (read, dtype)
+    def __init__(
+        self, read: Callable[[], Mapping[str, Tensor]], dtype: torch.dtype | None, known: Declared | None
+    ) -> None:
+        self.__dict__["_pending"], self.__dict__["_declared"] = (read, dtype), known
 
     def __getattr__(self, name: str) -> Any:
         if name.startswith("__") or "_pending" not in self.__dict__:

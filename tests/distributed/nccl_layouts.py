@@ -9,6 +9,7 @@ from __future__ import annotations
 import dataclasses
 from collections.abc import Callable, Iterator
 from functools import partial
+from unittest import mock
 
 import layouts
 import torch
@@ -54,6 +55,9 @@ def _cases(ranks: int) -> Iterator[tuple[str, Callable[[], None]]]:
         cache = partial(layouts.check_cache, dims, "DelayedScaling", "in_phase", torch.bfloat16)
         yield f"{name}: MagCache DelayedScaling bf16", cache
         yield f"{name}: live LoRA", partial(layouts.check_lora, dims)
+        if dims.ulysses == ranks:
+            for kind in (torch.float64, torch.bfloat16):
+                yield f"{name}: sparse {kind}", partial(_sparse, dims, kind)
         if dims.sequence > 1 and not dims.merge:
             yield f"{name}: FP8 attention", partial(layouts.check_fp8_attention, dims, fp8_attention, dtype)
         for recipe in ("none", "rowwise", "DelayedScaling"):
@@ -63,6 +67,12 @@ def _cases(ranks: int) -> Iterator[tuple[str, Callable[[], None]]]:
             )
 
     yield "VAE", partial(layouts.check_vae, ranks, 13)
+
+
+def _sparse(dims: ParallelDims, dtype: torch.dtype) -> None:
+    """Four heads a rank, so that they can change ranks; in bf16 with the GPU's own block-sparse kernel."""
+    with mock.patch.multiple(layouts, HEADS=4 * dims.world, WIDTH=512 * dims.world):
+        layouts.check_sparse_attention(dims, *layouts.SPARSE[0], dtype)
 
 
 def _fp8_attention() -> tuple[str, torch.dtype]:

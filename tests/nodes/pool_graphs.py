@@ -22,6 +22,18 @@ def graph(prefix: str, gpus: str = "cpu:2", topology: str = "auto", **more: Any)
     return prompt
 
 
+def graph_with_parts(prefix: str, pooled: bool) -> dict[str, Any]:
+    """The same with an image at its end; ``pooled``: text encoder and VAE go through the node as well."""
+    prompt = graph(prefix)
+    prompt["2"]["inputs"]["prompt"] = "a prompt that no other test encodes"
+    prompt["7"] = {"class_type": "VAEDecode", "inputs": {"samples": ["5", 0], "vae": ["1", 3]}}
+    prompt["8"] = {"class_type": "SaveImage", "inputs": {"images": ["7", 0], "filename_prefix": prefix}}
+    if pooled:
+        prompt["9"]["inputs"] |= {"text_encoder": ["1", 2], "vae": ["1", 3]}
+        prompt["2"]["inputs"]["text_encoder"], prompt["7"]["inputs"]["vae"] = ["9", 2], ["9", 3]
+    return prompt
+
+
 def workers(parent: int) -> list[int]:
     """Process ids of the workers below ``parent``."""
     found = []

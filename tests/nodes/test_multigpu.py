@@ -158,18 +158,26 @@ def test_a_model_of_cores_loader_hands_its_weights_over(form: str) -> None:
 def test_sparse_attention_and_its_report(t2v: Any, many: Any, caplog: pytest.LogCaptureFixture) -> None:
     caplog.set_level("INFO", "wan_fp8")
     sparsity = engine("attention.sparse.setting").Sparsity(
-        policy="density", density=0.5, backend="masked", bound=None, skip_first=0.0, skip_last=0.0,
+        policy="density", density=0.5, backend="masked", bound=0.3, skip_first=0.0, skip_last=0.0,
         skip_first_blocks=0, skip_last_blocks=0,
     )  # fmt: skip
     attention = engine("attention").Attention(sparsity=sparsity)
     latent = bridge_kit.empty_latent(size=24)
-    models = [bridge().with_settings(model, attention=attention) for model in (many, t2v)]
-    ours, theirs = (ksample(model, latent) for model in models)
-    close(ours, theirs)
-    assert distance(theirs, ksample(t2v, latent)) > 1e-3
+    results, facts = [], []
+    for model in (many, t2v):
+        sparse = bridge().with_settings(model, attention=attention)
+        results.append(ksample(sparse, latent))
+        facts += sparse.model.diffusion_model.sparse_facts
+    close(*results)
+    assert distance(results[1], ksample(t2v, latent)) > 1e-3
     told = [record.message for record in caplog.records if record.message.startswith("sparse attention (density")]
     assert len(told) == 2 and "self-attentions" in told[0], told
-    assert models[0].model.diffusion_model.sparse_facts[0]["policy"] == "density"
+    assert facts[0]["policy"] == "density" and facts[0]["answered"]["masked"] == 2 * facts[1]["answered"]["masked"]
+    for name in ("heads", "heads_dense", "density_by_step", "density_by_block"):
+        assert facts[0][name] == facts[1][name], "the report is about both halves of guidance"
+    ring = bridge().with_settings(in_pool(t2v, ring=2), attention=attention)
+    with pytest.raises(engine("errors").InputError, match="which a ring splits: use ulysses alone"):
+        ksample(ring, latent)
 
 
 def test_a_cache_and_its_report(t2v: Any, many: Any, caplog: pytest.LogCaptureFixture) -> None:

@@ -48,3 +48,20 @@ def test_a_graph_in_a_pool_is_the_same_graph(client: Client, server: Any) -> Non
     assert torch.equal(latent(client, server, again, gpus=2), ours)
     assert time.monotonic() - began < 20
     run(client, stop)
+
+
+def test_text_encoder_and_vae_in_a_pool(client: Client, server: Any) -> None:
+    """The node says where they run, and decoded frames are those of ComfyUI's own VAE, to a level of a PNG."""
+    import numpy
+    from PIL import Image
+
+    found = []
+    for prefix, pooled in (("parts_pooled", True), ("parts_alone", False)):
+        texts, _ = run(client, pool_graphs.graph_with_parts(prefix, pooled))
+        assert ("VAE: rows of every frame over 2 ranks" in texts["9"][-1]) is pooled
+        assert ("text encoder: on CPU process 0" in texts["9"][-1]) is pooled
+        paths = sorted(Path(server.output).glob(f"{prefix}*.png"))
+        found.append(numpy.stack([numpy.asarray(Image.open(path)).astype(int) for path in paths]))
+    assert found[0].shape == found[1].shape == (5, 32, 32, 3) and found[0].std() > 1
+    assert abs(found[0] - found[1]).max() <= 1
+    run(client, {"1": {"class_type": "WanFP8StopPool", "inputs": {}}})

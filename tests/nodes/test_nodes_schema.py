@@ -73,7 +73,10 @@ CONTRACT = {
     ),
     "WanFP8Doctor": ("self_test", "table json"),
     "WanFP8Preset": ("model preset model_low", "model model_low"),
-    "WanFP8MultiGPU": ("model gpus topology weights address model_low", "model model_low"),
+    "WanFP8MultiGPU": (
+        "model gpus topology weights address model_low text_encoder vae",
+        "model model_low text_encoder vae",
+    ),
     "WanFP8StopPool": ("latent", "latent"),
     "WanFP8Compile": ("model mode dynamic tf32 residual_stream model_low", "model model_low"),
 }

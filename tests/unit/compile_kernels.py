@@ -152,10 +152,11 @@ def norm(stream: torch.dtype, cast: Cast | None, *, modulated=True, rows=False, 
     )  # fmt: skip
 
 
-def rotate(dtype: torch.dtype, rope: bool = True, parts: int = 1):
+def rotate(dtype: torch.dtype, rope: bool = True, parts: int = 1, ordered: bool = False):
     angles = (empty(TOKENS, WIDTH // 2), empty(TOKENS, WIDTH // 2)) if rope else None
     x, gain = empty(1, TOKENS, DIM, dtype=dtype), empty(DIM, dtype=dtype)
-    rms_rope.fused_(x, gain, angles, head_dim=WIDTH, eps=1e-6, parts=parts)
+    heads = empty(DIM // WIDTH, dtype=torch.int64) if ordered else None
+    rms_rope.fused_(x, gain, angles, head_dim=WIDTH, eps=1e-6, parts=parts, heads=heads)
 
 
 def project(granularity: Granularity, rank: int, dtype: torch.dtype = BF16, dim: int = DIM):
@@ -279,6 +280,9 @@ def cases() -> Iterator[Case]:
         yield linear(f"rms and rope {dtype}", lambda d=dtype: rotate(d), quick, EVERY)
         yield linear(f"rms {dtype}", lambda d=dtype: rotate(d, rope=False), (), EVERY)
         yield linear(f"rms and rope in 8 parts {dtype}", lambda d=dtype: rotate(d, parts=8), (), EVERY)
+        yield linear(
+            f"rms and rope, 8 parts, ordered {dtype}", lambda d=dtype: rotate(d, parts=8, ordered=True), quick, EVERY
+        )
 
 
 # ---- compiling -------------------------------------------------------------------------------------------------------

@@ -111,7 +111,7 @@ def norm_of_a_large_mean(device: torch.device, dtype: torch.dtype, fused: bool) 
 
 def rms_norm_and_rope(device: torch.device, dtype: torch.dtype, fused: bool) -> None:
     """Full-width RMSNorm with a rotary turn of 128-wide heads, and without one; widths that are no power of two."""
-    for heads, grid, batch in ((3, (2, 3, 2), 2), (1, (1, 1, 1), 1), (2, (3, 1, 5), 1)):
+    for heads, grid, batch in ((3, (2, 3, 2), 2), (1, (1, 1, 1), 1), (4, (3, 1, 5), 1)):
         dim, tokens = heads * 128, grid[0] * grid[1] * grid[2]
         cos, sin = wan.rope_table(wan.grid_positions(grid), 128, torch.float32)
         weight = values(dim, dtype=dtype, device=device, seed=4)
@@ -133,6 +133,17 @@ def rms_norm_and_rope(device: torch.device, dtype: torch.dtype, fused: bool) -> 
             cut = (rms_rope.fused_ if fused else rms_rope.eager)(x, weight, rope, head_dim=128, eps=1e-6, parts=heads)
             assert cut.is_contiguous() and cut.shape == (batch, heads, tokens, 128)
             assert torch.equal(cut.transpose(1, 2).flatten(2), ours), "the same values in another order"
+            order = [(2 * n + 1) % heads if heads % 2 else heads - 1 - n for n in range(heads)]
+            index, parts = torch.tensor(order, device=device), heads if heads % 2 else heads // 2
+            x = values(batch, tokens, dim, dtype=dtype, device=device, seed=5)
+            moved = (rms_rope.fused_ if fused else rms_rope.eager)(
+                x, weight, rope, head_dim=128, eps=1e-6, parts=parts, heads=index
+            )
+            assert moved.is_contiguous() and moved.shape == (batch, parts, tokens, dim // parts)
+            check(
+                moved.transpose(1, 2).flatten(2), exact.unflatten(2, (heads, 128))[:, :, order].flatten(2),
+                f"rms heads={heads} in the order {order}, {parts} parts",
+            )  # fmt: skip
 
 
 def cast_for_fp8_attention(device: torch.device, dtype: torch.dtype, fused: bool) -> None:

@@ -23,6 +23,7 @@ from wan_fp8.attention.sparse import BLOCK, SPARSE, BlockLayout, Selection, toke
 from wan_fp8.attention.sparse.guarantee import ROWS, kept_blocks, measure, query_rows_of, sample
 from wan_fp8.attention.sparse.registry import register_backends
 from wan_fp8.attention.sparse.selection import BlockStatistics, always_kept, choose, estimated_scores
+from wan_fp8.attention.sparse.share import HeadShare
 
 INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
 DTYPES = (torch.float32, torch.float16 if INTERPRETED else torch.bfloat16)
@@ -214,7 +215,7 @@ def measured_is_exact(device: torch.device, dtype: torch.dtype, fused: bool) -> 
         lost = ~mask.repeat_interleave(BLOCK, 2)[:, :, : q.shape[1]].repeat_interleave(BLOCK, 3)[..., :tokens]
         dropped = (weights * lost).sum(-1)  # [B, N, S]
         for call in range(2 if INTERPRETED else 3):
-            at = sample(call, 4, keys, device, every_head=call == 0)
+            at = sample(call, HeadShare.whole(4), keys, device, every_head=call == 0)
             assert torch.equal(kept_blocks(selection, at), mask[:, at.heads, at.query_block])
             own = measure(q, k, v, None, selection, at, fused)
             given = measure(q, k, v, sparse.to(dtype), selection, at, fused)

@@ -25,7 +25,9 @@ from wan_fp8.attention.sparse.guarantee import STRIKES, HeadControl, Measured, S
 from wan_fp8.attention.sparse.policies.window import distances
 from wan_fp8.attention.sparse.run import SparseRun
 from wan_fp8.attention.sparse.selection import choose
+from wan_fp8.attention.sparse.share import HeadShare
 from wan_fp8.errors import BackendUnavailableError, InputError
+from wan_fp8.models.over_frames import frames_here
 
 HERE = Path(__file__).resolve().parent
 TRITON = Path(os.environ.get("WAN_FP8_HOST_DIR") or HERE.parents[1] / ".host") / "triton"
@@ -186,7 +188,6 @@ def test_orders_are_permutations(grid: tuple[int, int, int], first_frame: bool, 
     x = torch.randn(2, video + behind + 5, 3)
     assert torch.equal(order.undo(order.apply(x)), x)
     assert torch.equal(order.video_in_frames(order.apply(x)), x[:, :video])
-    assert torch.equal(order.video_in_blocks(x[:, :video]), order.apply(x)[:, :video])
     kept = torch.zeros(order.layout.key_blocks, dtype=torch.bool)
     for start, end in order.layout.kept:
         kept[start:end] = True
@@ -196,6 +197,29 @@ def test_orders_are_permutations(grid: tuple[int, int, int], first_frame: bool, 
         assert torch.equal(order.there[:frame].sort().values, tokens[:frame]) and bool(of_token[:frame].all())
     else:
         assert not of_token[: video // BLOCK * BLOCK].any()
+
+
+@pytest.mark.parametrize("ordered", [False, True])
+def test_the_frames_of_a_part_of_the_tokens(ordered: bool) -> None:
+    """Each frame's tokens come together from wherever they stand, and go back; what stands behind is no frame's."""
+    grid, behind = (5, 12, 10), 40
+    order, per_frame = token_order(grid, behind, True), 120
+    frame = (order.there if ordered else torch.arange(640)).clone() // per_frame
+    for first, tokens in ((0, 640), (0, 213), (213, 213), (426, 214), (610, 30)):
+        here = frames_here(first, tokens, 5, per_frame, order if ordered else None)
+        assert here.count == max(min(first + tokens, 600) - first, 0)
+        if not here.count:
+            continue
+        mine = frame[first : first + here.count]
+        assert (here.first, here.last) == (int(mine.min()), int(mine.max()) + 1)
+        number = torch.arange(2 * here.count).view(2, -1, 1, 1)
+        grouped = here.grouped(number)
+        assert grouped.shape == (2 * (here.last - here.first), here.width, 1, 1)
+        assert torch.equal(here.cut(grouped.flatten(2)), number.flatten(2))
+        rows = here.row_of_token(torch.arange(10).view(2, 5))
+        assert torch.equal(rows, torch.stack([mine, mine + 5]))
+        of_frame = here.cut(torch.arange(here.first, here.last).repeat(2)[:, None, None].expand(-1, here.width, 1))
+        assert torch.equal(of_frame[0, :, 0], mine), "a token stands in its own frame"
 
 
 def test_the_window_knows_near_from_far() -> None:
@@ -279,12 +303,27 @@ def test_every_head_and_block_gets_its_turn() -> None:
     seen: set[int] = set()
     places = []
     for call in range(400):
-        at = sample(call, 10, 40, CPU)
+        at = sample(call, HeadShare.whole(10), 40, CPU)
         assert len(at.heads) == 3
         seen |= set(at.heads.tolist())
         places += at.query_block[at.heads == 4].tolist()
     assert seen == set(range(10)) and len(set(places)) > 35
-    assert sample(7, 10, 40, CPU, every_head=True).heads.tolist() == list(range(10))
+    assert sample(7, HeadShare.whole(10), 40, CPU, every_head=True).heads.tolist() == list(range(10))
+
+
+def test_ranks_look_together_at_what_one_process_looks_at() -> None:
+    order, alone = [3, 0, 7, 5, 1, 2, 6, 4], 0
+    for call in range(12):
+        for every in (False, True):
+            whole = sample(call, HeadShare.whole(8), 40, CPU, every_head=every)
+            seen = {}
+            for rank in range(4):
+                share = HeadShare.part(order, rank, 4)
+                at = sample(call, share, 40, CPU, every_head=every)
+                seen |= zip((share.heads[n] for n in at.heads), at.query_block.tolist(), strict=True)
+                alone += not at.heads.numel()
+            assert seen == dict(zip(whole.heads.tolist(), whole.query_block.tolist(), strict=True))
+    assert alone, "a rank of two heads has none to look at in some calls"
 
 
 def test_bound_holds_and_diffuse_heads_keep_everything() -> None:
@@ -360,7 +399,7 @@ def test_calibrated_densities_are_used_and_saved() -> None:
     assert counts == [[2, 9], [5, 5]]
     _, other = SparseRun(sparsity, 3, 4).selected(q, k, v, Step(0, 10), None)
     assert bool((other.counts == 10).all()), "a block that the table does not hold"
-    half = SparseRun(sparsity, 0, 1).selected(*(t[:, :, :1] for t in (q, k, v)), Step(0, 10), None, (1, 2))
+    half = SparseRun(sparsity, 0, 1).selected(*(t[:, :, :1] for t in (q, k, v)), Step(0, 10), None, HeadShare((1,), 2))
     assert bool((half[1].counts == 9).all()), "the second of two ranks"
     with pytest.raises(InputError, match="for 2 heads, and this model has 1"):
         SparseRun(sparsity, 0, 1).selected(*(t[:, :, :1] for t in (q, k, v)), Step(0, 10), None)

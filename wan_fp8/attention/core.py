@@ -20,6 +20,7 @@ from .guard import Verdict, measure_error
 from .sparse.order import BlockLayout
 from .sparse.run import SparseRun
 from .sparse.setting import Sparsity
+from .sparse.share import HeadShare
 
 log = logging.getLogger("wan_fp8")
 
@@ -138,8 +139,8 @@ class AttentionCore(nn.Module):
         """Calls of this run by the backend that answered them, for each low-precision setting."""
         self.layout: BlockLayout | None = None
         """Where the tokens of the forward that is running lie; set by the model while its setting is sparse."""
-        self.share = (0, 1)
-        """Which part of the block's heads come here: (rank, ranks)."""
+        self.share: HeadShare | None = None
+        """Which of the block's heads come here; None: all of them."""
         self.sparse_refusal: str | None = None
         """Why attention cannot be sparse here (its tokens are split); None where it can."""
         self.sparse_runs: dict[Sparsity, SparseRun] = {}

@@ -71,5 +71,7 @@ def attention_report(model: nn.Module) -> list[AttentionReport]:
 
 
 def sparsity_report(model: nn.Module) -> list[SparseReport]:
-    """One report for each sparse setting that was asked for since ``reset_guard``. Waits for the GPU."""
-    return sparse_report(run for core in attention_cores(model) for run in core.sparse_runs.values())
+    """One report for each sparse setting that was asked for since ``reset_guard``. Waits for the GPU; over several
+    ranks it is about the heads of all of them, and every rank must ask for it."""
+    runs = (run for core in attention_cores(model) for run in core.sparse_runs.values())
+    return sparse_report(runs, getattr(model, "gather_findings", None))

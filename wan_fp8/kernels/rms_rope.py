@@ -37,17 +37,26 @@ def eager(
     head_dim: int,
     eps: float,
     parts: int = 1,
+    heads: Tensor | None = None,
 ) -> Tensor:
     """The reference: norm, then turn, then cut. Rounds to the tensor's type in between, as separate operations do."""
     y = rms_norm(x_BSD, weight, eps=eps)
     if rope is not None:
         y = apply_rope(y.unflatten(-1, (-1, head_dim)), *rope).flatten(2)
-    return y if parts == 1 else in_parts(y, parts)
+    return y if parts == 1 else in_parts(y, parts, heads)
 
 
-def in_parts(x_BSD: Tensor, parts: int) -> Tensor:
-    """[B, S, D] -> [B, P, S, D / P], contiguous: the heads that go to each of P ranks lie together."""
-    return x_BSD.unflatten(2, (parts, -1)).transpose(1, 2).contiguous()
+def in_parts(x_BSD: Tensor, parts: int, heads: Tensor | None = None) -> Tensor:
+    """[B, S, D] -> [B, P, S, D / P], contiguous: the heads that go to each of P ranks lie together.
+
+    Args:
+        heads: [N] int64, all heads in the order in which they lie then; None: as they are.
+    """
+    if heads is None:
+        return x_BSD.unflatten(2, (parts, -1)).transpose(1, 2).contiguous()
+    tokens = torch.arange(x_BSD.shape[1], device=x_BSD.device)
+    found = x_BSD.unflatten(2, (heads.shape[0], -1))[:, tokens[None, :, None], heads.view(parts, 1, -1)]
+    return found.flatten(3).contiguous()
 
 
 def fused_(
@@ -58,6 +67,7 @@ def fused_(
     head_dim: int,
     eps: float,
     parts: int = 1,
+    heads: Tensor | None = None,
 ) -> Tensor:
     """One Triton pass over a contiguous [B, S, D] tensor, overwriting it; or, with ``parts`` P, into a new tensor
     [B, P, S, D / P].
@@ -68,7 +78,7 @@ def fused_(
         rope: cosine and sine [S, E/2] fp32, or None to norm only (cross-attention).
         head_dim: E.
         eps: added to the mean square.
-        parts: as ``in_parts`` has it.
+        parts, heads: as ``in_parts`` has them; ``heads`` with ``parts`` only.
     """
     import triton
 
@@ -76,12 +86,13 @@ def fused_(
 
     batch, tokens, dim = x_BSD.shape
     assert x_BSD.is_contiguous() and weight.is_contiguous()
+    assert heads is None or parts > 1, "heads change places where the row is cut"
     cos, sin = (None, None) if rope is None else rope
     block = triton.next_power_of_2(dim)
     out = x_BSD if parts == 1 else x_BSD.new_empty(batch, parts, tokens, dim // parts)
     rms_rope_kernel[(batch * tokens,)](
-        x_BSD, out, weight, cos, sin, tokens, dim, EPS=eps,
-        HEAD_DIM=head_dim, ROPE=rope is not None, PARTS=parts, BLOCK=block, num_warps=min(8, max(1, block // 1024)),
+        x_BSD, out, weight, cos, sin, heads, tokens, dim, EPS=eps, HEAD_DIM=head_dim, ROPE=rope is not None,
+        PARTS=parts, ORDERED=heads is not None, BLOCK=block, num_warps=min(8, max(1, block // 1024)),
     )  # fmt: skip
     return out
 

@@ -103,16 +103,16 @@ class FaceFuser(nn.Module):
         """Normed video tokens (those of this rank, padding included) and normed face tokens -> what is added to the
         video, [B, S, D]."""
         tokens = x_BSD.shape[1]
-        here = frames_here(state.first_token, tokens, face_BFKD.shape[1], state.task["tokens_per_frame"])
+        here = frames_here(state.first_token, tokens, face_BFKD.shape[1], state.task["tokens_per_frame"], state.order)
         if not here.count:
             return torch.zeros_like(x_BSD)
         q = self._normed(self.q_norm, self.linear1_q(x_BSD), state)
-        q = here.grouped(state.video_in_frames(q, here.count))
+        q = here.grouped(q[:, : here.count])
         k, v = self.linear1_kv(face_BFKD[:, here.first : here.last]).chunk(2, dim=-1)
         k = self._normed(self.k_norm, k.flatten(0, 1).contiguous(), state)
         v = v.flatten(0, 1).unflatten(-1, (self.num_heads, self.head_dim))
         y = self.inner_attention(q, k, v, state.options.attention, state.options.step)
-        y = state.video_in_sequence(here.back(y.flatten(2)))
+        y = here.cut(y.flatten(2))
         return self.linear2(F.pad(y, (0, 0, 0, tokens - here.count)) if tokens > here.count else y)
 
     def _normed(self, norm: NormWeight, x_BSD: Tensor, state: ForwardState) -> Tensor:

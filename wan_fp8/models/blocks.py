@@ -91,6 +91,9 @@ class HeadExchange(Protocol):
     ranks: int
     """P: how many ranks share the heads; n = N / P of them each."""
 
+    def heads_of(self, core: nn.Module) -> Tensor | None:
+        """[N] int64: the heads of this attention in the order in which they go to the ranks; None: as they are."""
+
     def send(self, x_BPSnE: Tensor) -> Tensor:
         """[B, P, S, n, E] of this rank's tokens begin to move; the result [B, P * S, n, E], of this rank's heads, may
         be read by nobody but ``inner_attention``, which waits for it."""
@@ -123,14 +126,6 @@ class ForwardState:
     """Nobody needs the tokens before the first block as they are: sums may be written over them."""
     order: TokenOrder | None = None
     """How the tokens stand; None: in the frame order."""
-
-    def video_in_frames(self, x: Tensor, video: int) -> Tensor:
-        """The first ``video`` tokens [B, S, ...] in the frame order; what stands behind them is cut off."""
-        return x[:, :video] if self.order is None else self.order.video_in_frames(x)
-
-    def video_in_sequence(self, x: Tensor) -> Tensor:
-        """The reverse: from the frame order to that of the blocks."""
-        return x if self.order is None else self.order.video_in_blocks(x)
 
 
 class TextContext:
@@ -247,12 +242,13 @@ def normed_heads(
     head_dim: int,
     eps: float,
     parts: int = 1,
+    heads: Tensor | None = None,
 ) -> Tensor:
     """Full-width RMSNorm with the module's gain and, with ``rope``, the rotary turn: [B, S, D] -> [B, S, N, E], or with
-    ``parts`` P [B, P, S, N / P, E]. May overwrite ``x``."""
+    ``parts`` P [B, P, S, N / P, E], in the order of ``heads``. May overwrite ``x``."""
     weight, bias, handle = norm.fetch(x_BSD)
     run = rms_rope.fused_ if state.fused else rms_rope.eager
-    y = run(x_BSD, weight, rope, head_dim=head_dim, eps=eps, parts=parts)
+    y = run(x_BSD, weight, rope, head_dim=head_dim, eps=eps, parts=parts, heads=heads)
     norm.release(weight, bias, handle)
     return y.unflatten(-1, (-1, head_dim))
 
@@ -319,11 +315,11 @@ class SelfAttention(Attention):
     def _project_and_send(
         self, x_BSD: Tensor | QuantizedActivation, state: ForwardState, exchange: HeadExchange
     ) -> tuple[Tensor, Tensor, Tensor]:
-        parts = exchange.ranks
-        v = exchange.send(rms_rope.in_parts(self.v(x_BSD), parts).unflatten(-1, (-1, self.head_dim)))
-        k = normed_heads(self.norm_k, self.k(x_BSD), state.rope, state, self.head_dim, self.eps, parts)
+        parts, heads = exchange.ranks, exchange.heads_of(self.inner_attention)
+        v = exchange.send(rms_rope.in_parts(self.v(x_BSD), parts, heads).unflatten(-1, (-1, self.head_dim)))
+        k = normed_heads(self.norm_k, self.k(x_BSD), state.rope, state, self.head_dim, self.eps, parts, heads)
         k = exchange.send(k)
-        q = normed_heads(self.norm_q, self.q(x_BSD), state.rope, state, self.head_dim, self.eps, parts)
+        q = normed_heads(self.norm_q, self.q(x_BSD), state.rope, state, self.head_dim, self.eps, parts, heads)
         return exchange.send(q), k, v
 
 

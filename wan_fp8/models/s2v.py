@@ -105,7 +105,7 @@ class Injector(Attention):
         k = normed_heads(self.norm_k, self.k(audio), None, state, self.head_dim, self.eps)
         v = self.heads(self.v(audio))
         y = self.inner_attention(here.grouped(q), k, v, state.options.attention, state.options.step)
-        return self.o(here.back(y.flatten(2)))
+        return self.o(here.cut(y.flatten(2)))
 
 
 class AudioInjector(nn.Module):
@@ -221,18 +221,17 @@ class S2VModel(WanModel):
         tokens, first = stream.settled().shape[1], state.first_token
         frame_of_token = state.task["frame_of_token"]
         frames = frame_of_token.shape[1]
-        here = frames_here(first, tokens, frames, state.task["video_tokens"] // frames)
+        here = frames_here(first, tokens, frames, state.task["video_tokens"] // frames, state.order)
         if not here.count:  # this rank has none of the video
             return stream
         whole, parts = audio
         injector = self.audio_injector.injector[number]
         assert isinstance(injector, Injector)
         table = self.audio_injector.injector_adain_layers[number](whole, state.compute_dtype, self.high_dtype)
-        row = frame_of_token.repeat_interleave(here.per_frame, dim=1)[:, first : first + here.count]
-        row = F.pad(state.video_in_sequence(row), (0, tokens - here.count))
+        row = F.pad(here.row_of_token(frame_of_token), (0, tokens - here.count))
         normed = stream.normed_by(table, row, state.compute_dtype, ADAIN_EPS)
-        heard = injector.hear(state.video_in_frames(normed, here.count).contiguous(), parts, here, state)
-        stream.add(F.pad(state.video_in_sequence(heard), (0, 0, 0, tokens - here.count)), None)
+        heard = injector.hear(normed[:, : here.count].contiguous(), parts, here, state)
+        stream.add(F.pad(heard, (0, 0, 0, tokens - here.count)), None)
         return stream
 
     def _time_rows(

@@ -144,6 +144,8 @@ class WanModel(nn.Module):
         """Set by ``apply_recipe``."""
         self.amax_reduction: AmaxReduction | None = None
         """Set by ``parallelize``: how maxima are agreed on; whoever sets ``quantization`` hands it on."""
+        self.gather_findings: Callable[[Tensor], list[list[Tensor]]] | None = None
+        """Set by ``parallelize``: every rank's row of bytes, by half of guidance; all ranks must call it."""
         self.layout: object | None = None
         """Set by ``parallelize``: what it attached."""
         self.fixed_weights: str | None = None

@@ -53,6 +53,8 @@ class Connection:
         self.ranks: list[Json] = []
         """Place, stage and memory of every rank, as of the last heartbeat."""
         self.notice: Callable[[str], None] = log.info
+        self.evicted: Callable[[list[str]], None] = _nothing
+        """Told by the reading thread which models had to leave the pool for what was asked, answered or given up."""
         self.busy_with: str | None = None
         """Kind of the request that is waited for."""
         for body in (self._read, self._watch):
@@ -198,6 +200,8 @@ class Connection:
 
     def _enter(self, message: Message) -> None:
         number = message.fields["id"]
+        if message.kind == "answer" and message.fields["found"]:
+            self.evicted(message.fields["found"][0].get("evicted", []))
         with self._lock:
             if number in self._answers:
                 self._answers[number] = message
@@ -211,3 +215,7 @@ def _result(answer: Message) -> tuple[list[Json], dict[str, Tensor]]:
         kind = getattr(errors, answer.fields["type"], errors.WanFP8Error)
         raise kind(answer.fields["message"])
     return answer.fields["found"], answer.tensors
+
+
+def _nothing(names: list[str]) -> None:
+    pass

@@ -11,7 +11,7 @@ import torch.distributed as dist
 from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 
 from ..errors import InputError
-from ..models.specs import ModelSpec, Task
+from ..models.specs import ModelSpec
 
 RING_AND_SPARSE = (
     "sparse attention chooses blocks among all queries and keys of a head, which a ring splits: use ulysses alone, or "
@@ -62,16 +62,10 @@ class ParallelDims:
         """Ranks that share the tokens of one sequence."""
         return self.ulysses * self.ring
 
-    def sparse_refusal(self, task: Task) -> str | None:
-        """Why attention of a model of this task cannot be sparse in this layout; None where it can."""
-        if self.ring > 1:
-            return RING_AND_SPARSE
-        if self.sequence > 1 and task in (Task.ANIMATE, Task.S2V):
-            return (
-                f"sparse attention puts the tokens into another order, and {task} models add faces or sound frame by "
-                f"frame between their blocks: {self} splits the tokens, so use cfg alone, or turn sparsity off"
-            )
-        return None
+    @property
+    def sparse_refusal(self) -> str | None:
+        """Why attention cannot be sparse in this layout; None where it can."""
+        return RING_AND_SPARSE if self.ring > 1 else None
 
     def __str__(self) -> str:
         weights = "replicated" if self.shard == 1 else f"sharded over {self.shard}"

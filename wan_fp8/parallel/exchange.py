@@ -11,7 +11,7 @@ from typing import Protocol
 
 import torch
 import torch.distributed as dist
-from torch import Tensor
+from torch import Tensor, nn
 
 
 @dataclass(slots=True)
@@ -90,14 +90,35 @@ class HeadExchange:
                 work.wait()
         self._under_way.clear()
 
-    def back(self, x_BSHE: Tensor) -> Tensor:
-        """The way back, at once: [B, P * C, h, E] -> [B, C, N, E]."""
+    @staticmethod
+    def heads_of(core: nn.Module) -> Tensor | None:
+        """[N] int64: the heads of a block's attention in the order in which they go to the ranks; None: as they
+        are."""
+        return core.heads  # type: ignore[return-value]
+
+    def back(self, x_BSHE: Tensor, places: Tensor | None = None) -> Tensor:
+        """The way back, at once: [B, P * C, h, E] -> [B, C, N, E].
+
+        Args:
+            places: [N] int64, where each head lies among those of all ranks, if they went in an order of their own.
+        """
         send = x_BSHE.contiguous().unflatten(1, (self.ranks, -1))
         received, works = all_to_all(send, self._group)
         self._under_way.append((works, send))
         self._traffic.heads += sent(send[:, 0], self.ranks)
         self.wait()
-        return received.transpose(1, 2).flatten(2, 3)
+        if places is None:
+            return received.transpose(1, 2).flatten(2, 3)
+        tokens, each = torch.arange(received.shape[2], device=received.device), received.shape[3]
+        return received[:, (places // each)[None], tokens[:, None], (places % each)[None]]
+
+
+def gather_rows(row: Tensor, group: dist.ProcessGroup, device: torch.device) -> list[Tensor]:
+    """Every rank's ``row``, of lengths that may differ."""
+    length = torch.tensor([row.shape[0]], device=device)
+    lengths = all_gather(length, group).flatten().tolist()
+    padded = torch.nn.functional.pad(row.to(device), (0, max(lengths) - row.shape[0]))
+    return [theirs[:count] for theirs, count in zip(all_gather(padded, group), lengths, strict=True)]
 
 
 def gather(x: Tensor, group: dist.ProcessGroup, dim: int) -> tuple[Tensor, int]:

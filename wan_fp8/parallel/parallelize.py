@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import functools
 from dataclasses import dataclass
 
+import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
@@ -11,8 +13,8 @@ from torch.utils.hooks import RemovableHandle
 from ..attention import AttentionCore
 from ..errors import InputError
 from ..models.wan import WanModel
-from .dims import RING_AND_SPARSE, Groups, ParallelDims, build_groups
-from .exchange import Traffic
+from .dims import Groups, ParallelDims, build_groups
+from .exchange import Traffic, gather_rows
 from .guidance import GuidanceParallel
 from .ulysses import NAME, ParallelCore, SequenceParallel
 
@@ -67,7 +69,8 @@ def parallelize(model: WanModel, dims: ParallelDims, *, device_type: str | None 
         return model
     dims.check(model.spec)
     _check_weights(model)
-    groups = build_groups(dims, device_type or next(model.parameters()).device.type)
+    device_type = device_type or next(model.parameters()).device.type
+    groups = build_groups(dims, device_type)
     remove_parallel(model)
     traffic = Traffic()
     if dims.sequence > 1:
@@ -78,10 +81,11 @@ def parallelize(model: WanModel, dims: ParallelDims, *, device_type: str | None 
             core = attention.get_submodule("inner_attention")
             attention.inner_attention = ParallelCore(core, split)
             if isinstance(core, AttentionCore):
-                core.share = (groups.ulysses.rank(), dims.ulysses)
-                core.sparse_refusal = RING_AND_SPARSE if dims.ring > 1 else None
+                core.sparse_refusal = dims.sparse_refusal
     handles = GuidanceParallel(groups, traffic).attach(model) if dims.cfg > 1 else ()
     _reduce_with(model, SharedMaxima(groups) if dims.world > 1 else None)
+    if dims.world > 1:
+        model.gather_findings = functools.partial(_by_half, groups, torch.device(device_type))
     model.layout = Layout(dims, groups, traffic, tuple(handles))
     if dims.shard > 1:
         from .fsdp import shard_blocks  # imports torch's compiler: seconds that only this needs
@@ -108,9 +112,9 @@ def remove_parallel(model: WanModel) -> WanModel:
         if isinstance(attention.inner_attention, ParallelCore):
             core = attention.inner_attention = attention.inner_attention.core
             if isinstance(core, AttentionCore):
-                core.share, core.sparse_refusal = (0, 1), None
+                core.share, core.sparse_refusal = None, None
     _reduce_with(model, None)
-    model.layout = None
+    model.gather_findings = model.layout = None
     model.clear_text_cache()
     return model
 
@@ -118,6 +122,11 @@ def remove_parallel(model: WanModel) -> WanModel:
 def layout_of(model: WanModel) -> Layout | None:
     """What is attached to ``model``."""
     return model.layout if isinstance(model.layout, Layout) else None
+
+
+def _by_half(groups: Groups, device: torch.device, row: Tensor) -> list[list[Tensor]]:
+    rows, each = gather_rows(row, groups.everyone, device), groups.dims.sequence
+    return [rows[first : first + each] for first in range(0, len(rows), each)]
 
 
 def _check_weights(model: WanModel) -> None:

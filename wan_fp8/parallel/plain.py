@@ -21,14 +21,14 @@ from ..models.functional import RopeOptions
 from ..models.specs import ModelSpec, Task
 from ..quant import Recipe
 from .dims import ParallelDims
-from .source import HandedSource, ModelSource
+from .source import HandedSource, ModelSource, TextSource, VAESource
 from .wire import DTYPES, Json, WireError
 
 TYPES: dict[str, type] = {
     kind.__name__: kind
     for kind in (
         Attention, Sparsity, Calibration, Step, Compile, RopeOptions, Recipe, MagCache, EasyCache, Taylor, Curve,
-        RunPosition, Conditioning, ParallelDims, ModelSource, HandedSource, ModelSpec,
+        RunPosition, Conditioning, ParallelDims, ModelSource, HandedSource, ModelSpec, VAESource, TextSource,
     )
 }  # fmt: skip
 """By name; whoever has another one adds it."""

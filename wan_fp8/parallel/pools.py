@@ -66,6 +66,7 @@ class Pool:
             channel = connect(spec.address, spec.token or "")
             self.connection = Connection(channel, spec.watchdog, explain=self._explain, idle=self._tidy)
             self.connection.wait_until_ready(START_SECONDS, poll)
+        self.connection.evicted = self._evicted
         assert self.connection.ready is not None
         self.world = int(self.connection.ready["world"])
 
@@ -109,6 +110,10 @@ class Pool:
         return PoolError(
             f"the pool at {self.spec.address}: {who}{what}" + (f". Its last lines:{words}" if words else "")
         )
+
+    def _evicted(self, names: list[str]) -> None:
+        for name in names:
+            self.loaded.pop(name, None)
 
     def _tidy(self) -> None:
         while self.garbage:

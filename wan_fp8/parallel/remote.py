@@ -33,7 +33,8 @@ from ..models.wan import WanModel, class_of
 from ..quant import Recipe
 from . import plain, pools
 from .dims import ParallelDims
-from .plan import Machine, Plan, Workload, measured_tflops, plan, weight_bytes
+from .parts import hand_over
+from .plan import Machine, Plan, Workload, activation_bytes, measured_tflops, plan, weight_bytes
 from .source import HandedSource, ModelSource
 from .wire import Json
 
@@ -224,6 +225,7 @@ class Remote:
             "lora": lora,
             "cache": plain.to_plain(policy),
             "compute": plain.to_plain(compute),
+            "room": self._room(tokens, guidance=tensors["x"].shape[0] % 2 == 0),
         }
         self._dirty = True
         began = time.perf_counter()
@@ -247,7 +249,7 @@ class Remote:
             self._pool.connection.post("begin_run", {"models": [self.name], "loras": recent})
 
     def sparse_reports(self) -> list[ToldReport]:
-        """What sparse attention did in the run that ends, on the heads of rank 0."""
+        """What sparse attention did in the run that ends, on the heads of all ranks."""
         pool = self._pool
         if not self._dirty or pool is None or not pool.alive or self.name not in pool.loaded:
             return []
@@ -310,29 +312,19 @@ class Remote:
                 "bytes": weight_bytes(work, self.dims.shard),
             }
             if self.state is not None:
-                self._hand_over(pool, self.state())
-            found, _ = pool.connection.request("load", fields, tensors, poll=self.poll)
-            for name in found[0]["evicted"]:
-                pool.loaded.pop(name, None)
+                hand_over(pool, self.state(), self.source.label, self.say, self.poll)
+            pool.connection.request("load", fields, tensors, poll=self.poll)
         pool.loaded[self.name] = self.merged
 
     def _check_sparse(self, sparse: bool) -> None:
-        reason = self.dims.sparse_refusal(self.spec.task) if sparse and self.dims is not None else None
+        reason = self.dims.sparse_refusal if sparse and self.dims is not None else None
         if reason is not None:
             raise InputError(reason)
 
-    def _hand_over(self, pool: pools.Pool, state: Mapping[str, Tensor]) -> None:
-        """Send weights that no file has, a part at a time."""
-        total = sum(value.numel() * value.element_size() for value in state.values())
-        self.say(f"{self.source.label}: its {total / 2**30:.1f} GiB go to the pool, once")
-        first, part, size = True, {}, 0
-        for name, value in state.items():
-            part[name] = value
-            size += value.numel() * value.element_size()
-            if size >= PART_BYTES or len(part) == MAX_PART:
-                pool.connection.request("weights", {"first": first, "bytes": total}, part, poll=self.poll)
-                first, part, size = False, {}, 0
-        pool.connection.request("weights", {"first": first, "bytes": total}, part, poll=self.poll)
+    def _room(self, tokens: int, *, guidance: bool) -> int:
+        """What a forward needs beside the weights."""
+        assert self.dims is not None
+        return activation_bytes(self.dims, Workload(spec=self.spec, tokens=tokens, guidance=guidance))
 
     def _lay_out(self, pool: pools.Pool, tokens: int, *, guidance: bool) -> None:
         """Weights that are whole everywhere serve any layout."""
@@ -361,9 +353,6 @@ class Remote:
         return number
 
 
-PART_BYTES = 2**29
-MAX_PART = 500
-"""Weights that are handed over in one message."""
 MAX_INPUTS = 4
 """Faces, sounds and poses by name that a pool keeps in a run: cond and uncond, twice."""
 MAX_LORAS = 4

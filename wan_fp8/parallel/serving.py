@@ -32,6 +32,7 @@ from ..quant import Recipe, apply_recipe, load_scales
 from . import plain
 from .dims import ParallelDims
 from .parallelize import parallelize
+from .serving_parts import Parts
 from .source import HandedSource, ModelSource
 from .wire import Json
 
@@ -79,7 +80,8 @@ class Serving:
         self.loras: dict[int, LiveLora] = {}
         self.handed: dict[str, Tensor] = {}
         """Weights that the caller has sent for the model that it will ask for next."""
-        self._stage, self._announce = stage, announce
+        self.stage, self._announce = stage, announce
+        self.parts = Parts(self)
 
     def run(self, kind: str, fields: Json, tensors: dict[str, Tensor]) -> Answer:
         """Do what is asked.
@@ -102,16 +104,16 @@ class Serving:
         changes, merged = _changes(fields["changes"], tensors), fields["merged"]
         evicted: list[str] = []
         if name not in self.models:
-            evicted = self._make_room(fields["bytes"])
+            evicted = self.make_room(fields["bytes"])
             with self.agreed(f"read {source.label}"):
-                self._stage(f"reading {source.label}")
+                self.stage(f"reading {source.label}")
                 held = Held(self._read(source, recipe, dims), source, recipe, dims)
                 if fields["scales"] is not None:
                     load_scales(held.model, fields["scales"])
                 if changes:
                     merge_changes(held.model, changes)
                 held.merged = merged
-            self._stage(f"laying out {source.label}")
+            self.stage(f"laying out {source.label}")
             parallelize(held.model, dims, device_type=self.device.type)
             self._settle(held.model)
             self.models[name] = held
@@ -120,18 +122,19 @@ class Serving:
 
     def _do_weights(self, fields: Json, tensors: dict[str, Tensor]) -> Answer:
         """Take weights that no file has; the first part of a model takes the place of all before."""
+        evicted: list[str] = []
         if fields["first"]:
             self.handed = {}
-            self._make_room(fields["bytes"])
-        self._stage("taking weights")
+            evicted = self.make_room(fields["bytes"])
+        self.stage("taking weights")
         self.handed |= tensors
-        return {}, {}
+        return {"evicted": evicted}, {}
 
     def _do_merge(self, fields: Json, tensors: dict[str, Tensor]) -> Answer:
         """Merge changes into a model's weights, in place of those that were there before."""
         held = self._held(fields)
         with self.agreed("merge LoRAs"):
-            self._stage("merging LoRAs")
+            self.stage("merging LoRAs")
             if held.dims.shard > 1:
                 raise InputError("sharded weights take no merge: load the model again with the changes")
             merge_changes(held.model, _changes(fields["changes"], tensors))
@@ -159,7 +162,8 @@ class Serving:
     def _do_forward(self, fields: Json, tensors: dict[str, Tensor]) -> Answer:
         held = self._held(fields)
         model = held.model
-        self._stage(f"running {held.source.label}")
+        self.parts.yield_to(fields["room"])
+        self.stage(f"running {held.source.label}")
         asked = {name: plain.from_plain(fields["options"][name]) for name in plain.OPTIONS if name in fields["options"]}
         lora = fields["lora"]
         options = ForwardOptions(
@@ -191,8 +195,17 @@ class Serving:
             found["attention"] = _attention_found(model, options.attention)
         return found, {"velocity": velocity} if self.rank == 0 else {}
 
+    def _do_vae(self, fields: Json, tensors: dict[str, Tensor]) -> Answer:
+        return self.parts.run_vae(fields, tensors)
+
+    def _do_holds(self, fields: Json, tensors: dict[str, Tensor]) -> Answer:
+        return self.parts.holds(fields)
+
+    def _do_text(self, fields: Json, tensors: dict[str, Tensor]) -> Answer:
+        return self.parts.run_text(fields)
+
     def _do_sparse(self, fields: Json, tensors: dict[str, Tensor]) -> Answer:
-        """What sparse attention did in this run on this rank's heads."""
+        """What sparse attention did in this run, on the heads of all ranks."""
         reports = sparsity_report(self._held(fields).model)
         told = [{"facts": r.facts(), "lines": r.lines(), "as_asked": r.as_asked} for r in reports]
         return {"reports": told}, {}
@@ -210,17 +223,20 @@ class Serving:
         return {}, {}
 
     def _do_drop(self, fields: Json, tensors: dict[str, Tensor]) -> Answer:
-        """Forget models; ``models`` None: all of them."""
+        """Forget models, and the text encoder with the last one; ``models`` None: everything."""
         names = list(self.models) if fields["models"] is None else fields["models"]
         for name in names:
             self.models.pop(name, None)
         if fields["models"] is None:
             self.loras.clear()
-        self._free()
+        if not self.models:
+            self.parts.drop(vae=fields["models"] is None)
+        self.free()
         return {"memory": self.memory()}, {}
 
     def _do_status(self, fields: Json, tensors: dict[str, Tensor]) -> Answer:
-        return {"memory": self.memory(), "models": [held.source.label for held in self.models.values()]}, {}
+        labels = [held.source.label for held in self.models.values()]
+        return {"memory": self.memory(), "models": labels + self.parts.labels()}, {}
 
     # ---- pieces ------------------------------------------------------------------------------------------------------
 
@@ -235,7 +251,7 @@ class Serving:
         if isinstance(source, HandedSource):
             state, self.handed = self.handed, {}
             return apply_recipe(_assigned(source, state), recipe, device=self.device, move=True).to(self.device)
-        straight = dims.shard == 1 or not recipe.is_none or self._free_bytes() > ROOM * _bytes_of(source)
+        straight = dims.shard == 1 or not recipe.is_none or self.free_bytes() > ROOM * _bytes_of(source)
         return load_transformer(
             source.path,
             source.expert,
@@ -254,28 +270,32 @@ class Serving:
                         parameter.detach().to(self.device), requires_grad=False
                     )
 
-    def _make_room(self, wanted: int) -> list[str]:
-        """Drop the models that were used longest ago until ``wanted`` bytes are free, on the fullest rank."""
+    def make_room(self, wanted: int) -> list[str]:
+        """Drop the text encoder, then the models that were used longest ago, until ``wanted`` bytes are free on the
+        fullest rank."""
         evicted = []
+        self.parts.yield_to(int(ROOM * wanted))
         while self.models and self.device.type == "cuda":
-            room = torch.tensor([float(self._free_bytes())])
+            room = torch.tensor([float(self.free_bytes())])
             dist.all_reduce(room, dist.ReduceOp.MIN, group=self.control)
             if room.item() >= ROOM * wanted:
                 break
             name, held = self.models.popitem(last=False)
             log.info("%s leaves the GPUs for another model", held.source.label)
             del held
-            self._free()
+            self.free()
             evicted.append(name)
         return evicted
 
-    def _free_bytes(self) -> int:
+    def free_bytes(self) -> int:
+        """On this rank's GPU; on a CPU, more than anybody wants."""
         if self.device.type != "cuda":
             return 2**62
         reserved = torch.cuda.memory_reserved(self.device) - torch.cuda.memory_allocated(self.device)
         return torch.cuda.mem_get_info(self.device)[0] + reserved
 
-    def _free(self) -> None:
+    def free(self) -> None:
+        """Give back what nobody holds any more."""
         gc.collect()
         if self.device.type == "cuda":
             torch.cuda.empty_cache()
@@ -295,7 +315,7 @@ class Serving:
         failed = torch.tensor([float(failure is not None)])
         dist.all_reduce(failed, dist.ReduceOp.MAX, group=self.control)
         if failure is not None:
-            self._free()
+            self.free()
             if isinstance(failure, WanFP8Error):
                 raise failure
             if isinstance(failure, torch.OutOfMemoryError | MemoryError):

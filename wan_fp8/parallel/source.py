@@ -49,6 +49,54 @@ class HandedSource:
     label: str = "a MODEL without a file"
 
 
-def _stamp(path: Path) -> tuple[tuple[str, int, int], ...]:
-    files = sorted(path.rglob("*.safetensors")) if path.is_dir() else [path]
+@dataclass(frozen=True, kw_only=True, slots=True)
+class VAESource:
+    """A Wan2.1 VAE on a disk that every worker can read, or one that the caller has in memory and hands over."""
+
+    path: str = ""
+    handed: str = ""
+    """Name of one that has no file."""
+    dtype: torch.dtype = torch.float32
+    """What it is kept and computed in."""
+    stamp: tuple[tuple[str, int, int], ...] = ()
+
+    @classmethod
+    def of(cls, path: str | Path, dtype: torch.dtype = torch.float32) -> VAESource:
+        """The file or folder as it lies there now."""
+        whole = os.path.abspath(path)
+        return cls(path=whole, dtype=dtype, stamp=_stamp(Path(whole)))
+
+    @property
+    def label(self) -> str:
+        """How messages call it."""
+        return os.path.basename(self.path) or "a VAE without a file"
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class TextSource:
+    """A text encoder on a disk that the pool's first rank can read, and how to read it (``load_text_encoder``)."""
+
+    path: str
+    dtype: torch.dtype = torch.bfloat16
+    tokenizer: str | None = None
+    stamp: tuple[tuple[str, int, int], ...] = ()
+
+    @classmethod
+    def of(
+        cls, path: str | Path, dtype: torch.dtype = torch.bfloat16, tokenizer: str | Path | None = None
+    ) -> TextSource:
+        """The file or folder as it lies there now."""
+        whole = os.path.abspath(path)
+        tokens = None if tokenizer is None else os.path.abspath(tokenizer)
+        stamps = _stamp(Path(whole)) + (() if tokens is None else _stamp(Path(tokens), "*"))
+        return cls(path=whole, dtype=dtype, tokenizer=tokens, stamp=stamps)
+
+    @property
+    def label(self) -> str:
+        """How messages call it."""
+        return os.path.basename(self.path)
+
+
+def _stamp(path: Path, pattern: str = "*.safetensors") -> tuple[tuple[str, int, int], ...]:
+    files = sorted(path.rglob(pattern)) if path.is_dir() else [path]
     return tuple((file.name, file.stat().st_size, file.stat().st_mtime_ns) for file in files if file.is_file())

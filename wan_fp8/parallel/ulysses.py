@@ -11,17 +11,21 @@ from __future__ import annotations
 
 import dataclasses
 import functools
+from collections.abc import Sequence
 
+import torch
 from torch import Tensor, nn
 
 from ..attention import Attention, AttentionCore, Step
 from ..attention.partial import part_of
+from ..attention.sparse.share import HeadShare, index_on
 from ..compile import run_plainly
 from ..errors import InputError
 from ..kernels.rms_rope import in_parts
-from ..models.blocks import ForwardState, Modulation
+from ..models.blocks import ForwardOptions, ForwardState, Modulation
 from ..models.wan import StackFunction, WanModel
 from ..quant.linear import Quantization
+from .balance import HeadBalance
 from .dims import Groups
 from .exchange import HeadExchange, Traffic, gather
 from .ring import attend_around, whole_keys
@@ -44,8 +48,17 @@ class SequenceParallel:
         """Whether the forward that is running does so."""
         self.overlap = True
         """Send each of q, k and v as soon as it is made."""
+        self.balance = HeadBalance(self._cores, groups.ulysses)
         self.num_tokens = 0
         """Tokens of all ranks in the forward that is running, without padding."""
+
+    def begin_run(self) -> None:
+        """A sampling run starts with the next forward."""
+        self.balance.reset()
+
+    def _cores(self) -> list[ParallelCore]:
+        found = (block.get_submodule("self_attn.inner_attention") for block in self.model.blocks)
+        return [core for core in found if isinstance(core, ParallelCore) and isinstance(core.core, AttentionCore)]
 
     def __call__(self, tokens_BSD: Tensor, state: ForwardState, inner: StackFunction) -> Tensor:
         """[B, S, D] -> [B, S, D], padding included."""
@@ -55,6 +68,8 @@ class SequenceParallel:
         first = self.groups.sequence_rank * share
         mine = slice(first, first + share)
         self.num_tokens = state.num_tokens
+        if state.order is not None and self.groups.dims.ulysses > 1:
+            self._balance(state.options)
         quantization = self.model.quantization
         if isinstance(quantization, Quantization):
             quantization.padded(share, min(max(state.num_tokens - first, 0), share))
@@ -66,6 +81,12 @@ class SequenceParallel:
         self.traffic.stream += sent
         return out
 
+    def _balance(self, options: ForwardOptions) -> None:
+        cores, step = self._cores(), options.attention_step
+        setting = options.attention or (cores[0].attention.setting if cores else None)
+        if setting is not None and setting.sparsity is not None:
+            self.balance.update(setting.sparsity, 0 if step is None else step.index)
+
 
 class ParallelCore(nn.Module):
     """Self-attention of a block over all ranks' tokens; the wrapped core attends, with its own backend and guard."""
@@ -74,6 +95,29 @@ class ParallelCore(nn.Module):
         super().__init__()
         self.core = core
         self.split = split
+        self.arrange(None)
+
+    @property
+    def attention(self) -> AttentionCore:
+        """The wrapped core, where it is this engine's own."""
+        assert isinstance(self.core, AttentionCore)
+        return self.core
+
+    def arrange(self, order: Sequence[int] | None, device: torch.device | None = None) -> None:
+        """Have equal parts of ``order`` (all heads, by number) on the ranks; None: as they are."""
+        ranks, rank = self.split.groups.dims.ulysses, self.split.groups.ulysses.rank()
+        self.order = tuple(range(self.split.model.spec.num_heads) if order is None else order)
+        self.share = HeadShare.part(self.order, rank, ranks)
+        self.heads: Tensor | None = None
+        """[N] int64 ``order``."""
+        self.places: Tensor | None = None
+        """[N] int64: where each head stands in it."""
+        if order is not None:
+            assert device is not None
+            self.heads = index_on(self.order, device)
+            self.places = index_on([self.order.index(head) for head in range(len(self.order))], device)
+        if isinstance(self.core, AttentionCore):
+            self.core.share = self.share
 
     def forward(
         self, q_BCNE: Tensor, k_BCNE: Tensor, v_BCNE: Tensor, setting: Attention | None = None, step: Step | None = None
@@ -85,7 +129,7 @@ class ParallelCore(nn.Module):
             exchange = self.split.exchange
             if not self.split.sent_ahead:
                 v, k, q = (
-                    exchange.send(in_parts(x.flatten(2), exchange.ranks).unflatten(-1, (-1, x.shape[-1])))
+                    exchange.send(in_parts(x.flatten(2), exchange.ranks, self.heads).unflatten(-1, (-1, x.shape[-1])))
                     for x in (v, k, q)
                 )
             exchange.wait()
@@ -101,7 +145,7 @@ class ParallelCore(nn.Module):
                 traffic.keys += sent
             out = self.core(q, k[:, :count], v[:, :count], setting, step)
         if groups.dims.ulysses > 1:
-            out = self.split.exchange.back(out)
+            out = self.split.exchange.back(out, self.places)
         return out
 
 
@@ -119,12 +163,6 @@ def _part(state: ForwardState, mine: slice) -> ForwardState:
 
 
 def _refuse(state: ForwardState) -> None:
-    if state.task and state.order is not None:
-        raise InputError(
-            "sparse attention puts the tokens into another order, and this model adds "
-            f"{', '.join(sorted(state.task))} frame by frame between its blocks: use cfg alone, without ulysses and "
-            "ring, or attention that is not sparse"
-        )
     if state.options.block_replace or state.options.attention_override is not None:
         raise InputError(
             "another node replaces blocks or the attention of this model, which needs every token: remove it, or use "

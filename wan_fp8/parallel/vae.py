@@ -27,14 +27,21 @@ STRIDE = 8
 TIME_STRIDE = 4
 MOST_VALUES = 2**31
 """Of one activation: convolution kernels count in 32 bits."""
+GROUP_COPIES = 4
+"""Memory that a group of frames takes, as a multiple of its widest activation: that one, its input with the frames
+before, output, shortcut, and a kernel's own."""
 
 
 class SplitVAE:
     """Encodes and decodes with the weights of ``vae``, which every rank has."""
 
-    def __init__(self, vae: WanVAE, group: dist.ProcessGroup | None = None) -> None:
-        """``group``: the ranks that share the rows; None: this one alone."""
-        self.vae, self.group = vae, group
+    def __init__(self, vae: WanVAE, group: dist.ProcessGroup | None = None, most_values: int | None = None) -> None:
+        """
+        Args:
+            group: The ranks that share the rows; None: this one alone.
+            most_values: Of the widest activation, where memory is short; the same on every rank. None: ``MOST_VALUES``.
+        """
+        self.vae, self.group, self.most_values = vae, group, most_values
         self.ranks = 1 if group is None else group.size()
         self.rank = 0 if group is None else group.rank()
         self._history: dict[nn.Module, Tensor] = {}
@@ -94,10 +101,12 @@ class SplitVAE:
         return torch.cat(parts, dim=1)
 
     def _group_length(self, x: Tensor, scale: int) -> int:
-        """Latent frames that go through together: the widest activation has three taps of ``dim`` channels."""
-        batch, _, rows, columns, _ = x.shape
-        one = batch * TIME_STRIDE * rows * columns * scale**2 * 3 * self.vae.spec.dim
-        return max(1, MOST_VALUES // one)
+        """Latent frames that go through together: as many as the rank with most rows can take, for all must take the
+        same."""
+        batch, _, _, columns, _ = x.shape
+        rows = STRIDE * max(self._counts(self._total))
+        one = values_of_a_frame(self.vae, batch, rows, columns * scale)
+        return max(1, min(MOST_VALUES, self.most_values or MOST_VALUES) // one)
 
     # ---- modules -----------------------------------------------------------------------------------------------------
 
@@ -214,6 +223,15 @@ class SplitVAE:
             if down:
                 bottom = received[-size:].view(row.shape)
         return torch.cat([top, x, bottom] if above else [x, bottom], dim=2)
+
+
+def values_of_a_frame(vae: WanVAE, batch: int, rows: int, columns: int) -> int:
+    """Of one latent frame's widest activation, three taps of ``dim`` channels on its four pixel frames.
+
+    Args:
+        rows, columns: Pixels that one rank has.
+    """
+    return batch * TIME_STRIDE * rows * columns * 3 * vae.spec.dim
 
 
 def _convolve(conv: Conv, taps: list[Tensor]) -> Tensor:

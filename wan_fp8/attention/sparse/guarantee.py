@@ -20,6 +20,7 @@ from torch import Tensor
 
 from .order import BLOCK
 from .registry import Selection
+from .share import HeadShare
 
 ROWS = 64
 """Queries looked at in a block of queries: every second one of 128."""
@@ -45,7 +46,7 @@ class Sample:
     """Which queries are looked at; all on the device."""
 
     heads: Tensor
-    """[n] int64."""
+    """[n] int64 places among the heads that are here."""
     query_block: Tensor
     """[n] int64."""
 
@@ -62,13 +63,15 @@ class Measured:
     """Relative L2 distance of the output from the exact one."""
 
 
-def sample(call: int, num_heads: int, query_blocks: int, device: torch.device, *, every_head: bool = False) -> Sample:
-    """The samples of the ``call``-th look: heads and blocks by turns. Nothing is copied from the host."""
-    count = num_heads if every_head else -(-num_heads // HEADS_EACH)
-    steps = -(-num_heads // count)
-    heads = torch.arange(count, device=device) * steps + call % steps
-    heads = heads.clamp_max_(num_heads - 1)
-    place = torch.frac((heads + 1 + call * num_heads) * GOLDEN)
+def sample(call: int, share: HeadShare, query_blocks: int, device: torch.device, *, every_head: bool = False) -> Sample:
+    """The samples of the ``call``-th look: heads and blocks by turns, whichever rank holds them. A rank that holds none
+    of the heads whose turn it is has no samples. The host does not wait."""
+    total = share.total
+    count = total if every_head else -(-total // HEADS_EACH)
+    steps = -(-total // count)
+    turn = [min(number * steps + call % steps, total - 1) for number in range(count)]
+    heads, numbers = share.among(turn, device)
+    place = torch.frac((numbers + 1 + call * total) * GOLDEN)
     return Sample(heads, (place * query_blocks).long().clamp_max_(query_blocks - 1))
 
 
@@ -165,6 +168,15 @@ class HeadControl:
         self.strikes.index_copy_(0, at.heads, strikes)
         dense = torch.maximum(self.dense[at.heads], (strikes >= STRIKES).int())
         self.dense.index_copy_(0, at.heads, dense)
+
+    def table(self) -> Tensor:
+        """[4, N] fp32: all that is known of each head."""
+        return torch.stack([self.slack, self.level, self.strikes, self.dense.float()])
+
+    def replace(self, table_4N: Tensor) -> None:
+        """Go on with other heads, of which this is known (see ``table``)."""
+        self.slack, self.level, self.strikes = table_4N[:3].clone().unbind(0)
+        self.dense = table_4N[3].to(torch.int32)
 
     def forgive(self) -> None:
         """Forget what was found of choices that were never used."""

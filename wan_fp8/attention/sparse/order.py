@@ -6,7 +6,7 @@ the leaves are boxes of exactly 128 tokens with at most one ragged face in each 
 the sequence is short. Fixed tiles would pad (45 rows to 48), and the blocks that a Hilbert curve makes of a grid that
 is no power of two spread further: at 21 x 45 x 80 a token's mean squared distance from the middle of its block is 6.9
 here, 9.4 along a Hilbert curve cut to the grid, 529 in the frame order that the model is trained in
-(``tests/unit/test_sparse_order.py``).
+(``tests/unit/test_sparse.py``).
 
 Attention does not know the order of its keys, so that a dense model answers the same in any order, up to the order of
 its sums; norms, linears and cross-attention see one token at a time.
@@ -66,10 +66,6 @@ class TokenOrder:
     def video_in_frames(self, x: Tensor, axis: int = 1) -> Tensor:
         """The video's tokens alone, in the frame order."""
         return x.index_select(axis, self.back[: self.video])
-
-    def video_in_blocks(self, x: Tensor, axis: int = 1) -> Tensor:
-        """The video's tokens alone, from the frame order into this one."""
-        return x.index_select(axis, self.there[: self.video])
 
 
 def _taken(x: Tensor, index: Tensor, axis: int) -> Tensor:

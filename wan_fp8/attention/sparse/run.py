@@ -20,6 +20,7 @@ from .policies import Asked, policy
 from .registry import SPARSE, Selection, SparseRequest, query_rows, register_backends
 from .selection import BlockStatistics, choose, use_fused
 from .setting import Sparsity
+from .share import HeadShare
 
 
 @dataclass(slots=True)
@@ -27,10 +28,12 @@ class Call:
     """One sparse attention; the tensors stay on the device until they are reported."""
 
     step: int
+    share: HeadShare
     density: Tensor
-    """[N]"""
+    """[N] of its heads."""
     at: Sample
-    found: Measured
+    found: Measured | None
+    """None: it was the turn of other ranks' heads."""
 
 
 @dataclass(slots=True)
@@ -77,7 +80,6 @@ class SparseRun:
         self.answered: Counter[str] = Counter()
         """Calls by the backend that answered them; ``dense`` outside the window."""
         self.control: HeadControl | None = None
-        self.head_counts: Tensor | None = None
         self._kept: dict[tuple[Hashable, tuple[int, ...]], tuple[int, Selection]] = {}
         """Choices that serve several steps: by conditionings and shape; where the caller names no conditionings, by
         place of the call in its step."""
@@ -117,22 +119,24 @@ class SparseRun:
         v_BLNE: Tensor,
         step: Any,
         layout: BlockLayout | None,
-        share: tuple[int, int] = (0, 1),
+        share: HeadShare | None = None,
     ) -> Tensor:
         """Choose blocks, attend, look at samples.
 
         Args:
             layout: Where the tokens lie; None: nothing is known, and each block keeps its own only.
-            share: Which part of the transformer block's heads these are: (rank, ranks).
+            share: Which of the transformer block's heads these are; None: all of them.
         """
         began = self.times.start(q_BSNE.device)
+        share = share or HeadShare.whole(q_BSNE.shape[2])
         backend, selection = self.selected(q_BSNE, k_BLNE, v_BLNE, step, layout, share)
         out = backend.run(q_BSNE, k_BLNE, v_BLNE, selection)
-        at = self._look(q_BSNE, selection)
-        found = measure(q_BSNE, k_BLNE, v_BLNE, out, selection, at, use_fused(q_BSNE))
-        assert self.control is not None
-        self.control.learn(at, found)
-        self.calls.append(Call(0 if step is None else step.index, selection.density(), at, found))
+        at, found = self._look(share, selection, q_BSNE.device), None
+        if at.heads.numel():
+            assert self.control is not None
+            found = measure(q_BSNE, k_BLNE, v_BLNE, out, selection, at, use_fused(q_BSNE))
+            self.control.learn(at, found)
+        self.calls.append(Call(0 if step is None else step.index, share, selection.density(), at, found))
         self.times.stop("sparse", began)
         self.answered[backend.name] += 1
         return out
@@ -144,7 +148,7 @@ class SparseRun:
         v_BLNE: Tensor,
         step: Any,
         layout: BlockLayout | None,
-        share: tuple[int, int] = (0, 1),
+        share: HeadShare | None = None,
     ) -> tuple[Backend[SparseRequest], Selection]:
         """Who will attend, and to which blocks; as ``sparse``.
 
@@ -158,6 +162,7 @@ class SparseRun:
                 f"{k_BLNE.shape[1]}: split heads (ulysses), not tokens (ring)"
             )
         backend = self.backend(q_BSNE, k_BLNE)
+        share = share or HeadShare.whole(q_BSNE.shape[2])
         index, total, conditionings = (0, 1, ()) if step is None else (step.index, step.total, step.conditionings)
         if self.control is None:
             self.control = HeadControl(q_BSNE.shape[2], self.sparsity.bound, self.sparsity.least, q_BSNE.device)
@@ -171,10 +176,29 @@ class SparseRun:
         )
         return SPARSE.resolve(self.sparsity.backend, request).backend
 
-    def _look(self, q_BSNE: Tensor, selection: Selection, *, every_head: bool = False) -> Sample:
+    def known(self) -> Tensor:
+        """[5, N] fp32 of the heads here: the share of the blocks that each kept of late, and the state of its
+        control."""
+        share = self.calls[-1].share
+        late = [call.density for call in self.calls[-2:] if call.share == share]  # both halves of guidance, if apart
+        assert self.control is not None
+        return torch.cat([torch.stack(late).mean(0, keepdim=True), self.control.table()])
+
+    def learnt_elsewhere(self, known_5N: Tensor) -> None:
+        """Go on with other heads, of which this is ``known``."""
+        assert self.control is not None
+        self.control.replace(known_5N[1:])
+
+    def keeps(self, step: int) -> bool:
+        """Whether a choice of an earlier forward still serves this step: the heads must be the same then."""
+        return any(0 <= step - chosen < self.sparsity.reuse for chosen, _ in self._kept.values())
+
+    def _look(
+        self, share: HeadShare, selection: Selection, device: torch.device, *, every_head: bool = False
+    ) -> Sample:
         self._looks += 1
         blocks = -(-selection.num_keys // selection.query_rows)  # not those of padding
-        return sample(self._looks, q_BSNE.shape[2], blocks, q_BSNE.device, every_head=every_head)
+        return sample(self._looks, share, blocks, device, every_head=every_head)
 
     def _selection(
         self,
@@ -186,7 +210,7 @@ class SparseRun:
         total: int,
         conditionings: tuple[Hashable, ...],
         layout: BlockLayout,
-        share: tuple[int, int],
+        share: HeadShare,
     ) -> Selection:
         """The blocks of this call: chosen now, or in one of the last steps."""
         fused = use_fused(q)
@@ -200,7 +224,7 @@ class SparseRun:
         assert self.control is not None
         if not self.calls and self.sparsity.bound is not None:
             for _ in range(TRIALS):
-                at = self._look(q, selection, every_head=True)
+                at = self._look(share, selection, q.device, every_head=True)
                 self.control.learn(at, measure(q, k, v, None, selection, at, fused))
                 selection = chooser()
             self.control.forgive()  # trials move a head; only what was used can make it dense
@@ -221,13 +245,12 @@ class Chooser:
         step: int,
         total: int,
         layout: BlockLayout,
-        share: tuple[int, int],
+        share: HeadShare,
         fused: bool,
     ) -> None:
         self.run, self.layout, self.fused = run, layout, fused
         self.num_queries, self.batch = q.shape[1], q.shape[0]
         self.rows = query_rows(backend, device_caps(q.device))
-        heads = q.shape[2]
         rows, tokens = self.rows, layout.num_tokens
 
         def statistics() -> tuple[BlockStatistics, BlockStatistics]:
@@ -237,8 +260,8 @@ class Chooser:
             sparsity=run.sparsity,
             layout=layout,
             statistics=statistics,
-            heads=slice(share[0] * heads, (share[0] + 1) * heads),
-            num_heads=share[1] * heads,
+            heads=share.heads,
+            num_heads=share.total,
             block=run.block,
             step=step,
             total=total,

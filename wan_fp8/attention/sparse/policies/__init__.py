@@ -25,7 +25,7 @@ class Asked:
     layout: BlockLayout
     statistics: Callable[[], tuple[BlockStatistics, BlockStatistics]]
     """Of queries and keys; computed when called."""
-    heads: slice
+    heads: tuple[int, ...]
     """Which of the transformer block's heads these are (a rank may hold some)."""
     num_heads: int
     block: int

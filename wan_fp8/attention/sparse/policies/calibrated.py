@@ -20,7 +20,7 @@ def choice(asked: Asked) -> Choice:
     shares = table.shares(asked.step, asked.total, asked.block)
     if shares is None:
         return Choice(asked.estimated(), "count", 1.0)
-    amount = torch.tensor(shares[asked.heads])
+    amount = torch.tensor([shares[head] for head in asked.heads])
     if asked.device.type == "cuda":  # from pinned memory, so that the host does not wait for the GPU
         amount = amount.pin_memory().to(asked.device, non_blocking=True)
     return Choice(asked.estimated(), "count", amount)

@@ -1,0 +1,212 @@
+"""What one rank of a pool does for a text encoder and a VAE: one of each is kept, until others need the room."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Callable
+from contextlib import AbstractContextManager
+from typing import Protocol, TypeVar
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+from ..errors import InputError
+from ..models.text_encoder import TextEncoder, load_text_encoder
+from ..models.vae import LATENT_CHANNELS, WanVAE, load_vae
+from . import plain
+from .source import TextSource, VAESource
+from .vae import GROUP_COPIES, MOST_VALUES, STRIDE, TIME_STRIDE, SplitVAE, values_of_a_frame
+from .wire import Json
+
+log = logging.getLogger("wan_fp8")
+
+RESULT_COPIES = 4
+"""Of the whole result on each GPU while the ranks' rows are put together."""
+SAFE_SHARE = 0.7
+"""Of the free memory, that groups of frames may fill: what a kernel takes for itself is not known."""
+WORKING_BYTES = 2**29
+"""Activations of one prompt of 512 tokens through UMT5-XXL."""
+
+Answer = tuple[Json, dict[str, Tensor]]
+Kind = TypeVar("Kind", TextSource, VAESource)
+
+
+class Rank(Protocol):
+    """What this needs of ``serving.Serving``."""
+
+    device: torch.device
+    control: dist.ProcessGroup
+    rank: int
+    world: int
+    handed: dict[str, Tensor]
+    stage: Callable[[str], None]
+
+    def agreed(self, what: str) -> AbstractContextManager[None]: ...
+
+    def make_room(self, wanted: int) -> list[str]: ...
+
+    def free_bytes(self) -> int: ...
+
+    def free(self) -> None: ...
+
+
+class Parts:
+    """Text encoder and VAE of one rank."""
+
+    def __init__(self, rank: Rank) -> None:
+        self._rank = rank
+        self._vae: tuple[VAESource, WanVAE] | None = None
+        self._encoder: tuple[TextSource, TextEncoder] | None = None
+        """On rank 0 only."""
+
+    def labels(self) -> list[str]:
+        """What is held, by name."""
+        return [held[0].label for held in (self._encoder, self._vae) if held is not None]
+
+    def drop(self, *, vae: bool) -> None:
+        """Forget the text encoder, which is large; ``vae``: the other one too."""
+        self._encoder = None
+        if vae:
+            self._vae = None
+
+    def yield_to(self, wanted: int) -> None:
+        """Let the text encoder go where ``wanted`` bytes would not fit beside it; it is read again for the next
+        prompt that is new."""
+        if self._encoder is not None and self._rank.free_bytes() < wanted:
+            log.info("%s leaves the GPU for a model", self._encoder[0].label)
+            self._encoder = None
+            self._rank.free()
+
+    # ---- requests ----------------------------------------------------------------------------------------------------
+
+    def holds(self, fields: Json) -> Answer:
+        """Whether a VAE is here."""
+        return {"holds": self._vae is not None and self._vae[0] == plain.from_plain(fields["source"])}, {}
+
+    def run_vae(self, fields: Json, tensors: dict[str, Tensor]) -> Answer:
+        """Encode or decode one clip over all ranks, or on rank 0 where it has fewer latent rows than there are ranks.
+
+        Raises:
+            InputError: no clip.
+            CheckpointError: the file is no Wan2.1 VAE.
+        """
+        source, what, x, me = _source(fields, VAESource), fields["do"], tensors["x"], self._rank
+        rows, columns, values = _checked(what, x)
+        evicted = [] if self._has(source) else self._read_vae(source)
+        assert self._vae is not None
+        vae = self._vae[1]
+        shared = rows >= me.world
+        mine = STRIDE * (-(-rows // me.world) if shared else rows)
+        one = values_of_a_frame(vae, 1, mine, STRIDE * columns)
+        size, whole = x.element_size(), RESULT_COPIES * values * x.element_size()
+        self._give_back()  # what forwards left, in pieces of other sizes
+        evicted += me.make_room(GROUP_COPIES * one * size + whole)
+        if not shared and me.rank:
+            return {"evicted": evicted}, {}
+        me.stage(f"{what[:-1]}ing a video of {tuple(x.shape[2:])}" + (f" over {me.world} ranks" if shared else ""))
+        room = (int(SAFE_SHARE * self._least_free(shared)) - whole) // (GROUP_COPIES * size)
+        group = dist.group.WORLD if shared and me.world > 1 else None
+        split = SplitVAE(vae, group, max(one, min(room, MOST_VALUES)))
+        y = split.encode(x) if what == "encode" else split.decode(x)
+        found = {"y": y.contiguous()} if me.rank == 0 else {}
+        del y, split
+        self._give_back()  # gigabytes that others may want
+        return {"evicted": evicted}, found
+
+    def run_text(self, fields: Json) -> Answer:
+        """Encode one prompt on rank 0.
+
+        Raises:
+            CheckpointError: the file holds no usable text encoder, or came without a tokenizer.
+        """
+        source, me = _source(fields, TextSource), self._rank
+        evicted: list[str] = []
+        if self._somebody(me.rank == 0 and (self._encoder is None or self._encoder[0] != source)):
+            self._encoder = None
+            me.free()
+            evicted = me.make_room(sum(size for _, size, _ in source.stamp) + WORKING_BYTES)
+        rows, lost = None, 0
+        with me.agreed("encode a prompt"):
+            if me.rank == 0:
+                encoder = self._read_encoder(source)
+                me.stage("encoding a prompt")
+                prompt = encoder.tokenize(fields["text"])
+                rows, lost = encoder.encode_prompt(prompt), prompt.lost_tokens
+        return {"evicted": evicted, "lost": lost}, {} if rows is None else {"rows": rows}
+
+    # ---- pieces ------------------------------------------------------------------------------------------------------
+
+    def _has(self, source: VAESource) -> bool:
+        return self._vae is not None and self._vae[0] == source
+
+    def _read_vae(self, source: VAESource) -> list[str]:
+        me = self._rank
+        self._vae = None
+        evicted = me.make_room(sum(size for _, size, _ in source.stamp))
+        with me.agreed(f"read {source.label}"):
+            me.stage(f"reading {source.label}")
+            if source.handed:
+                state, me.handed = me.handed, {}
+                vae = load_vae(state, source.dtype, me.device)
+            else:
+                vae = load_vae(source.path, source.dtype, me.device)
+        self._vae = source, vae  # now that every rank has read it
+        return evicted
+
+    def _read_encoder(self, source: TextSource) -> TextEncoder:
+        if self._encoder is None:
+            me = self._rank
+            me.stage(f"reading {source.label}")
+            encoder = load_text_encoder(source.path, source.dtype, me.device, source.tokenizer)
+            self._encoder = source, encoder
+        return self._encoder[1]
+
+    def _give_back(self) -> None:
+        """Of the GPU's memory, what no tensor is in."""
+        if self._rank.device.type == "cuda":
+            torch.cuda.empty_cache()
+
+    def _somebody(self, mine: bool) -> bool:
+        """Whether it is so on any rank."""
+        value = torch.tensor([float(mine)])
+        dist.all_reduce(value, dist.ReduceOp.MAX, group=self._rank.control)
+        return bool(value.item())
+
+    def _least_free(self, shared: bool) -> int:
+        """Bytes on the fullest of the ranks that take part."""
+        room = torch.tensor([self._rank.free_bytes()])
+        if shared:
+            dist.all_reduce(room, dist.ReduceOp.MIN, group=self._rank.control)
+        return int(room)
+
+
+def _source(fields: Json, kind: type[Kind]) -> Kind:
+    """
+    Raises:
+        InputError: another kind of source.
+    """
+    source = plain.from_plain(fields["source"])
+    if not isinstance(source, kind):
+        raise InputError(f"a pool reads this from a {kind.__name__}; got {type(source).__name__}")
+    return source
+
+
+def _checked(what: str, x: Tensor) -> tuple[int, int, int]:
+    """Latent rows and columns, and the values of the whole result or input, whichever has more.
+
+    Raises:
+        InputError: no clip.
+    """
+    shape = tuple(x.shape)
+    fits = len(shape) == 5 and shape[0] == 1 and 0 not in shape and x.is_floating_point()
+    if what == "decode" and fits and shape[1] == LATENT_CHANNELS:
+        _, _, frames, rows, columns = shape
+        return rows, columns, 3 * (TIME_STRIDE * (frames - 1) + 1) * rows * columns * STRIDE**2
+    whole = fits and shape[1] == 3 and (shape[2] - 1) % TIME_STRIDE == shape[3] % STRIDE == shape[4] % STRIDE == 0
+    if what == "encode" and whole:
+        return shape[3] // STRIDE, shape[4] // STRIDE, x.numel()
+    raise InputError(
+        f"a pool's VAE takes one clip, 16 x F x H x W to decode or 3 x (4n + 1) x 8H x 8W to encode; asked to "
+        f"{str(what)[:20]} {shape} of {x.dtype}"
+    )
