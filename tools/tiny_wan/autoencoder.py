@@ -1,4 +1,4 @@
-"""The VAE stage: a narrow Wan2.1 VAE learns the drawn world, and its latents get the published statistics."""
+"""The VAE stages: a narrow VAE of either design learns the drawn world; its latents get the published statistics."""
 
 from __future__ import annotations
 
@@ -11,14 +11,19 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from wan_fp8.models.vae import LATENTS_MEAN, LATENTS_STD, Norm, VAESpec, WanVAE, normalize_latents
+from wan_fp8.models.vae import STATISTICS, Norm, VAESpec, WanVAE, normalize_latents
+from wan_fp8.models.vae22 import VAE22Spec, Wan22VAE
 
 from .loop import Budget, Log, Trainer, batches
 from .straight import straight_weights
+from .straight22 import straight_weights_22
 from .world import Clips, WorldSize, around_shapes, draw
 
+AnyVAE = WanVAE | Wan22VAE
 DIM = 8
 """Channels at full resolution."""
+DIM_22 = 16
+"""Channels of either half of the Wan2.2 VAE, at half resolution: about the same work a pixel."""
 KL_WEIGHT = 2e-5
 L1_WEIGHT = 0.1
 COLOUR_WEIGHT = 4.0
@@ -27,6 +32,12 @@ autoencoder learns them, and shapes in grey, long before it learns a colour."""
 WINDOW = WorldSize(width=40, height=40, frames=9)
 """What it trains on: pieces of clips around their shapes. All but one layer is a convolution, and most of a whole clip
 is background."""
+WINDOW_22 = WorldSize(width=80, height=80, frames=9)
+"""The same piece of a world that is drawn twice as large."""
+
+
+STAGES = {"2.1": "vae", "2.2": "vae22"}
+"""Names of the stages by design."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -50,12 +61,14 @@ def train_vae(
     options: VAEOptions,
     *,
     seed: int,
+    design: str = "2.1",
     start: Mapping[str, Tensor] | None = None,
     state: Path | None = None,
 ) -> tuple[dict[str, Tensor], Log]:
     """Train on drawn clips.
 
     Args:
+        design: "2.1" or "2.2".
         clips: What to draw; every clip comes up once before any comes again.
         start: Weights to begin with instead of random ones.
         state: Where an interrupted training lies; it goes on there, and is left there.
@@ -64,8 +77,13 @@ def train_vae(
     """
     device = clips.x_NT.device
     torch.manual_seed(seed)
-    vae = WanVAE(VAESpec(dim=DIM))
-    weights = start or straight_weights(vae, seed)
+    vae: AnyVAE
+    if design == "2.2":
+        vae, window = Wan22VAE(VAE22Spec(encoder_dim=DIM_22, decoder_dim=DIM_22)), WINDOW_22
+        weights = start or straight_weights_22(vae, seed)
+    else:
+        vae, window = WanVAE(VAESpec(dim=DIM)), WINDOW
+        weights = start or straight_weights(vae, seed)
     vae.load_state_dict({name: value.float() for name, value in weights.items()})
     vae.to(device)
     if options.compile:
@@ -75,7 +93,7 @@ def train_vae(
                 module.compile(dynamic=True)
     trainer = Trainer(
         vae,
-        stage="vae",
+        stage=STAGES[design],
         budget=options.budget,
         rate=options.rate,
         warmup=options.warmup,
@@ -89,9 +107,9 @@ def train_vae(
     generator = torch.Generator(device).manual_seed(seed)
     dtype = options.dtype
     window = WorldSize(
-        width=min(size.width, WINDOW.width),
-        height=min(size.height, WINDOW.height),
-        frames=min(size.frames, WINDOW.frames),
+        width=min(size.width, window.width),
+        height=min(size.height, window.height),
+        frames=min(size.frames, window.frames),
     )
 
     def loss_of(video: Tensor) -> Tensor:
@@ -115,21 +133,21 @@ def train_vae(
     return {name: value.detach().clone() for name, value in vae.state_dict().items()}, trainer.log
 
 
-def encode(vae: WanVAE, video: Tensor, dtype: torch.dtype, at_once: int = 128) -> Tensor:
-    """Latents as the transformer takes them, normalised: [N, 16, F, H/8, W/8] in ``dtype``, which computes as well."""
+def encode(vae: AnyVAE, video: Tensor, dtype: torch.dtype, at_once: int = 128) -> Tensor:
+    """Latents as the transformer takes them, normalised: [N, C, F, H/stride, W/stride]; ``dtype`` computes as well."""
     pieces = [normalize_latents(vae.encode(part.to(dtype)).float()).to(dtype) for part in video.split(at_once)]
     return torch.cat(pieces)
 
 
 @torch.no_grad()
-def _fold_statistics(vae: WanVAE, clips: Clips, size: WorldSize) -> None:
+def _fold_statistics(vae: AnyVAE, clips: Clips, size: WorldSize) -> None:
     """Scale and shift each latent channel to the published mean and deviation, and undo it where decoding begins.
 
     Both ends are 1x1x1 convolutions, so that nothing but rounding changes.
     """
     mean = torch.cat([vae.encode(draw(clips[i : i + 64], size)) for i in range(0, len(clips), 64)])
     now_std, now_mean = torch.std_mean(mean.transpose(0, 1).flatten(1).double(), dim=1)
-    wanted_mean, wanted_std = (now_mean.new_tensor(values) for values in (LATENTS_MEAN, LATENTS_STD))
+    wanted_mean, wanted_std = (now_mean.new_tensor(values) for values in STATISTICS[len(now_mean)])
     scale = wanted_std / now_std.clamp_min(1e-6)
     shift = wanted_mean - scale * now_mean
     channels = len(scale)
@@ -144,7 +162,7 @@ def _fold_statistics(vae: WanVAE, clips: Clips, size: WorldSize) -> None:
 
 @torch.no_grad()
 def measure_vae(
-    vae: WanVAE, clips: Clips, size: WorldSize, dtype: torch.dtype = torch.float32, at_once: int = 64
+    vae: AnyVAE, clips: Clips, size: WorldSize, dtype: torch.dtype = torch.float32, at_once: int = 64
 ) -> dict[str, float]:
     """Mean PSNR of reconstructions in dB (and the worst clip's), and how far the latents' statistics are off."""
     values, latents = [], []

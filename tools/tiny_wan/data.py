@@ -10,10 +10,9 @@ import torch
 from torch import Tensor
 
 from wan_fp8.models.text_encoder import TextEncoder
-from wan_fp8.models.vae import WanVAE
 from wan_fp8.sampling import i2v_condition, i2v_mask
 
-from .autoencoder import encode
+from .autoencoder import AnyVAE, encode
 from .captions import BACKGROUNDS, Scene, phrasings, scenes
 from .text import UNCONDITIONAL, CaptionTable, make_table
 from .world import Clips, WorldSize, draw, make_clips
@@ -96,7 +95,7 @@ def _scene_captions(scene: Scene) -> list[str]:
 def encode_pool(
     pool: Pool,
     size: WorldSize,
-    vae: WanVAE,
+    vae: AnyVAE,
     encoder: TextEncoder,
     *,
     dtype: torch.dtype = torch.float32,
@@ -118,9 +117,10 @@ def encode_pool(
             given.append(encode(vae, grey_after_first(video), dtype))
     texts = [text for scene in pool.scenes for text in _scene_captions(scene)]
     table = make_table(encoder, [*texts, *UNCONDITIONAL])
-    mask = i2v_mask(size.frames, size.height // 8, size.width // 8).to(device)
+    every = torch.cat(latents)
+    mask = i2v_mask(size.frames, *every.shape[-2:]).to(device)
     first = torch.cat(given) if images else None
-    return LatentPool(torch.cat(latents), first, mask, pool.scene_N, pool.background_N, table, len(texts))
+    return LatentPool(every, first, mask, pool.scene_N, pool.background_N, table, len(texts))
 
 
 def keep_latents(path: Path, key: str, pool: LatentPool) -> None:

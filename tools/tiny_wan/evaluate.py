@@ -10,24 +10,28 @@ from pathlib import Path
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
+from wan_fp8.models.specs import Task
 from wan_fp8.models.text_encoder import TextEncoder
-from wan_fp8.models.vae import WanVAE, denormalize_latents
+from wan_fp8.models.vae import denormalize_latents
 from wan_fp8.models.wan import WanModel
 from wan_fp8.sampling import (
     DEFAULTS,
     NEGATIVE_PROMPT,
     i2v_condition,
     i2v_mask,
+    impose_first_frame,
     latent_shape,
     make_solver,
     plan_steps,
     sigmas,
+    ti2v_timesteps,
     timesteps,
 )
 
-from .autoencoder import encode, psnr
+from .autoencoder import AnyVAE, encode, psnr
 from .captions import BACKGROUNDS, Scene, caption, scenes
 from .classify import Verdict, classify
 from .data import grey_after_first
@@ -57,13 +61,15 @@ def sample(
     size: WorldSize,
     options: SampleOptions,
     condition: Tensor | None = None,
+    first: Tensor | None = None,
 ) -> Tensor:
-    """Normalised latents [B, 16, F, H/8, W/8].
+    """Normalised latents [B, C, F, H/stride, W/stride].
 
     Args:
-        experts: ``high_noise`` and ``low_noise``.
+        experts: ``high_noise`` and ``low_noise``; TI2V's one model stands for both.
         rows: Text rows [B, 512, 4096]; ``negative`` likewise, [1, 512, 4096].
         condition: I2V's 20 channels [B, 20, F, H/8, W/8], or None.
+        first: TI2V's given frame, [B, 48, 1, H/16, W/16] normalised, or None.
     """
     model = experts["high_noise"]
     task = model.spec.task
@@ -72,24 +78,30 @@ def sample(
     shape = (len(rows), *latent_shape(task, size.width, size.height, size.frames))
     device = rows.device
     x = torch.randn(shape, generator=torch.Generator().manual_seed(options.seed)).to(device)
+    if first is not None:
+        x = impose_first_frame(x, first)
     negative = negative.expand_as(rows).contiguous()
     solver = make_solver("unipc", sigmas(options.steps, shift))
     for step in plan_steps(timesteps(options.steps, shift), boundary=defaults.boundary, guidance=guidance):
         model = experts[step.expert or "low_noise"]
         inputs = x if condition is None else torch.cat([x, condition], dim=1)
         t = torch.full((len(x),), step.timestep, device=device)
+        if task is Task.TI2V:
+            t = ti2v_timesteps(t, size.frames, first_frame_given=first is not None)
         velocity = model(inputs, t, context=rows).float()
         if step.guidance != 1:
             without = model(inputs, t, context=negative).float()
             velocity = without + step.guidance * (velocity - without)
         x = solver.step(velocity, step.index, x)
+        if first is not None:
+            x = impose_first_frame(x, first)
     for model in experts.values():
         model.clear_text_cache()
     return x
 
 
 @torch.no_grad()
-def decode(vae: WanVAE, latents: Tensor, dtype: torch.dtype = torch.float32, at_once: int = 32) -> Tensor:
+def decode(vae: AnyVAE, latents: Tensor, dtype: torch.dtype = torch.float32, at_once: int = 32) -> Tensor:
     """[B, 3, T, H, W] float32 in -1..1."""
     parts = [vae.decode(denormalize_latents(part.float()).to(dtype)).float() for part in latents.split(at_once)]
     return torch.cat(parts).clamp(-1, 1)
@@ -133,7 +145,7 @@ def choose_scenes(count: int, *, held_out: bool, seed: int) -> list[Scene]:
 
 def evaluate_t2v(
     experts: Mapping[str, WanModel],
-    vae: WanVAE,
+    vae: AnyVAE,
     encoder: TextEncoder,
     size: WorldSize,
     options: SampleOptions,
@@ -154,7 +166,7 @@ def evaluate_t2v(
 
 def evaluate_i2v(
     experts: Mapping[str, WanModel],
-    vae: WanVAE,
+    vae: AnyVAE,
     encoder: TextEncoder,
     size: WorldSize,
     options: SampleOptions,
@@ -188,6 +200,50 @@ def evaluate_i2v(
         "vae_alone_psnr_db": round(float(psnr(limit, first).mean()), 2),
     }
     video = video.cpu()
+    return Evaluation(list(chosen), captions, video, classify(video)), frames
+
+
+def evaluate_ti2v(
+    model: WanModel,
+    vae: AnyVAE,
+    encoder: TextEncoder,
+    size: WorldSize,
+    options: SampleOptions,
+    chosen: Sequence[Scene],
+    *,
+    image: bool,
+) -> tuple[Evaluation, dict[str, float]]:
+    """As ``evaluate_t2v`` without, as ``evaluate_i2v`` with a first frame. Videos are kept, and looked at, at half
+    their size, which is the one that the other tasks' are; the first frame is measured before that."""
+    rng = random.Random(options.seed)
+    experts = dict.fromkeys(("high_noise", "low_noise"), model)
+    backgrounds = [rng.randrange(len(BACKGROUNDS)) for _ in chosen]
+    captions = [
+        caption(scene, None if image else rng.choice((None, place)), rng)
+        for scene, place in zip(chosen, backgrounds, strict=True)
+    ]
+    clips = make_clips(chosen, backgrounds, size, seed=10_000 + options.seed, device=encoder.device)
+    given = torch.cat([draw(clips[i : i + 32], size)[:, :, :1] for i in range(0, len(clips), 32)]) if image else None
+    latents = encode(vae, given, options.dtype).float() if given is not None else None
+    negative = full_rows(encoder, [NEGATIVE_PROMPT])
+    videos, starts = [], []
+    for i in range(0, len(captions), options.at_once):
+        part = slice(i, i + options.at_once)
+        rows = full_rows(encoder, captions[part])
+        first = latents[part] if latents is not None else None
+        video = decode(vae, sample(experts, rows, negative, size, options, first=first), options.dtype)
+        starts.append(video[:, :, 0])
+        videos.append(F.avg_pool3d(video, (1, 2, 2)).cpu())
+    frames = {}
+    if given is not None and latents is not None:
+        wanted, reached = given[:, :, 0], torch.cat(starts)
+        limit = decode(vae, latents, options.dtype)[:, :, 0]
+        frames = {
+            "first_frame_psnr_db": round(float(psnr(reached, wanted).mean()), 2),
+            "first_frame_psnr_worst_db": round(float(psnr(reached, wanted).min()), 2),
+            "vae_alone_psnr_db": round(float(psnr(limit, wanted).mean()), 2),
+        }
+    video = torch.cat(videos)
     return Evaluation(list(chosen), captions, video, classify(video)), frames
 
 

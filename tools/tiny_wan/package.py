@@ -19,15 +19,24 @@ from .transformer import TransformerSize
 
 EXPERTS = ("high_noise", "low_noise")
 TASKS = ("t2v", "i2v")
-VAE_FILE = "Wan2.1_VAE.safetensors"
+"""Those with two experts."""
+TI2V = "ti2v"
+"""One transformer for every noise level, on the latents of the Wan2.2 VAE."""
+VAE_FILE, VAE_FILE_22 = "Wan2.1_VAE.safetensors", "Wan2.2_VAE.safetensors"
 TEXT_FILE = "models_t5_umt5-xxl-enc-bf16.safetensors"
 CARD_FILE, SHEET_FILE = "card.json", "samples.png"
 IN_CHANNELS = {"t2v": 16, "i2v": 36}
+"""Of the tasks with two experts."""
 
 
-def expert_file(task: str, expert: str) -> str:
-    """Name of one transformer's file."""
-    return f"wan2.2_{task}_{expert}_tiny.safetensors"
+def expert_file(task: str, expert: str = "") -> str:
+    """Name of one transformer's file; TI2V's has no expert."""
+    return f"wan2.2_{task}_{expert}_tiny.safetensors" if expert else f"wan2.2_{task}_tiny.safetensors"
+
+
+def vae_file(task: str) -> str:
+    """Name of the file of the VAE that a task works with."""
+    return VAE_FILE_22 if task == TI2V else VAE_FILE
 
 
 def write_weights(path: Path, weights: Mapping[str, Tensor]) -> None:
@@ -74,25 +83,28 @@ def assemble(trained: Path, target: Path, task: str, size: TransformerSize) -> P
     Args:
         trained: Where ``train.py`` wrote.
         target: A folder that is not there yet.
-        task: "t2v" or "i2v".
-        size: Of the experts.
+        task: "t2v", "i2v" or "ti2v".
+        size: Of the transformers.
     """
+    if task not in (*TASKS, TI2V):
+        raise ValueError(f"tasks are {', '.join((*TASKS, TI2V))}; got {task}")
     partial = target.with_name(target.name + ".partial")
     partial.mkdir(parents=True)
+    in_dim, out_dim = (48, 48) if task == TI2V else (IN_CHANNELS[task], 16)
     shape = tiny_transformer.TransformerSize(
-        in_dim=IN_CHANNELS[task], out_dim=16, dim=size.dim, ffn_dim=size.ffn_dim, num_layers=size.num_layers
+        in_dim=in_dim, out_dim=out_dim, dim=size.dim, ffn_dim=size.ffn_dim, num_layers=size.num_layers
     )
     config = json.dumps(tiny_transformer.config(shape, task), indent=2) + "\n"
-    for expert in EXPERTS:
-        folder = partial / f"{expert}_model"
-        folder.mkdir()
+    for expert in ("",) if task == TI2V else EXPERTS:
+        folder = partial / f"{expert}_model" if expert else partial
+        folder.mkdir(exist_ok=True)
         (folder / "config.json").write_text(config)
         source = trained / expert_file(task, expert)
         (folder / "diffusion_pytorch_model.safetensors").write_bytes(source.read_bytes())
     encoder = read_weights(trained / TEXT_FILE)
     tiny_text.write_tokenizer(partial / "google" / "umt5-xxl", bytes(encoder.pop(SPIECE).tolist()))
     write_weights(partial / TEXT_FILE, encoder)
-    (partial / VAE_FILE).write_bytes((trained / VAE_FILE).read_bytes())
+    (partial / vae_file(task)).write_bytes((trained / vae_file(task)).read_bytes())
     write_model_card(partial, read_card(trained), task)
     partial.rename(target)
     return target
@@ -100,7 +112,8 @@ def assemble(trained: Path, target: Path, task: str, size: TransformerSize) -> P
 
 def write_model_card(folder: Path, card: Mapping[str, Any], task: str) -> None:
     """README.md of a checkpoint folder: what it is, how it was made, how good it is, and its files' hashes."""
-    used = {name: facts for name, facts in card["stages"].items() if name.split("_")[0] in ("vae", "joint", task)}
+    parts = ("vae22", TI2V) if task == TI2V else ("vae", "joint", task)
+    used = {name: facts for name, facts in card["stages"].items() if name.split("_")[0] in parts}
     lines = [
         f"# {folder.name.removesuffix('.partial')}",
         "",
@@ -108,7 +121,7 @@ def write_model_card(folder: Path, card: Mapping[str, Any], task: str) -> None:
         "drawn world of coloured shapes. It makes small videos of what such captions say, and nothing else.",
         "",
         f"- License: {card['license']}",
-        f"- Data: {card['data']}",
+        f"- Data: {card['data']}" + ("; for this model drawn at twice that width and height" if task == TI2V else ""),
         f"- Transformers: {_listed(card['model'])}",
         f"- Made on {card['date']} with {_listed(card['versions'])}, seed {card['seed']}",
         "",
@@ -121,10 +134,10 @@ def write_model_card(folder: Path, card: Mapping[str, Any], task: str) -> None:
         ),
         "",
     ]
-    if quality := used.get("vae", {}).get("held_out"):
+    if quality := used.get(parts[0], {}).get("held_out"):
         lines += [f"VAE on clips that it was not trained on: {quality['psnr_db']} dB.", ""]
     for name, scores in card.get("evaluation", {}).items():
-        if name.startswith(task):
+        if name.startswith(f"{task}_"):
             lines.append(
                 f"- {name}: of {scores['captions']} captions {scores['colour_and_motion']:.0%} have their colour and "
                 f"motion, {scores['shape']:.0%} their shape"

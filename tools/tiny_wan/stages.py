@@ -18,14 +18,15 @@ import torch
 from wan_fp8 import Attention, load_transformer, set_attention
 from wan_fp8.models.specs import Task
 from wan_fp8.models.text_encoder import TextEncoder
-from wan_fp8.models.vae import WanVAE, load_vae
+from wan_fp8.models.vae import load_vae
+from wan_fp8.models.vae22 import load_vae22
 
 from . import package
-from .autoencoder import VAEOptions, measure_vae, train_vae
+from .autoencoder import STAGES, AnyVAE, VAEOptions, measure_vae, train_vae
 from .data import LatentPool, encode_pool, keep_latents, make_pool, read_latents
-from .evaluate import SampleOptions, choose_scenes, contact_sheet, evaluate_i2v, evaluate_t2v
+from .evaluate import SampleOptions, choose_scenes, contact_sheet, evaluate_i2v, evaluate_t2v, evaluate_ti2v
 from .loop import Budget, Log
-from .package import TEXT_FILE, VAE_FILE
+from .package import TEXT_FILE, TI2V, VAE_FILE, VAE_FILE_22
 from .text import make_encoder, open_encoder
 from .transformer import Stage, TransformerSize, train_transformer, without_image
 from .world import WorldSize
@@ -37,8 +38,10 @@ SHARES = {
     "t2v_low_noise": 0.10,
     "i2v_high_noise": 0.06,
     "i2v_low_noise": 0.105,
+    "vae22": 0.45,
+    "ti2v": 0.40,
 }
-"""Of the minutes that ``all`` is given."""
+"""Of the minutes that ``all`` is given, in proportion among what it trains."""
 INTERVALS = {
     "t2v_high_noise": (0.855, 1.0),
     "t2v_low_noise": (0.0, 0.895),
@@ -47,6 +50,8 @@ INTERVALS = {
 }
 """Noise levels of each expert: its side of the published boundary (0.875, 0.9), and 0.02 beyond."""
 EXPERT_RATE = 4e-4
+TI2V_IMAGE = 0.4
+"""Share of TI2V's clips whose first frame is given."""
 
 
 @dataclass
@@ -90,7 +95,7 @@ class Run:
         if self.start_from is not None:
             earlier = package.read_card(self.start_from)
             stages = earlier.get("stages", {})
-            self.card["stages"] = {k: v for k, v in stages.items() if k == "vae"} | self.card["stages"]
+            self.card["stages"] = {k: v for k, v in stages.items() if k in STAGES.values()} | self.card["stages"]
             self.card["earlier"] = [*earlier.get("earlier", []), {"date": earlier.get("date"), "stages": stages}]
 
     @property
@@ -126,24 +131,35 @@ class Run:
         }
         package.write_card(self.out, self.card)
 
-    def vae(self) -> WanVAE:
-        return load_vae(package.read_weights(self.out / VAE_FILE), torch.float32, self.device)
+    def size_of(self, task: str) -> WorldSize:
+        """TI2V's world is drawn twice as large, so that its latents, of 16x16 pixels, are as many."""
+        if task != TI2V:
+            return self.size
+        return WorldSize(width=2 * self.size.width, height=2 * self.size.height, frames=self.size.frames)
+
+    def vae(self, task: str = "t2v") -> AnyVAE:
+        load = load_vae22 if task == TI2V else load_vae
+        return load(package.read_weights(self.out / package.vae_file(task)), torch.float32, self.device)
 
     def encoder(self) -> TextEncoder:
         return open_encoder(package.read_weights(self.out / TEXT_FILE), self.device)
 
-    def latents(self) -> LatentPool:
-        """Every clip encoded, once for all stages that run with the same ``--work``."""
+    def latents(self, task: str = "t2v") -> LatentPool:
+        """Every clip encoded, once for all stages that run with the same ``--work``; TI2V's apart from the others'."""
         began = time.perf_counter()
-        images = "i2v" in self.tasks
-        files = [hashlib.sha256((self.out / name).read_bytes()).hexdigest() for name in (VAE_FILE, TEXT_FILE)]
-        key = repr((files, self.clips, self.seed, self.size, self.dtype, images))
-        path = self.work / "latents.pt"
+        images, size = task != TI2V and "i2v" in self.tasks, self.size_of(task)
+        names = (package.vae_file(task), TEXT_FILE)
+        files = [hashlib.sha256((self.out / name).read_bytes()).hexdigest() for name in names]
+        key = repr((files, self.clips, self.seed, size, self.dtype, images))
+        path = self.work / ("latents_ti2v.pt" if task == TI2V else "latents.pt")
         if (found := read_latents(path, key, self.device)) is not None:
             print(f"{len(found)} clips from {path}", flush=True)
             return found
-        pool = make_pool(self.clips, self.size, seed=self.seed, held_out=False, device=self.device)
-        latents = encode_pool(pool, self.size, self.vae(), self.encoder(), dtype=self.dtype, images=images)
+        pool = make_pool(self.clips, size, seed=self.seed, held_out=False, device=self.device)
+        at_once = 64 if task == TI2V else 256  # by pixels, the same
+        latents = encode_pool(
+            pool, size, self.vae(task), self.encoder(), dtype=self.dtype, images=images, at_once=at_once
+        )
         keep_latents(path, key, latents)
         print(
             f"{len(latents)} clips encoded in {time.perf_counter() - began:.1f} s, "
@@ -177,21 +193,24 @@ def run_text(run: Run) -> None:
     package.write_weights(run.out / TEXT_FILE, run.start(TEXT_FILE) or make_encoder(run.seed))
 
 
-def run_vae(run: Run, budget: Budget) -> None:
-    """The VAE."""
+def run_vae(run: Run, budget: Budget, design: str = "2.1") -> None:
+    """The VAE of a design."""
     began = time.perf_counter()
-    pool = make_pool(run.clips, run.size, seed=run.seed, held_out=False, device=run.device)
+    name, task = STAGES[design], TI2V if design == "2.2" else "t2v"
+    file, size = package.vae_file(task), run.size_of(task)
+    pool = make_pool(run.clips, size, seed=run.seed, held_out=False, device=run.device)
     options = VAEOptions(
         budget=budget, batch=run.vae_batch, log_every=run.log_every,
         graphs=run.graphs, compile=run.compile, dtype=run.dtype,
     )  # fmt: skip
-    start = run.start(VAE_FILE)
-    weights, log = train_vae(pool.clips, run.size, options, seed=run.seed, start=start, state=run.state("vae"))
-    package.write_weights(run.out / VAE_FILE, weights)
-    unseen = make_pool(min(256, run.clips), run.size, seed=run.seed + 1, held_out=True, device=run.device)
-    quality = measure_vae(run.vae(), unseen.clips, run.size, run.dtype)
-    print(f"vae on held-out clips: {quality}", flush=True)
-    run.note("vae", log, began, batch=run.vae_batch, held_out=quality)
+    weights, log = train_vae(
+        pool.clips, size, options, seed=run.seed, design=design, start=run.start(file), state=run.state(name)
+    )
+    package.write_weights(run.out / file, weights)
+    unseen = make_pool(min(256, run.clips), size, seed=run.seed + 1, held_out=True, device=run.device)
+    quality = measure_vae(run.vae(task), unseen.clips, size, run.dtype, at_once=64 if design == "2.1" else 16)
+    print(f"{name} on held-out clips: {quality}", flush=True)
+    run.note(name, log, began, batch=run.vae_batch, held_out=quality)
 
 
 def run_joint(run: Run, budget: Budget, pool: LatentPool) -> None:
@@ -231,10 +250,24 @@ def run_expert(run: Run, name: str, budget: Budget, pool: LatentPool) -> None:
     run.note(name, log, began, batch=run.batch, rate=stage.rate, noise_levels=[low, high])
 
 
-def run_evaluate(run: Run, count: int, options: SampleOptions, fused_kernels: str) -> None:
-    """Score both tasks on captions of training's scenes and of held-out ones; write the sheet."""
+def run_ti2v(run: Run, budget: Budget, pool: LatentPool) -> None:
+    """TI2V's one transformer, for every noise level, with and without a first frame."""
     began = time.perf_counter()
-    vae, encoder = run.vae(), run.encoder()
+    stage = Stage(
+        name=TI2V, task=Task.TI2V, budget=budget, low=0.0, high=1.0, image=TI2V_IMAGE,
+        batch=run.batch, log_every=run.log_every, graphs=run.graphs, compile=run.compile, dtype=run.dtype,
+    )  # fmt: skip
+    file = package.expert_file(TI2V)
+    start = run.start(file)
+    weights, log = train_transformer(stage, run.model, pool, seed=run.seed, start=start, state=run.state(TI2V))
+    package.write_weights(run.out / file, weights)
+    run.note(TI2V, log, began, batch=run.batch, rate=stage.rate, image=stage.image)
+
+
+def run_evaluate(run: Run, count: int, options: SampleOptions, fused_kernels: str) -> None:
+    """Score every task on captions of training's scenes and of held-out ones; write the sheet."""
+    began = time.perf_counter()
+    encoder = run.encoder()
     dtype = run.dtype
     options = replace(options, dtype=dtype)
     results: dict[str, Any] = {"steps": options.steps, "solver": "unipc", "seed": options.seed}
@@ -244,6 +277,7 @@ def run_evaluate(run: Run, count: int, options: SampleOptions, fused_kernels: st
         if not all(path.is_file() for path in files.values()):
             print(f"{task}: not trained yet, not evaluated", flush=True)
             continue
+        vae = run.vae(task)
         experts = {name: load_transformer(path, name, dtype, run.device) for name, path in files.items()}
         for model in experts.values():
             model.fused_kernels = fused_kernels
@@ -263,6 +297,28 @@ def run_evaluate(run: Run, count: int, options: SampleOptions, fused_kernels: st
             if used is options:
                 shown.append(evaluation)
             print(f"{task} {label}: {scores}", flush=True)
+    path = run.out / package.expert_file(TI2V)
+    if path.is_file():
+        vae, model = run.vae(TI2V), load_transformer(path, None, dtype, run.device)
+        model.fused_kernels = fused_kernels
+        set_attention(model, Attention("sdpa"))
+        for label, held_out, image, used in (
+            ("trained", False, False, options),
+            ("held_out", True, False, options),
+            ("trained_without_guidance", False, False, replace(options, guidance=(1.0, 1.0))),
+            ("image_trained", False, True, options),
+            ("image_held_out", True, True, options),
+        ):
+            chosen = choose_scenes(count, held_out=held_out, seed=options.seed)
+            evaluation, frames = evaluate_ti2v(
+                model, vae, encoder, run.size_of(TI2V), replace(used, at_once=32), chosen, image=image
+            )
+            results[f"{TI2V}_{label}"] = {**evaluation.scores(), **frames}
+            if used is options:
+                shown.append(evaluation)
+            print(f"{TI2V} {label}: {results[f'{TI2V}_{label}']}", flush=True)
+    elif TI2V in run.tasks:
+        print(f"{TI2V}: not trained yet, not evaluated", flush=True)
     results["seconds"] = round(time.perf_counter() - began, 1)
     run.card["evaluation"] = results
     if shown:
@@ -272,17 +328,28 @@ def run_evaluate(run: Run, count: int, options: SampleOptions, fused_kernels: st
 
 def plan(stage: str, run: Run, tasks: Sequence[str]) -> list[str]:
     """The trainings of a command, in order. What ``--start-from`` makes unnecessary is copied from there."""
-    if unknown := set(tasks) - set(package.TASKS):
-        raise ValueError(f"tasks are {', '.join(package.TASKS)}; got {', '.join(sorted(unknown))}")
+    if unknown := set(tasks) - {*package.TASKS, TI2V}:
+        raise ValueError(f"tasks are {', '.join((*package.TASKS, TI2V))}; got {', '.join(sorted(unknown))}")
     experts = [name for name in INTERVALS if name.split("_")[0] in tasks]
+    two, alone = set(tasks) - {TI2V}, [TI2V] if TI2V in tasks else []
     if stage == "all" and run.start_from is not None:
-        kept = [VAE_FILE, *(package.expert_file(*_parts(name)) for name in INTERVALS if name not in experts)]
+        kept = [VAE_FILE, VAE_FILE_22]
+        kept += [package.expert_file(*_parts(name)) for name in (*INTERVALS, TI2V) if name not in (*experts, *alone)]
         for file in kept:
             if (run.start_from / file).is_file():
                 shutil.copy(run.start_from / file, run.out / file)
         there = all((run.start_from / package.expert_file(*_parts(name))).is_file() for name in experts)
-        return experts if there else ["joint", *experts]
-    return {"all": ["vae", "joint", *experts], "vae": ["vae"], "joint": ["joint"], "experts": experts}.get(stage, [])
+        if alone and not (run.start_from / VAE_FILE_22).is_file():
+            alone = ["vae22", TI2V]
+        return [*(experts if there else ["joint", *experts]), *alone]
+    vaes = [*(["vae"] if two else []), *(["vae22"] if alone else [])]
+    joint = ["joint"] if two else []
+    return {
+        "all": [*vaes, *joint, *experts, *alone],
+        "vae": vaes,
+        "joint": joint,
+        "experts": [*experts, *alone],
+    }.get(stage, [])
 
 
 def _parts(name: str) -> tuple[str, str]:

@@ -3,7 +3,11 @@
 
     python tools/tiny_wan/train.py all --minutes 7 --out build/tiny_wan
     python tools/tiny_wan/train.py all --minutes 4 --out build/tiny_wan --start-from tools/tiny_wan/trained
+    python tools/tiny_wan/train.py all --tasks ti2v --minutes 10 --out build/tiny_wan_ti2v
     python tools/tiny_wan/train.py assemble build/tiny_wan models/wan/Wan2.2-T2V-A14B-tiny --task t2v
+
+Tasks are ``t2v`` and ``i2v`` unless ``--tasks`` says otherwise. ``ti2v`` trains the Wan2.2 VAE (on clips drawn twice as
+wide and high) and one transformer with a timestep for each latent frame.
 
 ``all`` runs the stages in order; each can be run alone (``text``, ``vae``, ``joint``, ``experts``, ``evaluate``)
 on what the earlier ones left in ``--out``. A stage that was stopped (SIGTERM) goes on with ``--resume``.
@@ -25,9 +29,10 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 import tiny_wan  # noqa: F401  (puts the engine within reach)
 from tiny_wan import package
+from tiny_wan.autoencoder import STAGES as VAE_STAGES
 from tiny_wan.evaluate import SampleOptions
 from tiny_wan.loop import Budget, stop_on_signal, stopping
-from tiny_wan.stages import SHARES, Run, plan, run_evaluate, run_expert, run_joint, run_text, run_vae
+from tiny_wan.stages import SHARES, TI2V, Run, plan, run_evaluate, run_expert, run_joint, run_text, run_ti2v, run_vae
 from tiny_wan.transformer import TransformerSize
 from tiny_wan.world import WorldSize
 
@@ -56,7 +61,7 @@ SampleSteps = Annotated[int, typer.Option(min=1, help="Steps of the sampler.")]
 Graphs = Annotated[bool, typer.Option(help="On a GPU: record a step and replay it.")]
 Compile = Annotated[bool, typer.Option("--compile", help="Fuse what lies between matrix products (torch.compile).")]
 Dtype = Annotated[str, typer.Option(help="What to compute in: bf16, fp32, or auto: bf16 on a GPU, fp32 elsewhere.")]
-Tasks = Annotated[str, typer.Option(help="Whose experts to train: t2v, i2v, or both.")]
+Tasks = Annotated[str, typer.Option(help="What to train: any of t2v, i2v and ti2v, with commas.")]
 Fused = Annotated[str, typer.Option(help="Kernels that sampling uses: eager, auto or triton.")]
 
 
@@ -64,9 +69,9 @@ DTYPES = {"auto": None, "bf16": torch.bfloat16, "fp32": torch.float32}
 STAGES = {
     "all": "Every stage in order.",
     "text": "Draw the text encoder and make its tokenizer.",
-    "vae": "Train the VAE.",
+    "vae": "Train the VAE (of the Wan2.2 design for ti2v).",
     "joint": "Train one transformer for every noise level, with and without an image.",
-    "experts": "Train the two experts of T2V and the two of I2V, from the joint transformer.",
+    "experts": "Train the experts of T2V and of I2V, from the joint transformer; and TI2V's one.",
     "evaluate": "Sample, score, and draw the sheet.",
 }
 
@@ -136,15 +141,19 @@ def train(
 
     if stage in ("all", "text"):
         run_text(run)
-    if "vae" in chosen:
-        run_vae(run, budget("vae"))
-    pool = run.latents() if any(name != "vae" for name in chosen) else None
-    for name in chosen:
+    for design, name in VAE_STAGES.items():
+        if name in chosen:
+            run_vae(run, budget(name), design)
+    two = [name for name in chosen if name not in (*VAE_STAGES.values(), TI2V)]
+    pool = run.latents() if two else None
+    for name in two:
         if name == "joint":
             run_joint(run, budget(name), pool)
-        elif name != "vae":
+        else:
             run_expert(run, name, budget(name), pool)
     del pool
+    if TI2V in chosen:
+        run_ti2v(run, budget(TI2V), run.latents(TI2V))
     if stage in ("all", "evaluate") and not stopping():
         run_evaluate(run, captions, SampleOptions(steps=sample_steps, seed=sample_seed), fused_kernels)
 
@@ -157,7 +166,7 @@ for _name, _help in STAGES.items():
 def assemble(
     trained: Annotated[Path, typer.Argument(help="Folder that training wrote.")],
     target: Annotated[Path, typer.Argument(help="Checkpoint folder to make.")],
-    task: Annotated[str, typer.Option(help="t2v or i2v")] = "t2v",
+    task: Annotated[str, typer.Option(help="t2v, i2v or ti2v")] = "t2v",
 ) -> None:
     """Make a checkpoint folder in the official layout."""
     size = TransformerSize(**{_FIELDS[key]: value for key, value in package.read_card(trained)["model"].items()})

@@ -1,7 +1,8 @@
-"""The transformer's stages: one model learns text and image to video together, then each expert its own noise levels.
+"""The transformers' stages: one model learns text and image to video together, then each expert its own noise levels.
 
 The joint model has I2V's 36 input channels. Where no image is given, its 20 conditioning channels are zero, so that a
-T2V model is the same one without those columns of the patch embedding.
+T2V model is the same one without those columns of the patch embedding. TI2V's one model stands apart: 48 channels,
+and a timestep for each latent frame, so that a given first frame is told from noise by its timestep of 0.
 """
 
 from __future__ import annotations
@@ -19,7 +20,7 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from wan_fp8.models.blocks import ForwardOptions
 from wan_fp8.models.specs import ModelSpec, Task
 from wan_fp8.models.wan import WanModel, build_model
-from wan_fp8.sampling import shift_sigmas
+from wan_fp8.sampling import impose_first_frame, shift_sigmas
 
 from .data import LatentPool
 from .loop import Budget, Log, Trainer, batches
@@ -48,8 +49,8 @@ class TransformerSize:
             ffn_dim=self.ffn_dim,
             num_heads=self.dim // 128,
             num_layers=self.num_layers,
-            in_dim=36 if task is Task.I2V else 16,
-            out_dim=16,
+            in_dim={Task.I2V: 36, Task.TI2V: 48}.get(task, 16),
+            out_dim=48 if task is Task.TI2V else 16,
         )
 
 
@@ -132,13 +133,25 @@ def padded_attention(bias_B11L: Tensor) -> Callable[..., Tensor]:
     return attend
 
 
-def velocity(model: WanModel, pool: LatentPool, x: Tensor, sigma_B: Tensor, caption_B: Tensor) -> Tensor:
-    """One forward as in sampling, on the caption table's short rows."""
+def velocity(model: WanModel, pool: LatentPool, x: Tensor, sigma: Tensor, caption_B: Tensor) -> Tensor:
+    """One forward as in sampling, on the caption table's short rows. ``sigma``: [B], or [B, F] per latent frame."""
     bias = pool.table.bias(caption_B, model.compute_dtype)
     tokens = x.shape[2] * x.shape[3] * x.shape[4] // 4
     assert bias.shape[-1] != tokens, "text rows and video tokens must differ in number to be told apart"
     options = ForwardOptions(cache_text=False, attention_override=padded_attention(bias))
-    return model(x, 1000 * sigma_B, context=pool.table.rows_NLD[caption_B], options=options)
+    return model(x, 1000 * sigma, context=pool.table.rows_NLD[caption_B], options=options)
+
+
+def with_first_frame(x: Tensor, sigma_B: Tensor, clean: Tensor, given_B: Tensor) -> tuple[Tensor, Tensor]:
+    """TI2V's input and noise levels [B, F]: where ``given``, latent frame 0 is clean and has level 0.
+
+    As ``wan_fp8.sampling`` does it at every step (``impose_first_frame``, ``ti2v_timesteps``); there, all clips of a
+    batch are given their frame or none.
+    """
+    imposed = impose_first_frame(x, clean[:, :, :1])
+    sigma_BF = sigma_B[:, None].repeat(1, x.shape[2])
+    sigma_BF[:, 0] *= ~given_B
+    return torch.where(given_B.view(-1, 1, 1, 1, 1), imposed, x), sigma_BF
 
 
 def draw_sigmas(count: int, stage: Stage, generator: torch.Generator) -> Tensor:
@@ -186,7 +199,13 @@ def train_transformer(
     def loss_of(x: Tensor, sigma: Tensor, caption: Tensor, target: Tensor) -> Tensor:
         return F.mse_loss(velocity(model, pool, x, sigma, caption).float(), target)
 
-    compute = torch.compile(loss_of, dynamic=False) if stage.compile else loss_of
+    def loss_of_frames(x: Tensor, sigma_BF: Tensor, caption: Tensor, target: Tensor) -> Tensor:
+        error = (velocity(model, pool, x, sigma_BF, caption).float() - target).square().mean((1, 3, 4))
+        learned = (sigma_BF > 0).float()
+        return (error * learned).sum() / learned.sum()
+
+    loss = loss_of_frames if stage.task is Task.TI2V else loss_of
+    compute = torch.compile(loss, dynamic=False) if stage.compile else loss
     for step, used in trainer.steps():
         index = next(order)
         clean = pool.latents_NCFHW[index].float()
@@ -197,6 +216,9 @@ def train_transformer(
         if stage.task is Task.I2V:
             given = torch.rand(len(index), generator=generator, device=device) < stage.image
             x = torch.cat([x, pool.condition(index, given)], dim=1)
+        elif stage.task is Task.TI2V:
+            given = torch.rand(len(index), generator=generator, device=device) < stage.image
+            x, sigma = with_first_frame(x, sigma, clean, given)
         caption = pool.captions(index, DROPPED, generator)
         trainer.learn(compute, (x, sigma, caption, noise - clean), step, used)
     if state is not None:

@@ -38,6 +38,25 @@ LATENTS_STD = (
     *(3.2687, 2.1526, 2.8652, 1.5579, 1.6382, 1.1253, 2.8251, 1.9160),
 )
 """Published statistics of each latent channel: the transformer works on ``(mu - mean) / std``."""
+LATENTS_MEAN_22 = (
+    *(-0.2289, -0.0052, -0.1323, -0.2339, -0.2799, 0.0174, 0.1838, 0.1557),
+    *(-0.1382, 0.0542, 0.2813, 0.0891, 0.157, -0.0098, 0.0375, -0.1825),
+    *(-0.2246, -0.1207, -0.0698, 0.5109, 0.2665, -0.2108, -0.2158, 0.2502),
+    *(-0.2055, -0.0322, 0.1109, 0.1567, -0.0729, 0.0899, -0.2799, -0.123),
+    *(-0.0313, -0.1649, 0.0117, 0.0723, -0.2839, -0.2083, -0.052, 0.3748),
+    *(0.0152, 0.1957, 0.1433, -0.2944, 0.3573, -0.0548, -0.1681, -0.0667),
+)
+LATENTS_STD_22 = (
+    *(0.4765, 1.0364, 0.4514, 1.1677, 0.5313, 0.499, 0.4818, 0.5013),
+    *(0.8158, 1.0344, 0.5894, 1.0901, 0.6885, 0.6165, 0.8454, 0.4978),
+    *(0.5759, 0.3523, 0.7135, 0.6804, 0.5833, 1.4146, 0.8986, 0.5659),
+    *(0.7069, 0.5338, 0.4889, 0.4917, 0.4069, 0.4999, 0.6866, 0.4093),
+    *(0.5709, 0.6065, 0.6415, 0.4944, 0.5726, 1.2042, 0.5458, 1.6887),
+    *(0.3971, 1.06, 0.3943, 0.5537, 0.5444, 0.4089, 0.7468, 0.7744),
+)
+"""The same of the 48 channels of the Wan2.2 VAE (``vae22.py``)."""
+STATISTICS = {len(mean): (mean, std) for mean, std in ((LATENTS_MEAN, LATENTS_STD), (LATENTS_MEAN_22, LATENTS_STD_22))}
+"""Mean and deviation by the number of latent channels."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -152,11 +171,11 @@ class Down(nn.Module):
 
 
 class Up(nn.Module):
-    """With ``time``, doubles every frame but the first; then doubles rows and columns and halves channels."""
+    """With ``time``, doubles every frame but the first; then doubles rows and columns."""
 
-    def __init__(self, channels: int, time: bool) -> None:
+    def __init__(self, channels: int, out_channels: int, time: bool) -> None:
         super().__init__()
-        self.resample = nn.ModuleDict({"1": Conv(channels, channels // 2, (3, 3))})
+        self.resample = nn.ModuleDict({"1": Conv(channels, out_channels, (3, 3))})
         self.time_conv = Conv(channels, 2 * channels, (3, 1, 1)) if time else None
 
     def forward(self, x: Tensor) -> Tensor:
@@ -169,11 +188,13 @@ class Up(nn.Module):
         return self.resample["1"](x.reshape(batch, frames, 2 * rows, 2 * columns, channels))
 
 
-def _middle(channels: int) -> nn.Sequential:
+def middle(channels: int) -> nn.Sequential:
+    """What stands between the levels and the latents in either half."""
     return nn.Sequential(Residual(channels, channels), FrameAttention(channels), Residual(channels, channels))
 
 
-def _head(in_channels: int, out_channels: int) -> nn.ModuleDict:
+def head(in_channels: int, out_channels: int) -> nn.ModuleDict:
+    """How either half ends; a SiLU stands between the two."""
     return nn.ModuleDict({"0": Norm(in_channels, 4), "2": Conv(in_channels, out_channels, (3, 3, 3))})
 
 
@@ -190,8 +211,8 @@ class Encoder(nn.Module):
                 self.downsamples.append(Residual(widths[level] if index == 0 else width, width))
             if level < len(TIME_DOWN):
                 self.downsamples.append(Down(width, TIME_DOWN[level]))
-        self.middle = _middle(widths[-1])
-        self.head = _head(widths[-1], 2 * LATENT_CHANNELS)
+        self.middle = middle(widths[-1])
+        self.head = head(widths[-1], 2 * LATENT_CHANNELS)
 
     def forward(self, x: Tensor) -> Tensor:
         x = self.middle(self.downsamples(self.conv1(x)))
@@ -205,15 +226,15 @@ class Decoder(nn.Module):
         super().__init__()
         widths = [dim * m for m in (DIM_MULT[-1], *reversed(DIM_MULT))]
         self.conv1 = Conv(LATENT_CHANNELS, widths[0], (3, 3, 3))
-        self.middle = _middle(widths[0])
+        self.middle = middle(widths[0])
         self.upsamples = nn.Sequential()
         for level, width in enumerate(widths[1:]):
             incoming = widths[level] // 2 if level else widths[level]
             for index in range(RES_BLOCKS + 1):
                 self.upsamples.append(Residual(incoming if index == 0 else width, width))
             if level < len(TIME_DOWN):
-                self.upsamples.append(Up(width, TIME_DOWN[::-1][level]))
-        self.head = _head(widths[-1], 3)
+                self.upsamples.append(Up(width, width // 2, TIME_DOWN[::-1][level]))
+        self.head = head(widths[-1], 3)
 
     def forward(self, z: Tensor) -> Tensor:
         x = self.upsamples(self.middle(self.conv1(z)))
@@ -264,7 +285,7 @@ def denormalize_latents(latents_BCFHW: Tensor) -> Tensor:
 
 
 def _statistics(like: Tensor) -> tuple[Tensor, Tensor]:
-    mean, std = (like.new_tensor(values).view(1, -1, 1, 1, 1) for values in (LATENTS_MEAN, LATENTS_STD))
+    mean, std = (like.new_tensor(values).view(1, -1, 1, 1, 1) for values in STATISTICS[like.shape[1]])
     return mean, std
 
 
@@ -278,23 +299,38 @@ def load_vae(
     Raises:
         CheckpointError: damaged, incomplete, or another VAE.
     """
+    state = read_vae(source, "2.1", dtype, device)
+    with torch.device("meta"):
+        vae = WanVAE(VAESpec(dim=state["decoder.head.0.gamma"].shape[0]))
+    fill_vae(vae, state, "2.1")
+    return vae
+
+
+def read_vae(
+    source: str | Path | Mapping[str, Tensor], version: str, dtype: torch.dtype, device: torch.device | str
+) -> dict[str, Tensor]:
+    """Tensors under official names, the two that tell the widths among them."""
     if isinstance(source, Mapping):
         state = {name: tensor.to(device, dtype) for name, tensor in source.items()}
     else:
         from ..checkpoint.encoders import load_vae_state_dict
 
-        state = load_vae_state_dict(source, dtype, device, expected="2.1").state_dict
-    last = state.get("decoder.head.0.gamma")
-    if last is None:
-        raise CheckpointError("this is no Wan2.1 VAE: decoder.head.0.gamma is missing; use Wan2.1_VAE.pth")
-    with torch.device("meta"):
-        vae = WanVAE(VAESpec(dim=last.shape[0]))
+        state = load_vae_state_dict(source, dtype, device, expected=version).state_dict
+    for name in ("decoder.head.0.gamma", "encoder.conv1.bias"):
+        if name not in state:
+            raise CheckpointError(f"this is no Wan{version} VAE: {name} is missing; use Wan{version}_VAE.pth")
+    return state
+
+
+def fill_vae(vae: nn.Module, state: Mapping[str, Tensor], version: str) -> None:
+    """Give ``vae``, made on no device, the tensors of ``state``, all of which it must need."""
     wanted = {name: tuple(value.shape) for name, value in vae.state_dict().items()}
     found = {name: tuple(value.shape) for name, value in state.items()}
     if wanted != found:
         odd = sorted(name for name in wanted.keys() | found.keys() if wanted.get(name) != found.get(name))
         raise CheckpointError(
-            f"this VAE is not complete or not a Wan2.1 VAE ({', '.join(odd[:3])}, …); download Wan2.1_VAE.pth again"
+            f"this VAE is not complete or not a Wan{version} VAE ({', '.join(odd[:3])}, …); "
+            f"download Wan{version}_VAE.pth again"
         )
     vae.load_state_dict(state, assign=True)
-    return vae.requires_grad_(False).eval()
+    vae.requires_grad_(False).eval()
