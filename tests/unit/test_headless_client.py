@@ -39,7 +39,7 @@ class Scripted(Client):
 
     def __init__(self, events: list[dict] | None = None, entry: Any = None, content: bytes = b"") -> None:
         super().__init__("http://nowhere")
-        self.events, self.entry, self.content = events or [], entry, content
+        self.events, self.found, self.content = events or [], entry, content
 
     def _connect(self) -> Any:
         return io.BytesIO()
@@ -51,8 +51,8 @@ class Scripted(Client):
         for one in self.events:
             on_event(one)
 
-    def _entry(self, prompt_id: str) -> Any:
-        return self.entry
+    def entry(self, prompt_id: str) -> Any:
+        return self.found
 
     def request(self, path: str, body: Any = None, headers: Any = None) -> bytes:
         return self.content
