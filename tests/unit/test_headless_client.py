@@ -119,7 +119,7 @@ def test_nothing_is_told_twice() -> None:
 
 
 def test_a_failure_names_the_error_without_the_folder_of_its_pack() -> None:
-    data = {"node_id": "2", "exception_message": "no\n", "exception_type": "/home/u/custom_nodes/pack.a.errors.Bad"}
+    data = {"node_id": "2", "exception_message": "no\n", "exception_type": "/anywhere/custom_nodes/pack.a.errors.Bad"}
     client = Scripted(entry={"status": {"messages": [["execution_error", data]]}, "outputs": {}})
     told: list[dict] = []
     with pytest.raises(ExecutionFailed) as error:

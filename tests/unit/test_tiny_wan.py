@@ -403,6 +403,8 @@ def test_going_on_keeps_what_is_not_trained(trained: Path, tmp_path: Path) -> No
     (vae_alone / package.VAE_FILE).write_bytes((trained / package.VAE_FILE).read_bytes())
     begun = SimpleNamespace(out=tmp_path, start_from=vae_alone)
     assert plan("all", begun, ["i2v"]) == ["joint", "i2v_high_noise", "i2v_low_noise"]  # type: ignore[arg-type]
+    (vae_alone / package.VAE_FILE).unlink()
+    assert plan("all", begun, ["i2v"]) == ["vae", "joint", "i2v_high_noise", "i2v_low_noise"]  # type: ignore[arg-type]
     with pytest.raises(ValueError, match="tasks are t2v, i2v, ti2v; got s2v"):
         plan("experts", fresh, ["s2v"])  # type: ignore[arg-type]
 

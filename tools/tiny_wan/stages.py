@@ -99,6 +99,11 @@ class Run:
             self.card["earlier"] = [*earlier.get("earlier", []), {"date": earlier.get("date"), "stages": stages}]
 
     @property
+    def manner(self) -> dict[str, Any]:
+        """How every stage is run, whatever it trains."""
+        return {"log_every": self.log_every, "graphs": self.graphs, "compile": self.compile, "dtype": self.dtype}
+
+    @property
     def hardware(self) -> str:
         if self.device.type == "cuda":
             return torch.cuda.get_device_name(self.device)
@@ -199,10 +204,7 @@ def run_vae(run: Run, budget: Budget, design: str = "2.1") -> None:
     name, task = STAGES[design], TI2V if design == "2.2" else "t2v"
     file, size = package.vae_file(task), run.size_of(task)
     pool = make_pool(run.clips, size, seed=run.seed, held_out=False, device=run.device)
-    options = VAEOptions(
-        budget=budget, batch=run.vae_batch, log_every=run.log_every,
-        graphs=run.graphs, compile=run.compile, dtype=run.dtype,
-    )  # fmt: skip
+    options = VAEOptions(budget=budget, batch=run.vae_batch, **run.manner)
     weights, log = train_vae(
         pool.clips, size, options, seed=run.seed, design=design, start=run.start(file), state=run.state(name)
     )
@@ -219,7 +221,7 @@ def run_joint(run: Run, budget: Budget, pool: LatentPool) -> None:
     stage = Stage(
         name="joint", task=Task.I2V, budget=budget, low=0.0, high=1.0,
         image=0.35 if "i2v" in run.tasks else 0.0,
-        batch=run.batch, log_every=run.log_every, graphs=run.graphs, compile=run.compile, dtype=run.dtype,
+        batch=run.batch, **run.manner,
     )  # fmt: skip
     weights, log = train_transformer(stage, run.model, pool, seed=run.seed, state=run.state("joint"))
     run.work.mkdir(parents=True, exist_ok=True)
@@ -238,7 +240,7 @@ def run_expert(run: Run, name: str, budget: Budget, pool: LatentPool) -> None:
     low, high = INTERVALS[name]
     stage = Stage(
         name=name, task=Task(task), budget=budget, low=low, high=high, image=1.0, rate=EXPERT_RATE,
-        batch=run.batch, log_every=run.log_every, graphs=run.graphs, compile=run.compile, dtype=run.dtype,
+        batch=run.batch, **run.manner,
     )  # fmt: skip
     file = package.expert_file(task, expert)
     start = run.start(file)
@@ -255,7 +257,7 @@ def run_ti2v(run: Run, budget: Budget, pool: LatentPool) -> None:
     began = time.perf_counter()
     stage = Stage(
         name=TI2V, task=Task.TI2V, budget=budget, low=0.0, high=1.0, image=TI2V_IMAGE,
-        batch=run.batch, log_every=run.log_every, graphs=run.graphs, compile=run.compile, dtype=run.dtype,
+        batch=run.batch, **run.manner,
     )  # fmt: skip
     file = package.expert_file(TI2V)
     start = run.start(file)
@@ -339,9 +341,13 @@ def plan(stage: str, run: Run, tasks: Sequence[str]) -> list[str]:
             if (run.start_from / file).is_file():
                 shutil.copy(run.start_from / file, run.out / file)
         there = all((run.start_from / package.expert_file(*_parts(name))).is_file() for name in experts)
+        if two and not (run.start_from / VAE_FILE).is_file():
+            experts = ["vae", "joint", *experts]
+        elif not there:
+            experts = ["joint", *experts]
         if alone and not (run.start_from / VAE_FILE_22).is_file():
             alone = ["vae22", TI2V]
-        return [*(experts if there else ["joint", *experts]), *alone]
+        return [*experts, *alone]
     vaes = [*(["vae"] if two else []), *(["vae22"] if alone else [])]
     joint = ["joint"] if two else []
     return {

@@ -241,35 +241,47 @@ class Decoder(nn.Module):
         return self.head["2"](F.silu(self.head["0"](x)))
 
 
-class WanVAE(nn.Module):
-    """Encoder and decoder; computes in the type of its input."""
+class AutoEncoder(nn.Module):
+    """Encoder and decoder of either design; computes in the type of its input."""
 
-    def __init__(self, spec: VAESpec) -> None:
+    def __init__(self, encoder: nn.Module, decoder: nn.Module, channels: int) -> None:
+        """``channels``: of the latents; the encoder returns twice as many."""
         super().__init__()
-        self.spec = spec
-        self.encoder = Encoder(spec.dim)
-        self.conv1 = Conv(2 * LATENT_CHANNELS, 2 * LATENT_CHANNELS, (1, 1, 1))
-        self.conv2 = Conv(LATENT_CHANNELS, LATENT_CHANNELS, (1, 1, 1))
-        self.decoder = Decoder(spec.dim)
+        self.encoder = encoder
+        self.conv1 = Conv(2 * channels, 2 * channels, (1, 1, 1))
+        self.conv2 = Conv(channels, channels, (1, 1, 1))
+        self.decoder = decoder
 
     def moments(self, video_BCTHW: Tensor) -> tuple[Tensor, Tensor]:
-        """Mean and log variance of the latents, each [B, 16, F, H/8, W/8].
+        """Mean and log variance of the latents, each [B, C, F, H/S, W/S]; S is 8, and 16 in the Wan2.2 VAE.
 
         Args:
-            video_BCTHW: [B, 3, T, H, W] in -1..1; T is 4n + 1, H and W are multiples of 8.
+            video_BCTHW: [B, 3, T, H, W] in -1..1; T is 4n + 1, H and W are multiples of S.
         """
         x = video_BCTHW.permute(0, 2, 3, 4, 1).contiguous()
         mean, log_variance = self.conv1(self.encoder(x)).permute(0, 4, 1, 2, 3).chunk(2, dim=1)
         return mean, log_variance
 
     def encode(self, video_BCTHW: Tensor) -> Tensor:
-        """The latents' mean, as published code uses it, not normalised: [B, 3, T, H, W] -> [B, 16, F, H/8, W/8]."""
+        """The latents' mean, as published code uses it, not normalised: [B, 3, T, H, W] -> [B, C, F, H/S, W/S]."""
         return self.moments(video_BCTHW)[0]
 
     def decode(self, latents_BCFHW: Tensor) -> Tensor:
         """Latents that are not normalised -> [B, 3, T, H, W], about -1..1 (callers clamp)."""
         z = latents_BCFHW.permute(0, 2, 3, 4, 1).contiguous()
-        return self.decoder(self.conv2(z)).permute(0, 4, 1, 2, 3)
+        video: Tensor = self.decoder(self.conv2(z)).permute(0, 4, 1, 2, 3)
+        return video
+
+
+class WanVAE(AutoEncoder):
+    """16 latent channels, 8x8 pixels."""
+
+    encoder: Encoder
+    decoder: Decoder
+
+    def __init__(self, spec: VAESpec) -> None:
+        super().__init__(Encoder(spec.dim), Decoder(spec.dim), LATENT_CHANNELS)
+        self.spec = spec
 
 
 def normalize_latents(latents_BCFHW: Tensor) -> Tensor:

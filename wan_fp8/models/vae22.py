@@ -17,7 +17,20 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from .vae import DIM_MULT, RES_BLOCKS, TIME_DOWN, Conv, Down, Residual, Up, fill_vae, head, middle, read_vae
+from .vae import (
+    DIM_MULT,
+    RES_BLOCKS,
+    TIME_DOWN,
+    AutoEncoder,
+    Conv,
+    Down,
+    Residual,
+    Up,
+    fill_vae,
+    head,
+    middle,
+    read_vae,
+)
 
 LATENT_CHANNELS_22 = 48
 PATCH = 2
@@ -140,35 +153,15 @@ class Decoder22(nn.Module):
         return unfold_patches(self.head["2"](F.silu(self.head["0"](x))))
 
 
-class Wan22VAE(nn.Module):
-    """Encoder and decoder; computes in the type of its input."""
+class Wan22VAE(AutoEncoder):
+    """48 latent channels, 16x16 pixels."""
+
+    encoder: Encoder22
+    decoder: Decoder22
 
     def __init__(self, spec: VAE22Spec) -> None:
-        super().__init__()
+        super().__init__(Encoder22(spec.encoder_dim), Decoder22(spec.decoder_dim), LATENT_CHANNELS_22)
         self.spec = spec
-        self.encoder = Encoder22(spec.encoder_dim)
-        self.conv1 = Conv(2 * LATENT_CHANNELS_22, 2 * LATENT_CHANNELS_22, (1, 1, 1))
-        self.conv2 = Conv(LATENT_CHANNELS_22, LATENT_CHANNELS_22, (1, 1, 1))
-        self.decoder = Decoder22(spec.decoder_dim)
-
-    def moments(self, video_BCTHW: Tensor) -> tuple[Tensor, Tensor]:
-        """Mean and log variance of the latents, each [B, 48, F, H/16, W/16].
-
-        Args:
-            video_BCTHW: [B, 3, T, H, W] in -1..1; T is 4n + 1, H and W are multiples of 16.
-        """
-        x = video_BCTHW.permute(0, 2, 3, 4, 1).contiguous()
-        mean, log_variance = self.conv1(self.encoder(x)).permute(0, 4, 1, 2, 3).chunk(2, dim=1)
-        return mean, log_variance
-
-    def encode(self, video_BCTHW: Tensor) -> Tensor:
-        """The latents' mean, not normalised: [B, 3, T, H, W] -> [B, 48, F, H/16, W/16]."""
-        return self.moments(video_BCTHW)[0]
-
-    def decode(self, latents_BCFHW: Tensor) -> Tensor:
-        """Latents that are not normalised -> [B, 3, T, H, W], about -1..1 (callers clamp)."""
-        z = latents_BCFHW.permute(0, 2, 3, 4, 1).contiguous()
-        return self.decoder(self.conv2(z)).permute(0, 4, 1, 2, 3)
 
 
 def load_vae22(
