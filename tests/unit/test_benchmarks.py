@@ -43,3 +43,24 @@ def test_sparse(benchmarks, monkeypatch, tmp_path: Path, capsys) -> None:
         sparse.main(grid="3x8x16", heads=2, width=32, parts="bound,heads", repeats=1, device="cpu", json=str(out))
     kept = rows_of(out)
     assert {row["what"] for row in kept} == {"bound", "head"} and kept[-1] == {"what": "head", "head": "one"}
+
+
+@pytest.mark.parametrize(("task", "frames"), [("animate", 5), ("s2v", 8)])
+def test_dit_extended(benchmarks, tmp_path: Path, task: str, frames: int, monkeypatch, capsys) -> None:
+    """The time of a block is in the file before anything else of its row is measured."""
+    import dit
+    import dit_extended
+
+    unfinished = []
+    encoders = dit_extended.encoders
+    out = tmp_path / "dit.json"
+    monkeypatch.setattr(dit_extended, "encoders", lambda *args: unfinished.extend(rows_of(out)) or encoders(*args))
+    sizes = {"size": "64x64", "frames": frames, "dtype": "float32", "device": "cpu"}
+    recipes = dit.recipes("none", "auto", "cpu", "float32")
+    dit_extended.run(f"tiny-{task}", **sizes, attention="sdpa", recipes=recipes, comfyui="", json=str(out))
+    assert [row["layer_ms"] for row in rows_of(out)] == [row["layer_ms"] for row in unfinished]
+    (row,) = rows_of(out)
+    assert row["error"] < 1e-5 and row["floor_ms"] > 0 and row["segment_s"] > 0 and row["encoders_ms"]
+    assert "error" not in unfinished[0] and "encoders_ms" not in unfinished[0]
+    said = capsys.readouterr().err.splitlines()
+    assert len(said) > 5 and all(line.startswith("[") and " s] " in line for line in said)
