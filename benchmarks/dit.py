@@ -617,11 +617,11 @@ def main(
                 share,
             )
         rows.append(row | efficiency(rows, row))
+        if json and ranks.is_first():
+            common.write_results(json, rows, device)
         show(rows[-1])
         if device.startswith("cuda"):
             torch.cuda.empty_cache()
-        if json and ranks.is_first():
-            common.write_results(json, rows, device)
     ranks.stop()
 
 
