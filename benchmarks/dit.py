@@ -527,7 +527,9 @@ def main(
     model: Annotated[str, typer.Option(help=f"One of {', '.join((*MODELS, *EXTENDED))}.")] = "i2v-A14B",
     size: Annotated[str, typer.Option(help="Pixels, width x height.")] = "1280x720",
     frames: Annotated[int, typer.Option(help="Pixel frames, 4n+1.")] = 81,
-    layers: Annotated[str, typer.Option(help="The two layer counts whose difference is timed.")] = "3,6",
+    layers: Annotated[
+        str, typer.Option(help="The two layer counts whose difference is timed; Animate and S2V have their own.")
+    ] = "3,6",
     attention: Annotated[str, typer.Option(help="Attention backend, or several with commas: one row each.")] = "auto",
     dtype: Annotated[str, typer.Option(help="bfloat16, float16 or float32.")] = "bfloat16",
     kernels: Annotated[str, typer.Option(help="Norms and rotary turns: auto, triton or eager.")] = "auto",
@@ -615,11 +617,11 @@ def main(
                 share,
             )
         rows.append(row | efficiency(rows, row))
+        if json and ranks.is_first():
+            common.write_results(json, rows, device)
         show(rows[-1])
         if device.startswith("cuda"):
             torch.cuda.empty_cache()
-        if json and ranks.is_first():
-            common.write_results(json, rows, device)
     ranks.stop()
 
 

@@ -4,11 +4,14 @@
     python benchmarks/dit.py --model s2v-14B --size 1280x704 --frames 80 --attention fa3 --recipe rowwise
 
 A fuser stands after every fifth block of Animate, an injector after every fourth of S2V (nearly): ``layer_ms`` is a
-block without them, ``between_ms`` one fuser or injector, both by differences of layer counts, with and without faces
-or audio. ``encoders_ms`` are the parts that run once a segment. ``floor_ms`` is that of a block of so many tokens, as
-for the other models, and for Animate of the attention to the image. ``segment_s`` is one segment of the published
-steps and guidance: forwards and encoders; with --comfyui the VAE too, which is core's, and core's own class is timed
-in the same run.
+block without them, ``between_ms`` one fuser or injector, both by differences between 2, 4 and 6 blocks (``--layers`` is
+not asked): the first two counts have one of them, the third has two. ``encoders_ms`` are the parts that run once a
+segment. ``floor_ms`` is that of a block of so many tokens, as for the other models, and for Animate of the attention to
+the image. ``segment_s`` is one segment of the published steps and guidance: forwards and encoders; with --comfyui the
+VAE too, which is core's, and core's own class is timed in the same run.
+
+The blocks come first, and are in the file before the rest of their row is measured. Each phase says on stderr when it
+began.
 """
 
 from __future__ import annotations
@@ -16,6 +19,7 @@ from __future__ import annotations
 import dataclasses
 import statistics
 import sys
+import time
 from collections.abc import Callable
 from contextlib import contextmanager
 from pathlib import Path
@@ -37,8 +41,13 @@ from wan_fp8.sampling import DEFAULTS
 IMAGE_TOKENS = 257
 BETWEEN = {Task.ANIMATE: 8, Task.S2V: 12}
 """How many there are."""
-LAYERS = {Task.ANIMATE: (5, 10), Task.S2V: (4, 8)}
-"""Layer counts whose difference is timed: each has one fuser or injector more than the other."""
+LAYERS = (2, 4, 6)
+"""Layer counts that are timed: two blocks more, then two blocks and one fuser or injector more."""
+BUILT = {Task.ANIMATE: 10, Task.S2V: 6}
+"""Blocks that are built: Animate's come in fives."""
+CORE_LAYERS = {Task.ANIMATE: (5, 10), Task.S2V: (4, 8)}
+"""The same for core, of which no fuser or injector can be left out: each has one more than the other."""
+BEGAN = time.perf_counter()
 TINY = {
     f"tiny-{task}": dataclasses.replace(
         SPECS[f"{task}-14B"], dim=256, ffn_dim=512, num_heads=2, num_layers=10, text_dim=512
@@ -48,6 +57,11 @@ TINY = {
 MODELS: dict[str, ModelSpec] = {name: SPECS[name] for name in ("animate-14B", "s2v-14B")} | TINY
 SOURCES = {Task.ANIMATE: "face_pixel_values", Task.S2V: "audio_embed"}
 """The input that fusers or injectors read."""
+
+
+def phase(what: str) -> None:
+    """Say on stderr what begins now."""
+    print(f"[{time.perf_counter() - BEGAN:6.1f} s] {what}", file=sys.stderr, flush=True)
 
 
 def grid_of(spec: ModelSpec, width: int, height: int, frames: int) -> tuple[int, int, int]:
@@ -80,25 +94,17 @@ def task_inputs(
     }
 
 
-def differences(
-    model: WanModel, forwards: tuple[Callable[[], Any], ...], device: str, layers: tuple[int, int], rounds: int
-) -> list[tuple[float, float]]:
-    """Of each forward: milliseconds that the layers of the second count add to those of the first, and those of the
-    first. All are run in turn, so that a warming GPU slows them alike."""
+def by_layers(model: WanModel, forward: Callable[[], Any], device: str, rounds: int) -> dict[int, float]:
+    """Milliseconds of a forward with each count of layers. They are run in turn, so that a warming GPU slows them
+    alike; on a GPU they come after forwards that have let its clock settle, elsewhere after one of each."""
     every = model.blocks
-    times: dict[tuple[int, int], list[float]] = {}
+    times: dict[int, list[float]] = {count: [] for count in LAYERS}
     for round_ in range(rounds):
-        for count in layers:
+        for count in LAYERS:
             model.blocks = every[:count]
-            for index, forward in enumerate(forwards):
-                taken = common.milliseconds(forward, device, repeats=1, warmup=2 if round_ == 0 else 1)
-                times.setdefault((index, count), []).extend(taken)
+            times[count] += common.milliseconds(forward, device, repeats=1, warmup=int(round_ == 0 and device == "cpu"))
     model.blocks = every
-    medians = {key: statistics.median(values) for key, values in times.items()}
-    return [
-        (medians[index, layers[1]] - medians[index, layers[0]], medians[index, layers[0]])
-        for index in range(len(forwards))
-    ]
+    return {count: statistics.median(values) for count, values in times.items()}
 
 
 def encoders(model: WanModel, given: dict[str, Tensor], device: str) -> dict[str, float]:
@@ -117,7 +123,7 @@ def encoders(model: WanModel, given: dict[str, Tensor], device: str) -> dict[str
     else:
         audio = given["audio_embed"].float()
         parts = {"audio_encoder": lambda: net.casual_audio_encoder(audio)}
-    return {name: round(min(common.milliseconds(part, device, repeats=3, warmup=1)), 3) for name, part in parts.items()}
+    return {name: round(min(common.milliseconds(part, device, repeats=2, warmup=1)), 3) for name, part in parts.items()}
 
 
 def image_attention(model: WanModel, tokens: int, device: str, dtype: torch.dtype) -> float:
@@ -130,8 +136,8 @@ def image_attention(model: WanModel, tokens: int, device: str, dtype: torch.dtyp
     return min(common.milliseconds(dit.attention_alone(core, q, k, v), device))
 
 
-def velocity_error(model: WanModel, grid: tuple[int, int, int], device: str, originals: dict[str, Tensor]) -> float:
-    """Relative L2 error against fp32 weights and arithmetic, with every input, on a short clip."""
+def velocity_error(model: WanModel, grid: tuple[int, int, int], device: str) -> float:
+    """Relative L2 error against the same weights, drawn again, in fp32, with every input, on a short clip."""
     dtype = model.compute_dtype
     short = (3 if model.spec.task is Task.ANIMATE else 2, *(min(side, 32) // 8 * 8 for side in grid[1:]))
     few = 5 if model.spec.task is Task.ANIMATE else 8
@@ -139,31 +145,39 @@ def velocity_error(model: WanModel, grid: tuple[int, int, int], device: str, ori
     given = task_inputs(model.spec, short, few, device, dtype)
     model.begin_run()
     ours = model(x, timestep, context, **given)
+    originals = dit.random_model(model.spec, model.spec.num_layers, device, dtype).state_dict()
     with torch.device("meta"):
         exact = build_model(model.spec)
     exact.fused_kernels = "eager"
-    exact.load_state_dict({name: value.to(device, torch.float32) for name, value in originals.items()}, assign=True)
+    exact.load_state_dict({name: value.float() for name, value in originals.items()}, assign=True)
     set_attention(exact, Attention("sdpa"))
     reference = exact(x.float(), timestep, context.float(), **{name: value.float() for name, value in given.items()})
     return float((ours.double() - reference.double()).norm() / reference.double().norm())
 
 
 def measure(
-    name: str, size: str, frames: int, attention: str, recipe: Recipe | None, dtype: torch.dtype, device: str
+    name: str,
+    size: str,
+    frames: int,
+    attention: str,
+    recipe: Recipe | None,
+    dtype: torch.dtype,
+    device: str,
+    save: Callable[[dict[str, Any]], None],
 ) -> dict[str, Any]:
-    """One row of results."""
+    """One row of results; ``save`` gets what there is of it as soon as blocks have their times."""
     spec = MODELS[name]
-    task, layers = spec.task, LAYERS[spec.task]
+    task = spec.task
     width, height = (int(n) for n in size.split("x"))
     grid = grid_of(spec, width, height, frames)
-    model = dit.random_model(spec, layers[1], device, dtype)
+    phase(f"{name}, {'no recipe' if recipe is None else recipe.name}: random weights of {BUILT[task]} blocks")
+    model = dit.random_model(spec, BUILT[task], device, dtype)
     set_attention(model, dit.open_window(attention))
-    originals = {key: value.cpu() for key, value in model.state_dict().items()}
     if recipe is not None:
+        phase("weights to FP8")
         apply_recipe(model, recipe)
     x, timestep, context = dit.model_inputs(spec, grid, device, dtype)
     given = task_inputs(spec, grid, frames, device, dtype)
-    without = {key: value for key, value in given.items() if key != SOURCES[task]}
     lengths: list[int] = []
 
     def counted(tokens: Tensor, state: Any, inner: Callable[..., Tensor]) -> Tensor:
@@ -171,37 +185,32 @@ def measure(
         return inner(tokens, state)
 
     model.stack_wrappers["counted"] = counted
+    every_block, model.blocks = model.blocks, model.blocks[: LAYERS[-1]]
 
     def full() -> Tensor:
         return model(x, timestep, context, **given)
 
     cuda = device.startswith("cuda")
+    phase("first forward: kernels are compiled, encoders run")
     full()
+    if cuda:
+        torch.cuda.synchronize()
     tokens = lengths[0]
     del model.stack_wrappers["counted"]
     if cuda:
+        phase("forwards until the clock has settled")
         dit.settle(full)
         torch.cuda.reset_peak_memory_stats()
-    rounds = 5 if tokens > 40_000 else 15
-    forwards = (full, lambda: model(x, timestep, context, **without))
-    (with_them, outside), (alone, _) = differences(model, forwards, device, layers, rounds)
+    rounds = 4 if tokens > 40_000 else 15
+    phase(f"{rounds} rounds of {', '.join(map(str, LAYERS))} blocks at {tokens:,} tokens")
+    times = by_layers(model, full, device, rounds)
     peak_gib = torch.cuda.max_memory_allocated() / 2**30 if cuda else None
-    step = layers[1] - layers[0]
-    layer_ms, between_ms = alone / step, with_them - alone
-    fixed_ms = outside - layers[0] * layer_ms - between_ms  # the first count has one fuser or injector as well
-    every_block, model.blocks = model.blocks, model.blocks[: layers[0]]
-    used = dit.kernels_used(full, device)
-    stream_bytes = torch.empty((), dtype=model.stream_dtype).element_size()
-    terms = dit.floor_terms(model, tokens, device, dtype, stream_bytes, full)
-    if task is Task.ANIMATE:
-        terms["image_attention"] = image_attention(model, tokens, device, dtype)
-    once = encoders(model, given, device)
-    model.blocks = every_block
-    error = velocity_error(model, grid, device, originals)
+    few, more, most = LAYERS
+    layer_ms = (times[more] - times[few]) / (more - few)
+    between_ms = times[most] - times[more] - (most - more) * layer_ms
+    fixed_ms = times[few] - few * layer_ms - between_ms  # the first count has one fuser or injector as well
     forward_s = (fixed_ms + spec.num_layers * layer_ms + BETWEEN[task] * between_ms) / 1000
-    defaults = DEFAULTS[task]
-    passes = defaults.steps * (1 if defaults.guidance[0] == 1 else 2)
-    return {
+    row: dict[str, Any] = {
         "model": name,
         "size": size,
         "frames": frames,
@@ -219,17 +228,39 @@ def measure(
         "between_ms": round(between_ms, 3),
         "between": f"{BETWEEN[task]} {'face fusers' if task is Task.ANIMATE else 'audio injectors'}",
         "fixed_ms": round(fixed_ms, 3),
-        "encoders_ms": once,
         "forward_s": round(forward_s, 4),
+        "peak_gib": peak_gib and round(peak_gib, 2),
+    }
+    save(row)
+    phase(f"a block takes {layer_ms:.3f} ms; kernels by name")
+    model.blocks = every_block[:few]
+    row["kernels"] = dit.kernels_used(full, device)
+    phase("encoders")
+    once = encoders(model, given, device)
+    defaults = DEFAULTS[task]
+    passes = defaults.steps * (1 if defaults.guidance[0] == 1 else 2)
+    row |= {
+        "encoders_ms": once,
         "forwards_a_segment": passes,
         "segment_s": round(passes * forward_s + sum(once.values()) / 1000, 2),
-        "peak_gib": peak_gib and round(peak_gib, 2),
+    }
+    save(row)
+    phase("floor: each product and attention by itself")
+    stream_bytes = torch.empty((), dtype=model.stream_dtype).element_size()
+    terms = dit.floor_terms(model, tokens, device, dtype, stream_bytes, full)
+    if task is Task.ANIMATE:
+        terms["image_attention"] = image_attention(model, tokens, device, dtype)
+    model.blocks = every_block
+    row |= {
         "floor_ms": round(sum(terms.values()), 3),
         "floor_ratio": round(layer_ms / sum(terms.values()), 4),
         "floor_terms_ms": {key: round(value, 3) for key, value in terms.items()},
-        "kernels": used,
-        "error": error,
     }
+    save(row)
+    phase("error against fp32")
+    row["error"] = velocity_error(model, grid, device)
+    phase("row complete")
+    return row
 
 
 # ---- core, in the same run -----------------------------------------------------------------------------------------
@@ -268,7 +299,7 @@ def core_row(name: str, size: str, frames: int, attention: str, dtype: torch.dty
     import comfy.ops
 
     spec = MODELS[name]
-    task, layers = spec.task, LAYERS[spec.task]
+    task, layers = spec.task, CORE_LAYERS[spec.task]
     width, height = (int(n) for n in size.split("x"))
     grid = grid_of(spec, width, height, frames)
     sizes = dict(
@@ -348,16 +379,22 @@ def run(
         comfy.cli_args.args.cpu = device == "cpu"
     rows: list[dict[str, Any]] = []
     kind = getattr(torch, dtype)
+
+    def save(unfinished: dict[str, Any]) -> None:
+        if json:
+            common.write_results(json, [*rows, unfinished], device)
+
     with torch.inference_mode():
         for name in attention.split(","):
             for recipe in recipes:
-                rows.append(measure(model, size, frames, name, recipe, kind, device))
+                rows.append(measure(model, size, frames, name, recipe, kind, device, save))
                 dit.show({**rows[-1], "attention_refused": {}})
                 if device.startswith("cuda"):
                     torch.cuda.empty_cache()
                 if json:
                     common.write_results(json, rows, device)
         if comfyui:
+            phase("core's VAE, then its class")
             vae = vae_seconds(MODELS[model].task, size, frames, device)
             for row in rows:
                 row |= vae | {"segment_with_vae_s": round(row["segment_s"] + sum(vae.values()), 2)}

@@ -109,6 +109,31 @@ def transformer_rows() -> list[list[str]]:
     ]
 
 
+def sparse_rows() -> list[list[str]]:
+    """Blocks with block-sparse attention, and the dense one of the same run."""
+    found = []
+    for path in sorted(RESULTS.glob("dit_*_sparse_*.json")):
+        result = load(path.name)
+        for row in result["rows"]:
+            kept = "all" if row["sparsity"] is None else f"{row['sparsity']:.0%}"
+            who = row["attention"] if row["sparsity"] is None else row["sparse_backend"]
+            times = [f"{row[name]:.1f}" for name in ("layer_ms", "floor_ms")]
+            video = f"{row['model']}, {row['size']}, {row['frames']} frames"
+            what = f"{row['recipe']}, {row['backend']}"
+            found.append([SHORT[result["device"]], video, what, kept, who, *times, path.name])
+    return found
+
+
+def sparse_cost_rows() -> list[list[str]]:
+    """What choosing and measuring take by themselves."""
+    return [
+        [SHORT[load(path.name)["device"]], row["part"], f"{row['ms']:.2f}", path.name]
+        for path in sorted(RESULTS.glob("sparse_h*.json"))
+        for row in load(path.name)["rows"]
+        if row["what"] == "cost"
+    ]
+
+
 def minutes(entry: dict[str, Any]) -> str:
     """Of a published run with guidance, the transformer alone."""
     return f"{2 * STEPS[entry['model']] * entry['forward_s'] / 60:.1f} min"
@@ -183,6 +208,7 @@ def benchmarks_page() -> str:
     dates = sorted({load(path.name)["date"] for path in RESULTS.glob("*.json")})
     beside = table(["GPU", "who", "recipe", "attention", "ms a block"], peers)
     head = ["GPU", "model", "video", "recipe", "attention", "ms a block", "s a pass", "working GiB", "file"]
+    sparse_head = ["GPU", "video", "recipe", "blocks kept", "attention", "ms a block", "floor, ms", "file"]
     return f"""# Benchmarks
 
 Made by `benchmarks/pages.py` from `benchmarks/results/`, where every file says on what hardware, with which versions,
@@ -205,6 +231,13 @@ One block of I2V-A14B at 1280x720, 81 frames, every program in one process run a
 ![recipes](images/recipes_h100.svg)
 
 {table(head, transformer_rows())}
+## Block-sparse attention
+
+The same with a share of the key blocks kept in every block of the transformer, choosing and measuring included
+(`benchmarks/dit.py --sparsity`), and what the parts beside the kernel take by themselves (`benchmarks/sparse.py`).
+
+{table(sparse_head, sparse_rows())}
+{table(["GPU", "part", "ms", "file"], sparse_cost_rows())}
 Errors of the recipes are in [FP8](fp8.md), of attention in [attention and precision](attention.md), of LoRAs in
 [LoRA](lora.md). How long files take to load is in `benchmarks/results/load.json`, how long ComfyUI's start becomes in
 `benchmarks/results/import_time.json`.

@@ -159,7 +159,8 @@ def main(
             with torch.inference_mode(False):
                 random = random_model(SPECS[model], layers, first, torch.bfloat16)
                 path = wan_fp8.save_checkpoint(random, Path(folder) / "random.safetensors")
-            source, grid = ModelSource.of(path), latent_grid(SPECS[model], size, frames)
+            width, height = (int(n) for n in size.split("x"))
+            source, grid = ModelSource.of(path), latent_grid(SPECS[model], width, height, frames)
             del random
             torch.cuda.empty_cache() if first != "cpu" else None
         began = time.perf_counter()

@@ -5,14 +5,16 @@
 Parts: ``time`` (Gaussian q, k and v at the shape of I2V-A14B, 1280x720, 81 frames: 75,600 tokens, 40 heads of 128),
 ``cost`` (token order, statistics, scores, choosing, measuring), ``heads`` (heads of known structure, in the same grid:
 dropped mass and error of each policy against exact attention, and what the measuring says of them), ``bound`` (the
-same heads under the guarantee until densities settle).
+same heads under the guarantee until densities settle). The file is written after every row, so that what fails later
+loses nothing. ``time`` ends with a verdict for each backend: whether its times lie on a straight line over the kept
+blocks, to 5 %, from a fifth of them up.
 """
 
 from __future__ import annotations
 
 import math
 import statistics
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from typing import Annotated, Any
 
 import common
@@ -26,9 +28,10 @@ from torch import Tensor
 from wan_fp8.attention import ATTENTION, AttentionCore
 from wan_fp8.attention.core import Step, register_backends
 from wan_fp8.attention.sparse import BLOCK, SPARSE, Selection, Sparsity, TokenOrder, presets, token_order
-from wan_fp8.attention.sparse.guarantee import ROWS, HeadControl, measure, sample
+from wan_fp8.attention.sparse.guarantee import ROWS, HeadControl, Sample, measure, sample
 from wan_fp8.attention.sparse.policies.window import distances
 from wan_fp8.attention.sparse.registry import SparseRequest
+from wan_fp8.attention.sparse.registry import register_backends as register_sparse_backends
 from wan_fp8.attention.sparse.run import SparseRun
 from wan_fp8.attention.sparse.selection import BlockStatistics, choose, estimated_scores, use_fused
 from wan_fp8.attention.sparse.share import HeadShare
@@ -39,6 +42,8 @@ PARTS = ("time", "cost", "heads", "bound")
 SHARES = (1.0, 0.75, 0.5, 0.375, 0.25, 0.125)
 EXACT_BLOCKS = 8
 """Blocks of queries of a head whose exact attention is computed in ``heads``."""
+LINE_FROM, LINE_WITHIN = 0.2, 0.05
+"""Shares of the blocks that the straight line goes through, and how far from it a time may be."""
 SETTLED_AFTER = 24
 """Calls under the guarantee: 12 steps of two conditionings."""
 console = Console(width=150)
@@ -54,10 +59,19 @@ def random_qkv(tokens: int, padded: int, heads: int, width: int, device: str, dt
 
 
 def available(q: Tensor, k: Tensor) -> list[str]:
-    """Sparse backends that run here; the masked one on a CPU only."""
+    """Sparse backends that run here, the others named with their reasons; the masked one on a CPU only."""
+    register_sparse_backends()
     request = SparseRequest(device_caps(q.device), q.dtype, q.shape[3], q.shape[1], k.shape[1])
-    names = [n for n in SPARSE.names if n != "auto" and SPARSE.backend(n).refuse(request) is None]
-    return [n for n in names if n != "masked" or not q.is_cuda]
+    found = []
+    for name in SPARSE.names:
+        if name == "auto" or (name == "masked" and q.is_cuda):
+            continue
+        reason = SPARSE.backend(name).refuse(request)
+        if reason is None:
+            found.append(name)
+        else:
+            console.print(f"sparse {name} left out: {reason}")
+    return found
 
 
 def random_selection(share: float, q: Tensor, k: Tensor) -> Selection:
@@ -72,10 +86,9 @@ def random_selection(share: float, q: Tensor, k: Tensor) -> Selection:
     return Selection(counts, full, q.shape[1], k.shape[1])
 
 
-def time_rows(qkv: list[Tensor], device: str, repeats: int) -> list[dict[str, Any]]:
+def time_rows(qkv: list[Tensor], device: str, repeats: int) -> Iterator[dict[str, Any]]:
     """Dense attention, then each backend over shares of the blocks, with its distance from a straight line."""
     q, k, v = qkv
-    rows = []
     for name in ("fa3", "fa4", "cudnn") if q.is_cuda else ("sdpa",):
         try:
             backend = ATTENTION.resolve(name, AttentionCore.request(q, k)).backend
@@ -83,26 +96,34 @@ def time_rows(qkv: list[Tensor], device: str, repeats: int) -> list[dict[str, An
             console.print(f"dense {name} left out: {error}")
             continue
         ms = common.median_ms(lambda run=backend.run: run(q, k, v), device, repeats=repeats)
-        rows.append({"what": "dense", "attention": name, "sparsity": None, "ms": round(ms, 3)})
+        yield {"what": "dense", "attention": name, "sparsity": None, "ms": round(ms, 3)}
     for name in available(q, k):
         run, found = SPARSE.backend(name).run, []
         for share in SHARES:
             chosen = random_selection(share, q, k)
             ms = common.median_ms(lambda s=chosen, r=run: r(q, k, v, s), device, repeats=repeats)
             found.append((float(chosen.density().mean()), ms))
-        line = straight_line([pair for pair in found if pair[0] >= 0.2])
+        line = straight_line([pair for pair in found if pair[0] >= LINE_FROM])
+        off = {density: ms / line(density) - 1 for density, ms in found}
         for density, ms in found:
-            rows.append(
-                {
-                    "what": "sparse",
-                    "attention": name,
-                    "sparsity": round(density, 4),
-                    "ms": round(ms, 3),
-                    "off_line": round(ms / line(density) - 1, 4),
-                    "kept_against_whole": round(ms / found[0][1], 4),
-                }
-            )
-    return rows
+            yield {
+                "what": "sparse",
+                "attention": name,
+                "sparsity": round(density, 4),
+                "ms": round(ms, 3),
+                "off_line": round(off[density], 4),
+                "kept_against_whole": round(ms / found[0][1], 4),
+            }
+        worst = max((density for density in off if density >= LINE_FROM), key=lambda density: abs(off[density]))
+        yield {
+            "what": "linear",
+            "attention": name,
+            "from_share": LINE_FROM,
+            "worst_off_line": round(off[worst], 4),
+            "at_share": round(worst, 4),
+            "within": LINE_WITHIN,
+            "holds": abs(off[worst]) <= LINE_WITHIN,
+        }
 
 
 def straight_line(points: list[tuple[float, float]]) -> Callable[[float], float]:
@@ -112,7 +133,7 @@ def straight_line(points: list[tuple[float, float]]) -> Callable[[float], float]
     return lambda density: float(y.mean() + slope * (density - x.mean()))
 
 
-def cost_rows(qkv: list[Tensor], order: TokenOrder, device: str, repeats: int) -> list[dict[str, Any]]:
+def cost_rows(qkv: list[Tensor], order: TokenOrder, device: str, repeats: int) -> Iterator[dict[str, Any]]:
     """What comes on top of the kernel."""
     q, k, v = qkv
     heads, tokens, fused = q.shape[2], k.shape[1], use_fused(q)
@@ -143,10 +164,8 @@ def cost_rows(qkv: list[Tensor], order: TokenOrder, device: str, repeats: int) -
         "selection, window": lambda: whole("window"),
         "measuring and learning": look,
     }
-    return [
-        {"what": "cost", "part": name, "ms": round(common.median_ms(call, device, repeats=max(repeats, 10)), 4)}
-        for name, call in calls.items()
-    ]
+    for name, call in calls.items():
+        yield {"what": "cost", "part": name, "ms": round(common.median_ms(call, device, repeats=max(repeats, 10)), 4)}
 
 
 def exact_part(q: Tensor, k: Tensor, v: Tensor, mask: Tensor, block: int) -> tuple[Tensor, Tensor]:
@@ -160,7 +179,7 @@ def exact_part(q: Tensor, k: Tensor, v: Tensor, mask: Tensor, block: int) -> tup
     return 1 - kept.sum(-1), (ours - exact).norm() / exact.norm()
 
 
-def head_rows(order: TokenOrder, width: int, device: str, dtype: torch.dtype) -> list[dict[str, Any]]:
+def head_rows(order: TokenOrder, width: int, device: str, dtype: torch.dtype) -> Iterator[dict[str, Any]]:
     """Each kind of head under each policy and two controls, at several densities."""
     places, tokens = order.layout.places, order.layout.num_tokens
     assert places is not None
@@ -171,8 +190,8 @@ def head_rows(order: TokenOrder, width: int, device: str, dtype: torch.dtype) ->
     chance = torch.rand(scores.shape, device=device, generator=generator)
     near = -distances(order.layout, every, BLOCK)[None, None]
     none = torch.zeros(len(KINDS), dtype=torch.int32, device=device)
-    looked = [round((i + 0.5) * (tokens // BLOCK) / EXACT_BLOCKS) for i in range(EXACT_BLOCKS)]
-    rows = []
+    whole = tokens // BLOCK
+    looked = sorted({min(round((i + 0.5) * whole / EXACT_BLOCKS), whole - 1) for i in range(EXACT_BLOCKS)})
     plans = [("coverage", scores, "mass", share) for share in (0.8, 0.9, 0.97)]
     plans += [
         (name, given, "count", share)
@@ -184,62 +203,60 @@ def head_rows(order: TokenOrder, width: int, device: str, dtype: torch.dtype) ->
         chosen = choose(given, amount, none, rule, order.layout, tokens, BLOCK, fused)
         mask = chosen.mask()[0]
         for head, kind in enumerate(KINDS):
-            one = [t[:, :, head : head + 1] for t in (q, k, v)]
-            parts = [exact_part(*one, mask[head], block) for block in looked]
+            q1, k1, v1 = (t[:, :, head : head + 1] for t in (q, k, v))
+            parts = [exact_part(q1, k1, v1, mask[head], block) for block in looked]
             exact = torch.stack([dropped[:: BLOCK // ROWS].mean() for dropped, _ in parts])  # of the queries measured
             found = measured_at(q, k, v, chosen, head, looked, fused)
-            rows.append(
-                {
-                    "what": "head",
-                    "head": kind,
-                    "policy": name,
-                    "asked": share,
-                    "density": round(float(mask[head].float().mean()), 4),
-                    "dropped": float(f"{statistics.fmean(float(d.mean()) for d, _ in parts):.4g}"),
-                    "dropped_worst_query": float(f"{max(float(d.max()) for d, _ in parts):.4g}"),
-                    "error": float(f"{statistics.fmean(float(e) for _, e in parts):.4g}"),
-                    "measured_dropped": float(f"{float(found.mean()):.4g}"),
-                    "measured_off": float(f"{float((found.double() - exact).abs().max()):.2g}"),
-                }
-            )
-    return rows
+            yield {
+                "what": "head",
+                "head": kind,
+                "policy": name,
+                "asked": share,
+                "density": round(float(mask[head].float().mean()), 4),
+                "dropped": float(f"{statistics.fmean(float(d.mean()) for d, _ in parts):.4g}"),
+                "dropped_worst_query": float(f"{max(float(d.max()) for d, _ in parts):.4g}"),
+                "error": float(f"{statistics.fmean(float(e) for _, e in parts):.4g}"),
+                "measured_dropped": float(f"{float(found.mean()):.4g}"),
+                "measured_off": float(f"{float((found.double() - exact).abs().max()):.2g}"),
+            }
 
 
 def measured_at(
     q: Tensor, k: Tensor, v: Tensor, chosen: Selection, head: int, blocks: list[int], fused: bool
 ) -> Tensor:
     """What the run-time measuring says of one head's dropped mass at these blocks of queries."""
-    at = sample(0, len(blocks), 1, q.device, every_head=True)
-    heads, places = torch.full_like(at.heads, head), torch.tensor(blocks, device=q.device)
-    return measure(q, k, v, None, chosen, type(at)(heads, places), fused).dropped[0]
+    places = torch.tensor(blocks, device=q.device)
+    return measure(q, k, v, None, chosen, Sample(torch.full_like(places, head), places), fused).dropped[0]
 
 
-def bound_rows(order: TokenOrder, width: int, device: str, dtype: torch.dtype) -> list[dict[str, Any]]:
+def bound_rows(order: TokenOrder, width: int, device: str, dtype: torch.dtype) -> Iterator[dict[str, Any]]:
     """Densities that the guarantee settles for each kind of head, and whether the bound holds then."""
     places = order.layout.places
     assert places is not None
     q, k, v = structured_qkv(places, KINDS, width, dtype=dtype)
-    rows = []
     for name, preset in presets().items():
         run = SparseRun(preset, 10, 40)
         for call in range(SETTLED_AFTER):
             run.sparse(q, k, v, Step(10 + call // 2, 40), order.layout)
         late = run.calls[SETTLED_AFTER // 2 :]
         for head, kind in enumerate(KINDS):
-            errors = [float(c.found.error[0, i]) for c in late for i, h in enumerate(c.at.heads.tolist()) if h == head]
-            rows.append(
-                {
-                    "what": "bound",
-                    "head": kind,
-                    "policy": name,
-                    "bound": preset.bound,
-                    "density_at_first": round(float(run.calls[0].density[head]), 4),
-                    "density": round(float(run.calls[-1].density[head]), 4),
-                    "worst_error": float(f"{max(errors):.4g}"),
-                    "dense": float(run.calls[-1].density[head]) == 1.0,
-                }
-            )
-    return rows
+            errors = [
+                float(c.found.error[0, i])
+                for c in late
+                if c.found is not None
+                for i, h in enumerate(c.at.heads.tolist())
+                if h == head
+            ]
+            yield {
+                "what": "bound",
+                "head": kind,
+                "policy": name,
+                "bound": preset.bound,
+                "density_at_first": round(float(run.calls[0].density[head]), 4),
+                "density": round(float(run.calls[-1].density[head]), 4),
+                "worst_error": float(f"{max(errors):.4g}"),
+                "dense": float(run.calls[-1].density[head]) == 1.0,
+            }
 
 
 def show(rows: list[dict[str, Any]]) -> None:
@@ -277,18 +294,24 @@ def main(
         order = token_order((frames, rows_, columns), 0, True, torch.device(device))
         plain = token_order((frames, rows_, columns), 0, False, torch.device(device))
         qkv = random_qkv(tokens, -(-tokens // BLOCK) * BLOCK, heads, width, device, dtype)
+        made: dict[str, Callable[[], Iterator[dict[str, Any]]]] = {
+            "time": lambda: time_rows(qkv, device, repeats),
+            "cost": lambda: cost_rows(qkv, order, device, repeats),
+            "heads": lambda: head_rows(plain, width, device, dtype),
+            "bound": lambda: bound_rows(plain, width, device, dtype),
+        }
         for part in wanted:
-            if part == "time":
-                rows += time_rows(qkv, device, repeats)
-            elif part == "cost":
-                rows += cost_rows(qkv, order, device, repeats)
-            elif part == "heads":
-                rows += head_rows(plain, width, device, dtype)
-            else:
-                rows += bound_rows(plain, width, device, dtype)
-            if json:
-                common.write_results(json, rows, device)
+            for row in made[part]():
+                rows.append(row)
+                if json:
+                    common.write_results(json, rows, device)
     show(rows)
+    for row in (row for row in rows if row["what"] == "linear"):
+        verdict = "holds" if row["holds"] else "does not hold"
+        console.print(
+            f"{row['attention']}: time is linear in the kept blocks within {row['within']:.0%}, from a share of "
+            f"{row['from_share']}: {verdict} (worst {row['worst_off_line']:+.1%}, at {row['at_share']})"
+        )
 
 
 if __name__ == "__main__":

@@ -187,9 +187,8 @@ def main(
         shared = {"model": Path(checkpoint).name, "size": size, "frames": frames, "steps": sampler.steps}
         shared |= {"block_tokens": block_tokens, "tokens": shape[1] * shape[2] * shape[3] // 4, "reference": precision}
         rows, balanced = [], []
-        for name, sparsity in settings(
-            *([float(n) for n in s.split(",")] for s in (densities, coverages)), (first, last)
-        ):
+        shares, masses = ([float(n) for n in s.split(",")] for s in (densities, coverages))
+        for name, sparsity in settings(shares, masses, (first, last)):
             row, reports = measure(name, sparsity, sampler, jobs, exact, vae)
             rows.append(shared | row)
             balanced = reports if name == "balanced" else balanced

@@ -19,7 +19,7 @@ PLAIN = {
     "sparsity": (None,),
     "cache": (None,),
     "world_size": (None, 1),
-    "lora_rank": (None,),
+    "lora_rank": (None, 0),
     "compile": (None, "off"),
     "stream": (None, "float32"),
     "fused_kernels": (None, "auto"),

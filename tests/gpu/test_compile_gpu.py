@@ -61,7 +61,7 @@ def test_tf32_is_used_inside_and_put_back() -> None:
     torch.backends.cuda.matmul.allow_tf32 = False
 
 
-@pytest.mark.parametrize("recipe", ["rowwise", "Float8CurrentScaling", "Float8BlockScaling"])
+@pytest.mark.parametrize("recipe", ["rowwise", "Float8CurrentScaling", "Float8BlockScaling", "DelayedScaling"])
 def test_fp8_linears_compile(recipe: str) -> None:
     """The fused kernels cast to e4m3 inside what is compiled; their constants must not arrive as float64."""
     model = tiny_model("t2v", torch.bfloat16).to(CUDA)
@@ -70,7 +70,8 @@ def test_fp8_linears_compile(recipe: str) -> None:
     x, context = (t.to(CUDA, torch.bfloat16) for t in inputs("t2v"))
     timesteps = [torch.tensor([t], device=CUDA) for t in (900.0, 700.0)]
     plain = [model(x, t, context) for t in timesteps]
-    compile_blocks(model)
+    compile_blocks(model, fullgraph=True)
+    model.begin_run()
     compiled = [model(x, t, context) for t in timesteps]
     assert model.compiled_parts[model.compile_setting].graphs > 0
     for ours, theirs in zip(compiled, plain, strict=True):

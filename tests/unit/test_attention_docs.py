@@ -106,3 +106,20 @@ def test_quoted_lines_are_those_that_a_run_says() -> None:
     assert not report.as_asked
     for line in report.lines():
         assert f"> `{line}`" in PAGE, line
+
+
+def test_sparse_blocks_are_the_measured_ones() -> None:
+    """``docs/sparse.md`` and the rows that it names."""
+    page = (PACK / "docs" / "sparse.md").read_text(encoding="utf-8")
+    blocks = {row["sparsity"]: row for row in rows("dit_i2v-a14b_1280x720_sparse_h200.json")}
+    dense = blocks[None]["layer_ms"]
+    assert f"| all | {dense:.1f} | |" in page
+    for name, share in (("half", 0.5), ("45 %", 0.45)):
+        took = blocks[share]["layer_ms"]
+        assert blocks[share]["sparse_backend"] == "fa4"
+        assert f"| {name} | {took:.1f} | {100 * took / dense:.0f} % |" in page
+    costs = {row["part"]: row["ms"] for row in rows("sparse_h200.json") if row["what"] == "cost"}
+    parts = ("selection, coverage", "measuring and learning", "order, there and back (once a forward)")
+    choosing, measuring, order = (f"{costs[part]:.1f} ms" for part in parts)
+    assert f"Choosing takes {choosing} an attention (`coverage`), measuring and learning {measuring}" in page
+    assert f"the order of the tokens {order} a forward" in page

@@ -9,12 +9,15 @@ import weakref
 import pytest
 import torch
 from test_model_parity import TINY, inputs, random_state, relative, tiny_model
+from torch._subclasses.fake_tensor import FakeTensorMode
 
 from wan_fp8 import Recipe, apply_recipe, compile_blocks, remove_compile
-from wan_fp8.compile import Compile
+from wan_fp8.compile import Compile, CompiledParts
 from wan_fp8.errors import InputError
+from wan_fp8.hardware import DeviceCaps
 from wan_fp8.models.blocks import ForwardOptions
 from wan_fp8.models.wan import WanModel, build_model
+from wan_fp8.quant import linear
 
 GRAPHS = 4
 """One for each of the three parts, and one more because the first block has no branch to add yet."""
@@ -83,10 +86,10 @@ def test_other_tasks_and_timesteps_per_frame(name: str) -> None:
     assert parts.graphs == GRAPHS
 
 
-def small(layers: int) -> WanModel:
+def small(layers: int, dtype: torch.dtype = torch.float32) -> WanModel:
     with torch.device("meta"):
         model = build_model(dataclasses.replace(TINY["i2v"], num_layers=layers))
-    model.load_state_dict(random_state(model), assign=True)
+    model.load_state_dict({name: value.to(dtype) for name, value in random_state(model).items()}, assign=True)
     return model
 
 
@@ -114,6 +117,57 @@ def test_fp8_linears_and_their_delayed_scales(recipe: str) -> None:
     assert next(iter(model.compiled_parts.values())).graphs == GRAPHS * (2 if recipe == "DelayedScaling" else 1)
     remove_compile(model)
     assert all(torch.equal(ours, theirs) for ours, theirs in zip(run(), plain, strict=True))
+
+
+HOPPER, BLACKWELL = (9, 0), (10, 0)
+
+
+@pytest.mark.filterwarnings("ignore:Accessing the data pointer of FakeTensor")  # to lay weights out on the host
+@pytest.mark.parametrize(
+    ("recipe", "capability"),
+    [
+        ("DelayedScaling", HOPPER),
+        ("Float8CurrentScaling", HOPPER),
+        ("Float8BlockScaling", HOPPER),
+        ("rowwise", HOPPER),
+        ("MXFP8BlockScaling", BLACKWELL),
+    ],
+)
+def test_products_of_a_gpu_are_traced_as_one_graph(recipe: str, capability: tuple[int, int], monkeypatch) -> None:
+    """Without a GPU: tensors without memory, on what says that it is one. Inductor lowers a product by one scale only
+    where both scales have as many dimensions, and knows block scaled ones as an operator of ours."""
+    gpu = DeviceCaps(
+        device=torch.device("cuda", 0),
+        name="a GPU",
+        capability=capability,
+        total_memory_bytes=None,
+        torch_version="2.11.0",
+        cuda_version="13.0",
+    )
+    monkeypatch.setattr(linear, "device_caps", lambda device: gpu)
+    graphs = []
+
+    def keep(parts, graph, inputs):
+        graphs.append(graph)
+        return graph.forward
+
+    monkeypatch.setattr(CompiledParts, "_generate", keep)
+    with FakeTensorMode(allow_non_fake_inputs=True):
+        model = apply_recipe(small(1, torch.bfloat16), Recipe(recipe, backend="torch"))
+        x, context = (t.bfloat16() for t in inputs("i2v"))
+        compile_blocks(model, fullgraph=True)
+        model.begin_run()
+        for step in (900.0, 800.0)[: 1 + (recipe == "DelayedScaling")]:  # its first step has no scales yet
+            out = model(x, torch.tensor([step]), context)
+    assert out.shape == (1, 16, *x.shape[2:])
+    nodes = [node for graph in graphs for node in graph.graph.nodes if node.op == "call_function"]
+    by_one_or_row = [node for node in nodes if node.target is torch._scaled_mm]
+    grouped = [node for node in nodes if "grouped_mm" in str(node.target)]
+    assert not [node for node in nodes if "scaled_mm_v2" in str(node.target)]
+    assert bool(grouped) == (recipe in ("Float8BlockScaling", "MXFP8BlockScaling")) != bool(by_one_or_row)
+    for node in by_one_or_row:
+        a, b = (node.kwargs[name].meta["example_value"].ndim for name in ("scale_a", "scale_b"))
+        assert a == b
 
 
 def test_static_tokens_are_compiled_by_size_beyond_torchs_own_limit(monkeypatch) -> None:

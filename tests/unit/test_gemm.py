@@ -306,3 +306,9 @@ def test_the_command_fits_the_cuda_of_torch(engine, monkeypatch, cuda: str | Non
     monkeypatch.setattr(transformer_engine, "has_module", lambda _: False)
     monkeypatch.setattr(torch.version, "cuda", cuda)
     assert package in transformer_engine.probe()[1]
+
+
+def test_two_copies_of_the_package_share_one_operator() -> None:
+    """ComfyUI loads the pack under a name of its own; a test, or a script beside it, may load it once more."""
+    assert torch_scaled_mm._define_operator() is None
+    assert str(torch.ops.wan_fp8.grouped_mm.default) == "wan_fp8.grouped_mm.default"

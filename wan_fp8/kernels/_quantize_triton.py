@@ -127,7 +127,9 @@ def finish(
 
 def launch_shape(dim: int) -> dict[str, int]:
     """Width of a program and its warps: the fastest on an H100 at widths of 5,120 (4 warps) and 13,824 (16)."""
-    width = triton.next_power_of_2(dim)
+    width = 1
+    while width < dim:  # by comparison: torch.compile may hold ``dim`` as a symbol, and a launch takes numbers
+        width *= 2
     return {"WIDTH": width, "num_warps": 16 if width > 8192 else max(1, width // 2048)}
 
 

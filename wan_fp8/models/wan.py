@@ -43,8 +43,8 @@ log = logging.getLogger("wan_fp8")
 class ForwardQuantization(Protocol):
     """What an FP8 recipe does around a forward."""
 
-    compile_refusal: str | None
-    """Why blocks with this recipe cannot be compiled; None where they can."""
+    def compile_refusal(self, device: torch.device, dtype: torch.dtype) -> str | None:
+        """Why blocks with this recipe cannot be compiled; None where they can."""
 
     def reduce_with(self, reduction: AmaxReduction | None) -> None:
         """Agree on maxima with other ranks; None: there are none."""
@@ -236,7 +236,7 @@ class WanModel(nn.Module):
             compute_dtype=self.compute_dtype,
             fused=fused,
             options=options,
-            run=self._runner(options),
+            run=self._runner(options, x.device),
             task=task,
             owned=not any(getattr(wrapper, "keeps_input", True) for wrapper in self.stack_wrappers.values()),
         )
@@ -414,13 +414,15 @@ class WanModel(nn.Module):
                 f"timestep takes one of the shapes {[list(s) for s in allowed]}; got {list(timestep.shape)}"
             )
 
-    def _runner(self, options: ForwardOptions) -> Run:
+    def _runner(self, options: ForwardOptions, device: torch.device) -> Run:
         """Who calls the parts of the blocks in this forward."""
         setting = options.compile or self.compile_setting
         if setting is None:
             return run_plainly
-        if self.quantization is not None and self.quantization.compile_refusal is not None:
-            raise InputError(f"torch.compile cannot be used here: {self.quantization.compile_refusal}")
+        if self.quantization is not None:
+            reason = self.quantization.compile_refusal(device, self.compute_dtype)
+            if reason is not None:
+                raise InputError(f"torch.compile cannot be used here: {reason}")
         if setting not in self.compiled_parts:
             self.compiled_parts[setting] = CompiledParts(setting)
         compiled = self.compiled_parts[setting]

@@ -45,12 +45,6 @@ class Quantization:
             if recipe.is_delayed
             else None
         )
-        self.compile_refusal = (
-            "Transformer Engine is called through objects that cannot be traced; choose the backend torch, or no "
-            "compilation"
-            if recipe.backend == "transformer_engine"
-            else None
-        )
         self.fused: bool | None = None
         """The Triton kernels or their eager references, as the running forward has it."""
         self.padding: tuple[int, int] | None = None
@@ -76,6 +70,18 @@ class Quantization:
         runner = self.resolve(device, dtype).backend.run
         assert isinstance(runner, GemmRunner)
         return runner
+
+    def compile_refusal(self, device: torch.device, dtype: torch.dtype) -> str | None:
+        """Why blocks with this recipe cannot be compiled on ``device``; None where they can."""
+        name = self.recipe.backend
+        if name == "auto":
+            name = self.resolve(device, dtype).backend.name
+        if name != "transformer_engine":
+            return None
+        return (
+            "Transformer Engine is called through objects that cannot be traced; choose the backend torch, or no "
+            "compilation"
+        )
 
     @property
     def backends(self) -> list[str]:
