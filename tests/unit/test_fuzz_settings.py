@@ -12,7 +12,7 @@ from typing import Any
 
 import pytest
 import torch
-from fuzz_kit import JSON, cases, mutated
+from fuzz_kit import JSON, TIMES, cases, mutated
 from hypothesis import given
 from hypothesis import strategies as st
 from safetensors.torch import save
@@ -28,7 +28,7 @@ from wan_fp8.parallel.wire import Channel, WireError
 from wan_fp8.quant import Recipe, load_scales, save_scales
 from wan_fp8.quant.calibrate import DelayedScales
 
-pytestmark = pytest.mark.timeout(120)
+pytestmark = pytest.mark.timeout(120 * TIMES)
 
 # ---- scales of an earlier run --------------------------------------------------------------------------------------
 
