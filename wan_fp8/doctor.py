@@ -540,7 +540,9 @@ def _expected_time(patient: Patient, model: str, size: str, recipe: Recipe) -> s
     rows = [row for row in measured.find(model=model, size=size) if ATTENTION.backend(row.attention).exact]
     # FP8 as storage takes longer than 16 bits, and products in FP8 do not: other recipes say nothing of it
     rows = [row for row in rows if same(row)[1] or (row.recipe == "none" and multiplied)]
-    if not rows or not caps.is_cuda:
+    if not caps.is_cuda:
+        return "time not measured on such a device"
+    if not rows:
         return "time not measured on this GPU with these settings"
     best = min(rows, key=lambda row: (*(not part for part in same(row)), row.forward_s))
     device, alike, with_attention = same(best)
