@@ -28,10 +28,10 @@ PLAIN = {
 
 
 def entries() -> list[dict[str, Any]]:
-    """Sorted, one of each kind: of several the latest."""
+    """Sorted, one of each kind: of several the latest, of those of one day the one with most rows beside it."""
     found: dict[tuple[str, ...], dict[str, Any]] = {}
-    for path in sorted(RESULTS.glob("dit_*.json")):
-        result = json.loads(path.read_text(encoding="utf-8"))
+    results = {path: json.loads(path.read_text(encoding="utf-8")) for path in sorted(RESULTS.glob("dit_*.json"))}
+    for path, result in sorted(results.items(), key=lambda item: (item[1]["date"], len(item[1]["rows"]))):
         for row in result["rows"]:
             if "forward_s" not in row or any(row.get(name) not in allowed for name, allowed in PLAIN.items()):
                 continue

@@ -4,8 +4,9 @@
     python scripts/soak_prompts.py                 200 prompts on tiny checkpoints; 'make prompts' does this
     python scripts/soak_prompts.py --count 1000
 
-Every kind of sampler, recipe, attention, cache and LoRA, with prompts that are cancelled and prompts that fail in
-between. Now and then ComfyUI is asked to free its memory and the process is looked at. Exit code 1: something grew.
+Every kind of sampler, recipe, attention and cache, alone and through a pool of two processes whose layout changes, with
+prompts that are cancelled, prompts that fail and workers that are killed in between. Now and then ComfyUI is asked to
+free its memory and the process is looked at. The same prompts in every run. Exit code 1: something grew.
 """
 
 from __future__ import annotations
@@ -14,6 +15,7 @@ import argparse
 import contextlib
 import json
 import os
+import signal
 import statistics
 import sys
 import tempfile
@@ -113,16 +115,31 @@ SETTINGS: list[list[tuple[str, dict[str, Any]]]] = [
         ("WanFP8Attention", {"backend": "auto", "skip_first_steps": 1, "skip_last_steps": 0, **WINDOW}),
     ],
 ]
+TOPOLOGIES = (("1x2x1", "replicate"), ("2x1x1", "replicate"), ("1x1x2", "replicate"), ("1x2x1", "shard"))
+"""``cfg x ulysses x ring`` of the two processes, and where the weights lie."""
+POOL_FIRST, POOL_AGAIN = 10, 20
+"""The first prompt of four in a row that run in a pool, and after how many prompts the next four do."""
 FAILING = [("WanFP8Attention", {"backend": "fa3", "skip_first_steps": 0, "skip_last_steps": 0, **WINDOW})]
 
 
+def pooled(index: int) -> list[tuple[str, dict[str, Any]]]:
+    """Settings that send a prompt to a pool, on the CPU; [] for most prompts."""
+    turn = (index - POOL_FIRST) % POOL_AGAIN
+    if index < POOL_FIRST or turn >= len(TOPOLOGIES):
+        return []
+    topology, weights = TOPOLOGIES[turn]
+    return [("WanFP8MultiGPU", {"gpus": "cpu:2", "topology": topology, "weights": weights, "address": ""})]
+
+
 def mixed(checkpoints: dict[str, str]) -> Iterator[tuple[str, Prompt]]:
-    """Endless prompts and what is to become of each: ``done``, ``cancelled`` or ``failed``."""
+    """Endless prompts and what is to become of each: ``done``, ``cancelled``, ``failed``; ``killed``: a worker is."""
     index = 0
     while True:
         task = list(checkpoints)[index % len(checkpoints)]
-        settings = SETTINGS[index % len(SETTINGS)]
-        if index % 9 == 7:
+        settings = pooled(index) or SETTINGS[index % len(SETTINGS)]
+        if pooled(index) and not pooled(index + 1):
+            yield "killed", video(task, index, checkpoints[task], settings, steps=300)
+        elif index % 9 == 7:
             yield "failed", video(task, index, checkpoints[task], FAILING)
         elif index % 9 == 4:
             yield "cancelled", video(task, index, checkpoints[task], settings, steps=300)
@@ -133,7 +150,18 @@ def mixed(checkpoints: dict[str, str]) -> Iterator[tuple[str, Prompt]]:
         index += 1
 
 
-def run_one(client: Any, wanted: str, prompt: Prompt) -> None:
+def workers(parent: int) -> list[int]:
+    """Process ids of a server's workers."""
+    found = []
+    for folder in Path("/proc").iterdir():
+        with contextlib.suppress(OSError):  # it ended meanwhile
+            child = folder.name.isdigit() and f"PPid:\t{parent}\n" in (folder / "status").read_text()
+            if child and b"wan_fp8.parallel.worker" in (folder / "cmdline").read_bytes():
+                found.append(int(folder.name))
+    return sorted(found)
+
+
+def run_one(client: Any, wanted: str, prompt: Prompt, pid: int) -> None:
     """Run a prompt to the end that it is to have.
 
     Raises:
@@ -142,8 +170,13 @@ def run_one(client: Any, wanted: str, prompt: Prompt) -> None:
     from headless.errors import Cancelled, ExecutionFailed
 
     def on_event(event: dict[str, Any]) -> None:
-        if wanted == "cancelled" and event["type"] == "wan_fp8.status" and event["data"]["step"] == 2:
+        if event["type"] != "wan_fp8.status" or event["data"]["step"] != 2:
+            return
+        if wanted == "cancelled":
             raise KeyboardInterrupt
+        if wanted == "killed":
+            for worker in workers(pid)[-1:]:
+                os.kill(worker, signal.SIGKILL)
 
     outcome, reason = "done", ""
     try:
@@ -151,7 +184,7 @@ def run_one(client: Any, wanted: str, prompt: Prompt) -> None:
     except Cancelled:
         outcome = "cancelled"
     except ExecutionFailed as error:
-        outcome, reason = "failed", f": {error}"
+        outcome, reason = "killed" if "ended with SIGKILL" in str(error) else "failed", f": {error}"
     assert outcome == wanted, f"a prompt that was to be {wanted} was {outcome}{reason}"
 
 
@@ -223,7 +256,7 @@ def soak(
     """Run prompts, and look at the process after every few."""
     looks = []
     for index, (wanted, prompt) in zip(range(1, count + 1), mixed(checkpoints), strict=False):
-        run_one(client, wanted, prompt)
+        run_one(client, wanted, prompt, pid)
         if index % every == 0:
             free_memory(url)
             looks.append(look(pid, index))

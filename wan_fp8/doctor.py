@@ -37,6 +37,7 @@ from .checkpoint.listing import find_checkpoints
 from .errors import BackendUnavailableError, InputError, WanFP8Error
 from .gemm import GEMM, GemmRequest, GemmRunner, token_multiple
 from .gemm import register_backends as register_gemm
+from .gemm.backends.transformer_engine import probe as engine_probe
 from .hardware import DeviceCaps, device_caps, driver_version, free_memory_bytes, gpu_devices, has_module
 from .kernels.quantize import Cast, Granularity, quantize, quantize_weight
 from .libraries import LIBRARIES, Package, pick, this_machine
@@ -277,16 +278,35 @@ def libraries(patient: Patient) -> list[Row]:
         versions = [found for found in map(_version, library.distributions) if found is not None]
         present = bool(versions) or any(has_module(module) for module in library.modules)
         if present:
-            rows.append(Row(library.title, versions[0] if versions else "present", library.brings))
+            found, fault = versions[0] if versions else "present", _fault(name, patient)
+            rows.append(Row(library.title, found + (", not usable" if fault else ""), fault or library.brings))
         elif library.advised.has_one_of(capabilities):
             package = pick(name, here)
             advice = f"python install.py --with {name}" if isinstance(package, Package) else package
             rows.append(Row(library.title, "not installed", f"would bring {library.brings}: {advice}"))
         else:
-            rows.append(Row(library.title, "not installed", f"brings nothing here (for {library.advised})"))
+            little = (
+                "would run here and is not advised" if library.runs.has_one_of(capabilities) else "brings nothing here"
+            )
+            rows.append(Row(library.title, "not installed", f"{little} (for {library.advised})"))
     ftfy = _version("ftfy")
     rows.append(Row("ftfy", ftfy or "not installed", "" if ftfy else "pip install -r requirements.txt"))
     return rows
+
+
+def _fault(name: str, patient: Patient) -> str:
+    """Why a library that is there cannot be used, in the words of the backend that loads it, and what to do; empty
+    where it loads, and where the backend has reasons of its own not to load it."""
+    if name == "transformer-engine":
+        reason = engine_probe()[1] if patient.caps.is_cuda and engine_probe()[0] is None else None
+    elif name == "triton":
+        reason = kernels.refusal(patient.caps.device, patient.dtype)
+    else:
+        register_attention()
+        reason = ATTENTION.backend(name).refuse(_attention_request(patient))
+    if reason is None or not ("does not load" in reason or name == "transformer-engine"):
+        return ""
+    return reason if "install" in reason else f"{reason}; reinstall it with: python install.py --with {name}"
 
 
 def _version(distribution: str) -> str | None:
@@ -496,21 +516,50 @@ def _topology(spec: ModelSpec, recipe: Recipe) -> tuple[str, str]:
 def _expected(patient: Patient, model: str, size: str, recipe: Recipe) -> tuple[str, str]:
     """Seconds of a published run and memory, in words: measured on this GPU, or said to be unmeasured."""
     spec, caps = SPECS[model], patient.caps
-    steps, frames = DEFAULTS[spec.task].steps, DEFAULTS[spec.task].frames
     weights = weight_bytes(spec, 2 if recipe.is_none else 1)
-    working = activation_bytes(spec, _latents(spec, size, frames), torch.bfloat16)
+    working = activation_bytes(spec, _latents(spec, size, DEFAULTS[spec.task].frames), torch.bfloat16)
     need = (weights + working) / GIB
     memory = f"{weights / GIB:.1f} GiB of weights and {working / GIB:.1f} GiB to work"
     if caps.total_memory_bytes is not None and need > caps.total_memory_bytes / GIB:
         memory += f"; {caps.total_memory_bytes / GIB:.0f} GiB are there, so weights are streamed from host memory"
+    return _expected_time(patient, model, size, recipe), memory
+
+
+def _expected_time(patient: Patient, model: str, size: str, recipe: Recipe) -> str:
+    """What was measured with these settings on this GPU; else what comes nearest, and in what it differs."""
+    caps, steps = patient.caps, DEFAULTS[SPECS[model].task].steps
     register_attention()
     attention = ATTENTION.resolve("auto", _attention_request(patient)).backend.name
-    rows = measured.find(device=caps.name, model=model, size=size, recipe=recipe.name, attention=attention)
+    multiplied = not recipe.is_none and recipe.backend != "weight-only"
+
+    def same(row: measured.Measurement) -> tuple[bool, bool, bool]:
+        """In what a row is this run: GPU, recipe, attention."""
+        alike = row.recipe == recipe.name and (recipe.is_none or (row.backend != "weight-only") == multiplied)
+        return row.device == caps.name, alike, row.attention == attention
+
+    rows = [row for row in measured.find(model=model, size=size) if ATTENTION.backend(row.attention).exact]
+    # FP8 as storage takes longer than 16 bits, and products in FP8 do not: other recipes say nothing of it
+    rows = [row for row in rows if same(row)[1] or (row.recipe == "none" and multiplied)]
+    if not caps.is_cuda:
+        return "time not measured on such a device"
     if not rows:
-        return "time not measured on this GPU with these settings", memory
-    best = min(rows, key=lambda row: row.forward_s)
-    seconds = 2 * steps * best.forward_s
-    return f"about {seconds / 60:.0f} minutes for {steps} steps with guidance, transformer alone", memory
+        return "time not measured on this GPU with these settings"
+    best = min(rows, key=lambda row: (*(not part for part in same(row)), row.forward_s))
+    device, alike, with_attention = same(best)
+    time, run = _duration(2 * steps * best.forward_s), f"for {steps} steps with guidance, transformer alone"
+    if not device:
+        return f"not measured on this GPU; about {time} on {best.device} with {_settings(best)} {run}"
+    if alike and with_attention:
+        return f"about {time} {run}"
+    return f"about {time} with {_settings(best)}, the nearest measured on this GPU, {run}"
+
+
+def _settings(row: measured.Measurement) -> str:
+    return f"recipe {row.recipe} and attention {row.attention}"
+
+
+def _duration(seconds: float) -> str:
+    return f"{seconds:.0f} seconds" if seconds < 180 else f"{seconds / 60:.0f} minutes"
 
 
 def _latents(spec: ModelSpec, size: str, frames: int) -> tuple[int, int, int, int, int]:

@@ -148,7 +148,7 @@ LIBRARIES: dict[str, Library] = {
         distributions=("flash-attn-4",),
         runs=Capabilities((9, 0)),
         advised=Capabilities((10, 0)),
-        brings="exact attention for Blackwell; compiles at its first use",
+        brings="exact attention for Blackwell, block-sparse attention there and on Hopper; compiles at its first use",
         packages=(
             Package(
                 requirements=tuple(name.format("[cu13]") for name in _FA4),

@@ -161,8 +161,12 @@ class Client:
         return f"ws{self.url.removeprefix('http')}/ws?clientId={self.id}"
 
     def _connect(self) -> websocket.WebSocket:
-        try:
-            return websocket.create_connection(self._socket_address, timeout=1.0, enable_multithread=False)
+        try:  # a busy server may take seconds to greet; afterwards a second is how often the wait looks around
+            connection = websocket.create_connection(
+                self._socket_address, timeout=self.timeout_s, enable_multithread=False
+            )
+            connection.settimeout(1.0)
+            return connection
         except (OSError, websocket.WebSocketException, ValueError) as error:
             raise ServerUnreachable(
                 f"No ComfyUI answers at {self.url} ({error}): check the address and that it runs."

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ast
 import re
 import subprocess
 import sys
@@ -115,6 +116,17 @@ def test_ids_inputs_and_outputs_stay(schemas, name):
 
 def test_every_node_is_under_contract(schemas):
     assert sorted(schemas) == NODES
+
+
+def test_the_managers_scanner_finds_every_node():
+    """ComfyUI Manager maps nodes to packs by reading source: a class that names ComfyNode as its base is a node, and
+    its name the id where no ``io.Schema`` in the class says it. "Install missing nodes" hangs on it."""
+    found = set()
+    for path in (PACK / "nodes").rglob("*.py"):
+        for item in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
+            if isinstance(item, ast.ClassDef) and any(ast.unparse(base) == "io.ComfyNode" for base in item.bases):
+                found.add(item.name)
+    assert sorted(found) == NODES
 
 
 @pytest.mark.parametrize("name", NODES)

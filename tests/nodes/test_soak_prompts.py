@@ -1,9 +1,12 @@
-"""A short slice of ``make prompts``, and that it would notice what it is there for."""
+"""Two minutes of ``make prompts``, and that it would notice what it is there for."""
 
 from __future__ import annotations
 
+import itertools
+import os
 import sys
-import time
+import tempfile
+from collections.abc import Callable
 from typing import Any
 
 import pytest
@@ -12,15 +15,42 @@ from headless.client import Client
 
 pytestmark = pytest.mark.skipif(not sys.platform.startswith("linux"), reason="it reads /proc, which only Linux has")
 
-COUNT, EVERY = 12, 2
+COUNT, EVERY = 60, 5
+"""The same prompts in every run: about two minutes of two cores. Four looks in each third; pools in the last two."""
 
 
-def test_mixed_prompts_leave_nothing_behind(client: Client, server: Any) -> None:
-    began = time.monotonic()
-    looks = soak.soak(client, server.pid, server.url, soak.TASKS, COUNT, EVERY, print)
+def test_mixed_prompts_leave_nothing_behind(make_server: Callable[..., Any], monkeypatch: pytest.MonkeyPatch) -> None:
+    """In a server and a temporary folder of its own: what others leave in shared ones would count as this one's."""
+    with tempfile.TemporaryDirectory(prefix="soak-") as temporary:  # a short name: sockets of pools lie in it
+        monkeypatch.setenv("TMPDIR", temporary)
+        run_a_slice(make_server("soak"))
+        left = [name for name in os.listdir(temporary) if not name.startswith("torchinductor_")]  # PyTorch's own
+        assert left == [], "the server or its pools left files"
+
+
+def run_a_slice(starting: Any) -> None:
+    with starting as server:
+        looks = soak.soak(Client(server.url), server.pid, server.url, soak.TASKS, COUNT, EVERY, print)
     assert len(looks) == COUNT // EVERY
     assert soak.findings(looks) == []
-    assert time.monotonic() - began < 120
+
+
+def test_the_slice_has_every_kind_of_prompt_and_end() -> None:
+    prompts = list(itertools.islice(soak.mixed(soak.TASKS), COUNT))
+    assert {wanted for wanted, _ in prompts} == {"done", "cancelled", "failed", "killed"}
+    nodes = [node for _, prompt in prompts for node in prompt.values()]
+    assert {node["class_type"] for node in nodes} >= {*soak.SAMPLERS.values(), "WanFP8MultiGPU", "WanFP8Doctor"}
+    layouts = {
+        (node["inputs"]["topology"], node["inputs"]["weights"]) for node in nodes if "topology" in node["inputs"]
+    }
+    assert layouts == set(soak.TOPOLOGIES)
+    for settings in soak.SETTINGS:
+        assert all(
+            any(n["class_type"] == kind and n["inputs"].items() >= inputs.items() for n in nodes)
+            for kind, inputs in settings
+        )
+    ends = [wanted for wanted, prompt in prompts if "WanFP8MultiGPU" in {n["class_type"] for n in prompt.values()}]
+    assert {"done", "cancelled", "killed"} <= set(ends)
 
 
 def looked(values: list[tuple[float, int, int, int, int]]) -> list[soak.Look]:
@@ -53,4 +83,4 @@ def test_a_prompt_that_ends_otherwise_is_an_error() -> None:
             del prompt, on_event
 
     with pytest.raises(AssertionError, match="was to be failed was done"):
-        soak.run_one(Fake(), "failed", {})
+        soak.run_one(Fake(), "failed", {}, 0)

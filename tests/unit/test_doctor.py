@@ -154,9 +154,52 @@ def test_a_measured_gpu_gets_times_and_another_one_none(monkeypatch: pytest.Monk
     assert f"about {80 * best.forward_s / 60:.0f} minutes for 40 steps with guidance" in said
     assert f"{best.layer_ms:.0f} ms a block" in text(doctor.products(h100))
     other = on("NVIDIA H100 PCIe", (9, 0), 79.1)
-    assert "not measured on this GPU" in text(doctor.recommendation(other)) and "ms a block" not in text(
-        doctor.products(other)
-    )
+    said = text(doctor.recommendation(other))
+    assert "i2v-A14B, 1280x720 | not measured on this GPU; about 12 minutes on NVIDIA H" in said
+    assert "ms a block" not in text(doctor.products(other))
+
+
+def test_every_measured_gpu_gets_a_time_for_what_is_recommended(monkeypatch: pytest.MonkeyPatch) -> None:
+    """With these settings where they were measured, else with the nearest ones of that GPU, and no other GPU's."""
+    doctor.register_attention()
+    fa3 = doctor.ATTENTION.backend("fa3")
+    monkeypatch.setitem(doctor.ATTENTION._backends, "fa3", Backend("fa3", fa3.run, lambda _: None, True, 100))
+    for name in sorted({row.device for row in measured.measurements()}):
+        expected = doctor.recommendation(on(name, (9, 0), 139.8))[-3:]
+        assert [row.what for row in expected] == ["i2v-A14B, 832x480", "i2v-A14B, 1280x720", "ti2v-5B, 1280x704"]
+        assert all(row.found.startswith("about ") for row in expected), f"{name}: {text(expected)}"
+        assert expected[1].found == "about 12 minutes for 40 steps with guidance, transformer alone", name
+    seconds = next(row.found for row in expected if row.what.startswith("ti2v"))
+    assert seconds.startswith("about 79 seconds"), "short ones are not rounded to minutes"
+
+
+def test_times_of_products_say_nothing_of_fp8_as_storage() -> None:
+    ampere = on("NVIDIA GeForce RTX 3090", (8, 6), 23.7)
+    expected = doctor.recommendation(ampere)
+    assert "weight-only" in text(expected[:4])
+    assert expected[-2].found == "time not measured on this GPU with these settings"
+    assert "on NVIDIA H" in expected[-1].found and "recipe none" in expected[-1].found, "16 bits of TI2V fit it"
+
+
+def test_a_library_that_does_not_load_is_not_called_present(monkeypatch: pytest.MonkeyPatch) -> None:
+    """FlashAttention 4 without its DSL; Transformer Engine in a version that was never tried; FA3 that loads."""
+    doctor.register_attention()
+    monkeypatch.setattr(doctor, "_version", lambda name: "4.0.0b36" if name != "ftfy" else "6.3.1")
+    why = "flash_attn.cute does not load (ModuleNotFoundError: No module named 'cutlass')"
+    for name, refusal in (("fa4", why), ("fa3", None), ("sage", "it takes bf16 or fp16, not torch.float32")):
+        found = doctor.ATTENTION.backend(name)
+        fake = Backend(name, found.run, lambda _, refusal=refusal: refusal, found.exact, found.priority)
+        monkeypatch.setitem(doctor.ATTENTION._backends, name, fake)
+    engine = (None, "Transformer Engine 4.0.0 has not been tested with this pack: python install.py")
+    monkeypatch.setattr(doctor, "engine_probe", lambda: engine)
+    monkeypatch.setattr(doctor.kernels, "refusal", lambda *_: None)
+    rows = {row.what: row for row in doctor.libraries(on("NVIDIA H200", (9, 0), 139.8))}
+    fa4 = rows["FlashAttention 4"]
+    assert fa4.found == "4.0.0b36, not usable"
+    assert fa4.note == f"{why}; reinstall it with: python install.py --with fa4"
+    assert rows["Transformer Engine"] == doctor.Row("Transformer Engine", "4.0.0b36, not usable", engine[1])
+    for name in ("FlashAttention 3", "SageAttention", "Triton"):
+        assert rows[name].found == "4.0.0b36" and "does not load" not in rows[name].note, name
 
 
 def test_several_gpus_get_a_topology(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -20,7 +20,8 @@ from typing import Any
 
 import pytest
 import torch
-from hypothesis import HealthCheck, given, settings
+from fuzz_kit import JSON, cases, mutated
+from hypothesis import given
 from hypothesis import strategies as st
 from safetensors.torch import save
 
@@ -31,19 +32,7 @@ from wan_fp8.checkpoint.lora import fit, read_lora
 from wan_fp8.checkpoint.reader import open_source, read_json, shards_of
 from wan_fp8.errors import CheckpointError, InputError
 
-TIMES = int(os.environ.get("WAN_FP8_FUZZ", "1"))
 GROWTH_MIB = 300
-
-
-def cases(count: int) -> settings:
-    """``count`` of them, none longer than twenty seconds, on a machine however busy."""
-    return settings(
-        max_examples=count * TIMES,
-        deadline=20_000,
-        derandomize=TIMES == 1,
-        database=None,
-        suppress_health_check=[HealthCheck.function_scoped_fixture, HealthCheck.too_slow, HealthCheck.data_too_large],
-    )
 
 
 def resident_mib() -> float:
@@ -71,11 +60,6 @@ def read_all(path: Path) -> None:
 # ---- safetensors ---------------------------------------------------------------------------------------------------
 
 GOOD = save({"blocks.0.a": torch.arange(12.0).reshape(3, 4), "head.head.weight": torch.ones(2, dtype=torch.bfloat16)})
-JSON = st.recursive(
-    st.none() | st.booleans() | st.integers(-(2**70), 2**70) | st.floats(allow_nan=True) | st.text(max_size=20),
-    lambda inner: st.lists(inner, max_size=4) | st.dictionaries(st.text(max_size=12), inner, max_size=4),
-    max_leaves=8,
-)
 NAMES = st.sampled_from(
     [
         "blocks.0.self_attn.q.weight",
@@ -96,24 +80,6 @@ ENTRIES = st.fixed_dictionaries(
         "data_offsets": st.lists(SIZES, max_size=3),
     }
 )
-
-
-@st.composite
-def mutated(draw: Any, start: bytes) -> bytes:
-    """Bytes with a few changed, cut out or put in."""
-    data = bytearray(start)
-    for _ in range(draw(st.integers(1, 4))):
-        at = draw(st.integers(0, max(0, len(data) - 1)))
-        kind = draw(st.sampled_from(["set", "cut", "put", "end"]))
-        if kind == "set" and data:
-            data[at] = draw(st.integers(0, 255))
-        elif kind == "cut":
-            del data[at : at + draw(st.integers(1, 64))]
-        elif kind == "put":
-            data[at:at] = draw(st.binary(max_size=16))
-        else:
-            del data[at:]
-    return bytes(data)
 
 
 def with_header(header: Any, body: bytes, length: int | None = None) -> bytes:

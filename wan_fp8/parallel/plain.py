@@ -16,6 +16,7 @@ from ..attention.sparse.calibration import Calibration
 from ..attention.sparse.setting import Sparsity
 from ..caching import Conditioning, Curve, EasyCache, MagCache, RunPosition, Taylor
 from ..compile import Compile
+from ..errors import InputError
 from ..models.blocks import ForwardOptions
 from ..models.functional import RopeOptions
 from ..models.specs import ModelSpec, Task
@@ -68,11 +69,22 @@ def from_plain(value: Any) -> Any:
 
     Raises:
         WireError: something that it never makes.
+        InputError: a setting with values that it refuses.
     """
+    try:
+        return _made(value)
+    except InputError:
+        raise
+    except (TypeError, ValueError, KeyError, AttributeError, OverflowError, RecursionError) as error:
+        # parts of another kind than a setting's own code expects
+        raise WireError(f"{str(value)[:100]} is no setting of ours ({error})") from None
+
+
+def _made(value: Any) -> Any:
     if value is None or isinstance(value, bool | int | float | str):
         return value
     if isinstance(value, list):
-        return [from_plain(part) for part in value]
+        return [_made(part) for part in value]
     if isinstance(value, dict):
         keys = value.keys()
         if keys == {"float"} and value["float"] in ("inf", "-inf", "nan"):
@@ -82,14 +94,14 @@ def from_plain(value: Any) -> Any:
         if keys == {"task"} and value["task"] in [task.value for task in Task]:
             return Task(value["task"])
         if keys == {"tuple"}:
-            return tuple(from_plain(part) for part in value["tuple"])
+            return tuple(_made(part) for part in value["tuple"])
         if keys == {"set"}:
-            return frozenset(from_plain(part) for part in value["set"])
+            return frozenset(_made(part) for part in value["set"])
         if keys == {"type", "fields"} and value["type"] in TYPES:
             kind = TYPES[value["type"]]
             known = {f.name for f in dataclasses.fields(kind) if f.init}
             if value["fields"].keys() <= known:
-                return kind(**{name: from_plain(part) for name, part in value["fields"].items()})
+                return kind(**{name: _made(part) for name, part in value["fields"].items()})
     raise WireError(f"{str(value)[:100]} is no setting of ours")
 
 

@@ -236,12 +236,19 @@ def load_scales(model: nn.Module, path: str | Path, *, freeze: bool = True) -> n
         or not state.keys() >= {"history", "multiplier"}
     ):
         raise CheckpointError(f"{path.name} holds no DelayedScaling scales of this version: save them with save_scales")
-    if tuple(metadata["sites"].split("\n")) != scales.sites:
+    if tuple(metadata.get("sites", "").split("\n")) != scales.sites:
         raise CheckpointError(f"{path.name} belongs to a model with other FP8 layers: save the scales of this one")
-    wanted = _settings(scales)
-    if json.loads(metadata["settings"]) != wanted or state["history"].shape != scales.history.shape:
-        raise CheckpointError(f"{path.name} was made with {metadata['settings']}, this recipe has {json.dumps(wanted)}")
-    if not (state["multiplier"].isfinite().all() and (state["multiplier"] > 0).all()):
+    wanted, said = _settings(scales), metadata.get("settings", "nothing")
+    if said != json.dumps(wanted):  # as save_scales writes it: no parser meets what a stranger put there
+        raise CheckpointError(f"{path.name} was made with {said[:200]!r}, this recipe has {json.dumps(wanted)}")
+    for name in ("history", "multiplier"):
+        found, ours = state[name], getattr(scales, name)
+        if found.shape != ours.shape or found.dtype != ours.dtype:
+            raise CheckpointError(
+                f"{path.name} is damaged: its {name} is {found.dtype} {list(found.shape)}: save it again"
+            )
+    sound = state["multiplier"].isfinite().all() and (state["multiplier"] > 0).all()
+    if not (sound and state["history"].isfinite().all() and (state["history"] >= 0).all()):
         raise CheckpointError(f"{path.name} holds scales that are no positive numbers: save them again")
     scales.load_state(state, freeze=freeze)
     return model

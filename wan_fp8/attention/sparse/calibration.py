@@ -80,5 +80,15 @@ class Calibration:
 
     @classmethod
     def load(cls, path: str | Path) -> Calibration:
-        """From a file."""
-        return cls.from_json(Path(path).read_text(encoding="utf-8"), Path(path).name)
+        """From a file.
+
+        Raises:
+            InputError: it cannot be read, or holds no such table.
+        """
+        try:
+            text = Path(path).read_text(encoding="utf-8")
+        except (OSError, UnicodeDecodeError) as error:
+            raise InputError(
+                f"{Path(path).name} is not a table of densities ({error}): save one after a sparse run"
+            ) from None
+        return cls.from_json(text, Path(path).name)
