@@ -89,8 +89,8 @@ class WanFP8MultiGPU(io.ComfyNode):
                 io.Vae.Input(
                     "vae",
                     optional=True,
-                    tooltip="A Wan2.1 VAE, to decode and encode on all GPUs of the pool, each some rows of every "
-                    "frame. Core's VAE Decode and all samplers take it. A Wan2.2 VAE (TI2V-5B) goes through unchanged, "
+                    tooltip="A Wan2.1 or Wan2.2 VAE, to decode and encode on all GPUs of the pool, each some rows of "
+                    "every frame. Core's VAE Decode and all samplers take it. Another model's goes through unchanged, "
                     "and the node says so. Default: not connected, it runs in ComfyUI.",
                 ),
             ],

@@ -17,6 +17,7 @@ import torch
 from wan_fp8.errors import CheckpointError, InputError, PoolError, WanFP8Error
 from wan_fp8.models.text_encoder import load_text_encoder
 from wan_fp8.models.vae import WanVAE, load_vae
+from wan_fp8.models.vae22 import load_vae22
 from wan_fp8.parallel import plain, pools
 from wan_fp8.parallel.parts import RemoteTextEncoder, RemoteVAE
 from wan_fp8.parallel.serving_parts import Parts
@@ -39,6 +40,18 @@ def pool() -> Iterator[None]:
 @pytest.fixture(scope="module")
 def one(checkpoints: dict[str, Path]) -> WanVAE:
     return load_vae(checkpoints["t2v"])
+
+
+def test_the_wan22_vae(checkpoints: dict[str, Path]) -> None:
+    """Rows that do not divide, and a picture with fewer rows than ranks."""
+    here = load_vae22(checkpoints["ti2v"])
+    there = RemoteVAE(VAESource.of(checkpoints["ti2v"], version="2.2"), TWO)
+    for frames, rows in ((3, 5), (2, 1)):
+        latents, video = clips(48, frames, rows, 2), clips(3, 4 * frames - 3, 16 * rows, 32)
+        assert pool_kit.relative(there.decode(latents), here.decode(latents)) < TOLERANCE
+        assert pool_kit.relative(there.encode(video), here.encode(video)) < TOLERANCE
+    with pytest.raises(InputError, match="both multiples of 16"):
+        there.encode(clips(3, 1, 24, 32))
 
 
 @pytest.fixture(scope="module")
@@ -141,9 +154,12 @@ def test_refusals_leave_the_pool_as_it_was(checkpoints: dict[str, Path], many: R
         RemoteTextEncoder(TextSource.of(checkpoints["t2v"]), TWO).encode_prompt("a" * (2**20 + 1))
     connection = many.pool().connection
     for fields in ({"do": "dance"}, {"do": "decode"}, {"do": "encode"}):
-        with pytest.raises(InputError, match="a pool's VAE takes one clip"):
+        with pytest.raises(InputError, match=r"a pool's Wan2\.1 VAE takes one clip"):
             given = {"source": {"type": "VAESource", "fields": {}}, **fields}
             connection.request("vae", given, {"x": torch.zeros(1, 5, 1, 8, 8)}, poll=lambda: None)
+    with pytest.raises(InputError, match=r"one of 2\.1, 2\.2; got '3'"):
+        given = {"source": {"type": "VAESource", "fields": {"version": "3"}}, "do": "decode"}
+        connection.request("vae", given, {"x": latents}, poll=lambda: None)
     for kind in ("vae", "text"):
         given = {"source": {"type": "Recipe", "fields": {}}, "do": "decode", "text": "a"}
         with pytest.raises(InputError, match="Source; got Recipe"):

@@ -13,10 +13,11 @@ from torch import Tensor
 
 from ..errors import InputError
 from ..models.text_encoder import TextEncoder, load_text_encoder
-from ..models.vae import LATENT_CHANNELS, WanVAE, load_vae
+from ..models.vae import AutoEncoder
+from ..models.vae22 import DESIGNS, LOADERS
 from . import plain
 from .source import TextSource, VAESource
-from .vae import GROUP_COPIES, MOST_VALUES, STRIDE, TIME_STRIDE, SplitVAE, values_of_a_frame
+from .vae import GROUP_COPIES, MOST_VALUES, TIME_STRIDE, SplitVAE, values_of_a_frame
 from .wire import Json
 
 log = logging.getLogger("wan_fp8")
@@ -56,7 +57,7 @@ class Parts:
 
     def __init__(self, rank: Rank) -> None:
         self._rank = rank
-        self._vae: tuple[VAESource, WanVAE] | None = None
+        self._vae: tuple[VAESource, AutoEncoder] | None = None
         self._encoder: tuple[TextSource, TextEncoder] | None = None
         """On rank 0 only."""
 
@@ -89,16 +90,16 @@ class Parts:
 
         Raises:
             InputError: no clip.
-            CheckpointError: the file is no Wan2.1 VAE.
+            CheckpointError: the file is no Wan VAE, or the one of the other design.
         """
         source, what, x, me = _source(fields, VAESource), fields["do"], tensors["x"], self._rank
-        rows, columns, values = _checked(what, x)
+        rows, columns, values = _checked(source, what, x)
         evicted = [] if self._has(source) else self._read_vae(source)
         assert self._vae is not None
         vae = self._vae[1]
         shared = rows >= me.world
-        mine = STRIDE * (-(-rows // me.world) if shared else rows)
-        one = values_of_a_frame(vae, 1, mine, STRIDE * columns)
+        mine = vae.stride * (-(-rows // me.world) if shared else rows)
+        one = values_of_a_frame(vae, 1, mine, vae.stride * columns)
         size, whole = x.element_size(), RESULT_COPIES * values * x.element_size()
         self._give_back()  # what forwards left, in pieces of other sizes
         evicted += me.make_room(GROUP_COPIES * one * size + whole)
@@ -148,9 +149,9 @@ class Parts:
             me.stage(f"reading {source.label}")
             if source.handed:
                 state, me.handed = me.handed, {}
-                vae = load_vae(state, source.dtype, me.device)
+                vae = LOADERS[source.version](state, source.dtype, me.device)
             else:
-                vae = load_vae(source.path, source.dtype, me.device)
+                vae = LOADERS[source.version](source.path, source.dtype, me.device)
         self._vae = source, vae  # now that every rank has read it
         return evicted
 
@@ -192,21 +193,24 @@ def _source(fields: Json, kind: type[Kind]) -> Kind:
     return source
 
 
-def _checked(what: str, x: Tensor) -> tuple[int, int, int]:
+def _checked(source: VAESource, what: str, x: Tensor) -> tuple[int, int, int]:
     """Latent rows and columns, and the values of the whole result or input, whichever has more.
 
     Raises:
-        InputError: no clip.
+        InputError: no design of that name, or no clip of its.
     """
-    shape = tuple(x.shape)
+    design, shape = DESIGNS.get(source.version), tuple(x.shape)
+    if design is None:
+        raise InputError(f"the design of a VAE is one of {', '.join(DESIGNS)}; got {source.version!r}")
+    stride = design.stride
     fits = len(shape) == 5 and shape[0] == 1 and 0 not in shape and x.is_floating_point()
-    if what == "decode" and fits and shape[1] == LATENT_CHANNELS:
+    if what == "decode" and fits and shape[1] == design.channels:
         _, _, frames, rows, columns = shape
-        return rows, columns, 3 * (TIME_STRIDE * (frames - 1) + 1) * rows * columns * STRIDE**2
-    whole = fits and shape[1] == 3 and (shape[2] - 1) % TIME_STRIDE == shape[3] % STRIDE == shape[4] % STRIDE == 0
+        return rows, columns, 3 * (TIME_STRIDE * (frames - 1) + 1) * rows * columns * stride**2
+    whole = fits and shape[1] == 3 and (shape[2] - 1) % TIME_STRIDE == shape[3] % stride == shape[4] % stride == 0
     if what == "encode" and whole:
-        return shape[3] // STRIDE, shape[4] // STRIDE, x.numel()
+        return shape[3] // stride, shape[4] // stride, x.numel()
     raise InputError(
-        f"a pool's VAE takes one clip, 16 x F x H x W to decode or 3 x (4n + 1) x 8H x 8W to encode; asked to "
-        f"{str(what)[:20]} {shape} of {x.dtype}"
+        f"a pool's Wan{source.version} VAE takes one clip, {design.channels} x F x H x W to decode or 3 x (4n + 1) x "
+        f"{stride}H x {stride}W to encode; asked to {str(what)[:20]} {shape} of {x.dtype}"
     )
