@@ -514,7 +514,9 @@ def check_vae(ranks: int, design: str, frames: int) -> None:
     video = torch.randn(2, 3, frames, rows, columns, dtype=torch.float64, generator=generator).to(DEVICE)
     shape = (2, vae.channels, (frames - 1) // 4 + 1, 5, 3)
     latents = torch.randn(shape, dtype=torch.float64, generator=generator).to(DEVICE)
-    uneven = vae_groups.values_of_a_frame(vae, 2, vae.stride * per, columns) * 3 // 2  # with fewer rows, two would fit
+    uneven = (
+        vae_groups.values_of_a_frame(vae.widest, 2, vae.stride * per, columns) * 3 // 2
+    )  # with fewer rows, two would fit
     for split in (SplitVAE(vae), SplitVAE(vae, dist.group.WORLD)):
         for most in (vae_groups.MOST_VALUES, uneven, 1):
             with mock.patch.object(vae_groups, "MOST_VALUES", most):

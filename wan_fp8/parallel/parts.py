@@ -1,7 +1,8 @@
 """Text encoder and VAE in a pool, seen from the caller: what ``serving_parts`` answers.
 
-The VAE runs on all ranks, each with some rows of every frame; the text encoder on rank 0 alone. Workers read both from
-their files. Latents, pixels and rows cross once, through the memory that both ends map where they are on one host.
+The VAE runs on all ranks, each with some rows of every frame; the text encoder on rank 0, or sharded over all. Workers
+read both from their files. Latents, pixels and rows cross once, through the memory that both ends map where they are on
+one host.
 """
 
 from __future__ import annotations
@@ -67,8 +68,8 @@ class RemoteVAE(_Part):
         shape, stride = tuple(video_BCTHW.shape), self.design.stride
         if len(shape) != 5 or shape[1] != 3 or 0 in shape or shape[3] % stride or shape[4] % stride:
             raise InputError(
-                f"the Wan{self.design.version} VAE encodes [clips, 3, frames, rows, columns], both multiples of {stride}; "
-                f"got {shape}"
+                f"the Wan{self.design.version} VAE encodes [clips, 3, frames, rows, columns], both multiples of "
+                f"{stride}; got {shape}"
             )
         return self._each("encode", video_BCTHW[:, :, : (shape[2] - 1) // TIME_STRIDE * TIME_STRIDE + 1])
 
@@ -104,18 +105,20 @@ class RemoteVAE(_Part):
 
 
 class RemoteTextEncoder(_Part):
-    """``TextEncoder.encode_prompt`` on rank 0 of a pool."""
+    """``TextEncoder.encode_prompt`` on rank 0 of a pool, or on all of its ranks."""
 
-    def __init__(self, source: TextSource, pool: pools.PoolSpec) -> None:
+    def __init__(self, source: TextSource, pool: pools.PoolSpec, *, sharded: bool = False) -> None:
+        """``sharded``: every rank holds a part of each block's weights, and gathers a block's while it runs; otherwise
+        rank 0 has them all."""
         super().__init__(pool)
-        self.source = source
+        self.source, self.sharded = source, sharded
 
     def encode_prompt(self, text: str) -> tuple[Tensor, int]:
         """Rows of one prompt's tokens, [n, width] on the CPU, and how many tokens were cut off.
 
         Raises:
             InputError: a prompt of more than a million characters.
-            CheckpointError: rank 0 cannot read the encoder, or it came without a tokenizer.
+            CheckpointError: a rank cannot read the encoder, or it came without a tokenizer.
             PoolError: the pool could not start, or was lost.
         """
         if len(text) > MAX_CHARACTERS:
@@ -123,7 +126,7 @@ class RemoteTextEncoder(_Part):
                 f"the prompt has {len(text)} characters, and {MAX_CHARACTERS} may go to a pool: the model reads 512 "
                 "tokens, shorten it"
             )
-        fields = {"source": plain.to_plain(self.source), "text": text}
+        fields = {"source": plain.to_plain(self.source), "text": text, "sharded": self.sharded}
         found, out = self.pool().connection.request("text", fields, poll=self.poll)
         return out["rows"], int(found[0]["lost"])
 

@@ -1,4 +1,4 @@
-"""The VAE of either design over several ranks: each has some rows of every frame, and all of them the same numbers as one.
+"""A VAE of either design over several ranks: each has some rows of every frame, all together the same numbers as one.
 
 A convolution reads one row beyond a rank's own; neighbours hand each other that row, and nothing else is sent but the
 keys and values of the one attention in the middle and, at the end, the result. Frames go through in groups, with the
@@ -106,7 +106,7 @@ class SplitVAE:
         same."""
         batch, _, _, columns, _ = x.shape
         rows = self.vae.stride * max(self._counts(self._total))
-        one = values_of_a_frame(self.vae, batch, rows, columns * scale)
+        one = values_of_a_frame(self.vae.widest, batch, rows, columns * scale)
         return max(1, min(MOST_VALUES, self.most_values or MOST_VALUES) // one)
 
     # ---- modules -----------------------------------------------------------------------------------------------------
@@ -234,13 +234,14 @@ class SplitVAE:
         return torch.cat([top, x, bottom] if above else [x, bottom], dim=2)
 
 
-def values_of_a_frame(vae: AutoEncoder, batch: int, rows: int, columns: int) -> int:
+def values_of_a_frame(widest: int, batch: int, rows: int, columns: int) -> int:
     """Of one latent frame's widest activation, on its four pixel frames.
 
     Args:
+        widest: ``AutoEncoder.widest``.
         rows, columns: Pixels that one rank has.
     """
-    return batch * TIME_STRIDE * rows * columns * vae.widest
+    return batch * TIME_STRIDE * rows * columns * widest
 
 
 def _convolve(conv: Conv, taps: list[Tensor]) -> Tensor:
