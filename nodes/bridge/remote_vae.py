@@ -18,6 +18,7 @@ from torch import Tensor, nn
 from ...wan_fp8.checkpoint.encoders import load_vae_state_dict
 from ...wan_fp8.models.vae import VAESpec, WanVAE
 from ...wan_fp8.models.vae22 import VAE22Spec, Wan22VAE
+from ...wan_fp8.parallel.needs import VAENeeds
 from ...wan_fp8.parallel.parts import RemoteVAE
 from ...wan_fp8.parallel.pools import PoolSpec
 from ...wan_fp8.parallel.source import VAESource
@@ -85,6 +86,11 @@ def vae_in_pool(vae: Any, pool: PoolSpec) -> tuple[Any, str | None]:
     if version is None:
         return vae, "the VAE stays on ComfyUI's GPU: it is no Wan VAE, and a pool splits those only"
     return _around(RemoteVAE(VAESource(version=version), pool, vae.get_sd), vae.vae_dtype), None
+
+
+def vae_needs(vae: Any) -> VAENeeds | None:
+    """What a VAE of ``vae_in_pool`` needs of the pool's GPUs; None where it stays here."""
+    return VAENeeds.of(vae.remote.source, vae.remote.state) if isinstance(vae, PoolVAE) else None
 
 
 def _around(remote: RemoteVAE, dtype: torch.dtype | None) -> PoolVAE:

@@ -138,6 +138,20 @@ def test_text_rows_are_the_same_bits_and_kept_here(t2v: Any, many: Any) -> None:
         encoder.remote = before
 
 
+def test_a_text_encoder_that_does_not_fit_one_gpu_is_shared(
+    t2v: Any, many: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    plan = nodes_kit.module("wan_fp8.parallel.plan")
+    remote, cache = nodes_kit.module("wan_fp8.parallel.remote").Remote, nodes_kit.module("nodes.encoder").CACHE
+    monkeypatch.setattr(remote, "text_place", lambda self, pool, dims: plan.TextPlace.SHARED)
+    output = in_pool(t2v)
+    assert "text encoder: shared by 2 ranks" in output.ui.value.splitlines()
+    cache.clear()
+    there = output.args[2].encode("a fox")
+    cache.clear()
+    assert torch.equal(there.rows, many[2].encode("a fox").rows)
+
+
 def test_a_vae_of_cores_loader_hands_its_weights_over(t2v: Any, many: Any, checkpoints: dict[str, Path]) -> None:
     import comfy.sd
 

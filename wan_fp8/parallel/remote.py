@@ -33,15 +33,30 @@ from ..models.wan import WanModel, class_of
 from ..quant import Recipe
 from . import plain, pools
 from .dims import ParallelDims
+from .needs import TextNeeds, VAENeeds
 from .parts import hand_over
-from .plan import Machine, Plan, Workload, activation_bytes, measured_tflops, plan, weight_bytes
+from .plan import (
+    Machine,
+    Plan,
+    TextPlace,
+    Workload,
+    activation_bytes,
+    fitting,
+    lacking_bytes,
+    least_sent,
+    measured_tflops,
+    place_text,
+    plan,
+    weight_bytes,
+)
 from .source import HandedSource, ModelSource
 from .wire import Json
 
 log = logging.getLogger("wan_fp8")
 
 USUAL_TOKENS = 75_600
-"""1280x720, 81 frames: what a layout is chosen for before a run is known."""
+USUAL_FRAMES = 21
+"""1280x720, 81 frames, and latent ones: what a layout is chosen for before a run is known."""
 NVLINK_FROM = 60.0
 """GB/s between GPUs above which their link is no PCIe."""
 MAX_NAMES = 4096
@@ -62,18 +77,36 @@ class Topology:
     """``auto``, ``replicate``, ``shard``."""
     experts: int = 1
     """Models that stay in the pool together."""
+    text: TextNeeds | None = None
+    """The text encoder that shares the pool with them."""
+    vae: VAENeeds | None = None
 
     def plan(
-        self, spec: ModelSpec, machine: Machine, tokens: int, *, fp8: bool, guidance: bool
+        self, spec: ModelSpec, machine: Machine, tokens: int, *, fp8: bool, guidance: bool, frames: int = USUAL_FRAMES
     ) -> tuple[ParallelDims, Plan | None]:
-        """The layout, and the plan that it came from where nothing was chosen."""
-        work = Workload(spec=spec, tokens=tokens, experts=self.experts, fp8=fp8, guidance=guidance)
+        """The layout, and the plan that it came from where nothing was chosen.
+
+        Raises:
+            InputError: what was chosen is no layout, or something cannot fit the GPUs.
+        """
+        work = Workload(
+            spec=spec,
+            tokens=tokens,
+            experts=self.experts,
+            fp8=fp8,
+            guidance=guidance,
+            frames=frames,
+            text=self.text,
+            vae=self.vae,
+        )
         inside = machine.gpus_per_host or machine.gpus  # over hosts, weights are whole in each
         given = (self.cfg, self.ulysses, self.ring)
         if given == (None, None, None):
-            made = plan(machine, work)
-            shard = {"auto": made.dims.shard, "replicate": 1, "shard": inside}[self.weights]
-            return dataclasses.replace(made.dims, shard=shard), made if self.weights == "auto" else None
+            if self.weights == "auto":
+                made = plan(machine, work)
+                return made.dims, made
+            dims = least_sent(machine, work)
+            return self._with_shard(dims, work, machine, 1 if self.weights == "replicate" else inside), None
         dims = ParallelDims(cfg=self.cfg or 1, ulysses=self.ulysses or 1, ring=self.ring or 1)
         if dims.world != machine.gpus:
             raise InputError(
@@ -82,8 +115,27 @@ class Topology:
             )
         dims.check(spec)
         if self.weights == "auto":
-            return dataclasses.replace(dims, shard=plan(machine, work).dims.shard), None
-        return dataclasses.replace(dims, shard=1 if self.weights == "replicate" else inside), None
+            return dataclasses.replace(dims, shard=fitting(dims, work, machine)[0]), None
+        return self._with_shard(dims, work, machine, 1 if self.weights == "replicate" else inside), None
+
+    def _with_shard(self, dims: ParallelDims, work: Workload, machine: Machine, shard: int) -> ParallelDims:
+        """What was asked for, unless one model by itself does not fit with it: of several, one may wait outside."""
+        dims = dataclasses.replace(dims, shard=shard)
+        one = dataclasses.replace(work, experts=1, text=None, vae=None)
+        lacking = lacking_bytes(dims, one, machine)
+        if lacking > 0:
+            raise InputError(
+                f"weights '{self.weights}' with {dims} lacks {lacking / 2**30:.1f} GiB on each GPU of "
+                f"{machine.memory_gib:g} GiB for one {work.spec.task} model and this video: choose weights "
+                + ("'auto' or 'shard'" if shard == 1 else "'auto'")
+                + ", an FP8 recipe, more GPUs, or a smaller video"
+            )
+        return dims
+
+    def text_place(self, spec: ModelSpec, machine: Machine, dims: ParallelDims, *, fp8: bool) -> TextPlace | None:
+        """Where the text encoder lies in a layout; None without one."""
+        work = Workload(spec=spec, tokens=USUAL_TOKENS, experts=self.experts, fp8=fp8, text=self.text, vae=self.vae)
+        return place_text(dims, work, machine)
 
 
 @dataclass(slots=True)
@@ -182,11 +234,19 @@ class Remote:
         )
 
     def layout(
-        self, pool: pools.Pool, tokens: int = USUAL_TOKENS, guidance: bool = True
+        self, pool: pools.Pool, tokens: int = USUAL_TOKENS, guidance: bool = True, frames: int = USUAL_FRAMES
     ) -> tuple[ParallelDims, Plan | None]:
-        """How this model is laid out there."""
+        """How this model is laid out there.
+
+        Raises:
+            InputError: what was chosen is no layout, or something cannot fit the GPUs.
+        """
         fp8 = not self.recipe.is_none
-        return self.topology.plan(self.spec, self.machine(pool), tokens, fp8=fp8, guidance=guidance)
+        return self.topology.plan(self.spec, self.machine(pool), tokens, fp8=fp8, guidance=guidance, frames=frames)
+
+    def text_place(self, pool: pools.Pool, dims: ParallelDims) -> TextPlace | None:
+        """Where the text encoder of ``topology`` lies in a layout; None without one."""
+        return self.topology.text_place(self.spec, self.machine(pool), dims, fp8=not self.recipe.is_none)
 
     # ---- requests ----------------------------------------------------------------------------------------------------
 
@@ -208,7 +268,8 @@ class Remote:
         pool = self.pool()
         pool.connection.notice = self.say
         sparse = options.attention is not None and options.attention.sparsity is not None
-        self._load(pool, tokens, guidance=tensors["x"].shape[0] % 2 == 0, sparse=sparse)
+        guidance, frames = tensors["x"].shape[0] % 2 == 0, tensors["x"].shape[2]
+        self._load(pool, tokens, guidance=guidance, frames=frames, sparse=sparse)
         lora = None if options.lora is None else self._lora(pool, options.lora)
         position = options.position
         if position is not None:
@@ -225,7 +286,7 @@ class Remote:
             "lora": lora,
             "cache": plain.to_plain(policy),
             "compute": plain.to_plain(compute),
-            "room": self._room(tokens, guidance=tensors["x"].shape[0] % 2 == 0),
+            "room": self._room(tokens, guidance=guidance),
         }
         self._dirty = True
         began = time.perf_counter()
@@ -284,11 +345,13 @@ class Remote:
         if self._pool is not None and self._pool.alive and self._pool.loaded.pop(self.name, None) is not None:
             self._pool.connection.post("drop", {"models": [self.name]})
 
-    def _load(self, pool: pools.Pool, tokens: int, *, guidance: bool, sparse: bool) -> None:
+    def _load(self, pool: pools.Pool, tokens: int, *, guidance: bool, frames: int, sparse: bool) -> None:
         there = pool.loaded.get(self.name)
         if there == self.merged:
             if not self._dirty and self.dims is not None and self.dims.shard == 1:
-                self._lay_out(pool, tokens, guidance=guidance)  # between runs only: a cache would lose what it keeps
+                self._lay_out(
+                    pool, tokens, guidance=guidance, frames=frames
+                )  # between runs only: a cache would lose what it keeps
             self._check_sparse(sparse)
             return
         self._sent.clear()
@@ -300,7 +363,7 @@ class Remote:
             if there is not None:
                 pool.connection.request("drop", {"models": [self.name]}, poll=self.poll)
                 pool.loaded.pop(self.name, None)
-            self.dims, made = self.layout(pool, tokens, guidance)
+            self.dims, made = self.layout(pool, tokens, guidance, frames)
             self._check_sparse(sparse)  # before minutes of reading
             self.say(f"{self.source.label}: {self.dims}" if made is None else f"{self.source.label}: {made}")
             work = Workload(spec=self.spec, tokens=tokens, fp8=not self.recipe.is_none)
@@ -326,9 +389,9 @@ class Remote:
         assert self.dims is not None
         return activation_bytes(self.dims, Workload(spec=self.spec, tokens=tokens, guidance=guidance))
 
-    def _lay_out(self, pool: pools.Pool, tokens: int, *, guidance: bool) -> None:
+    def _lay_out(self, pool: pools.Pool, tokens: int, *, guidance: bool, frames: int) -> None:
         """Weights that are whole everywhere serve any layout."""
-        dims, made = self.layout(pool, tokens, guidance)
+        dims, made = self.layout(pool, tokens, guidance, frames)
         if dims == self.dims or dims.shard > 1:
             return
         pool.connection.request("layout", {"model": self.name, "dims": plain.to_plain(dims)}, poll=self.poll)
