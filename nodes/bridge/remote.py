@@ -12,6 +12,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, cast
 
+import comfy.lora
 import comfy.model_management
 import comfy.model_patcher
 import comfy.patcher_extension
@@ -20,9 +21,11 @@ from torch import Tensor
 
 from ...wan_fp8 import quant
 from ...wan_fp8.checkpoint.detect import official_names
-from ...wan_fp8.checkpoint.load import open_transformer
+from ...wan_fp8.checkpoint.load import open_transformer, read_parameters
 from ...wan_fp8.checkpoint.lora import Diff, Entry, LowRank
+from ...wan_fp8.checkpoint.products import Hadamard, Kronecker
 from ...wan_fp8.errors import UnsupportedPatchError
+from ...wan_fp8.kernels.quantize import dequantized_weight
 from ...wan_fp8.models.wan import build_model
 from ...wan_fp8.parallel.pools import PoolSpec
 from ...wan_fp8.parallel.remote import Remote, RemoteWanModel, ToldReport, Topology, remote_class
@@ -68,6 +71,21 @@ class RemoteHostedModel(HostedModel, RemoteWanModel):  # type: ignore[misc]
         with opened:
             stored = official_names(opened, detected)
             return {name: opened.read(stored[name]) for name in names}
+
+    def real_weights(self, names: Sequence[str]) -> dict[str, Tensor]:
+        """Some of the weights as a worker has them before any recipe: FP8 ones dequantised."""
+        source = self.remote.source
+        if not isinstance(source, HandedSource):
+            dtype = torch.float32 if source.keep_fp8 else source.dtype or torch.bfloat16
+            return read_parameters(source.path, source.expert, names, dtype)
+        assert self.remote.state is not None
+        state, found = self.remote.state(), {}
+        for name in names:
+            scale = state.get(f"{name.removesuffix('.weight')}.weight_scale")
+            found[name] = (
+                state[name].cpu() if scale is None else dequantized_weight(state[name], scale, torch.float32).cpu()
+            )
+        return found
 
     def sparse_reports(self) -> list[ToldReport]:
         """What sparse attention did in the run that ends."""
@@ -191,26 +209,51 @@ def _around(patcher: Any, remote: Remote) -> Any:
 
 
 def changes_of(patcher: Any) -> dict[str, list[tuple[Entry, float]]]:
-    """Core's patches on this MODEL as changes of parameters.
+    """Core's patches on this MODEL as changes of parameters: LoRA, LoHa, LoKr and differences as what they are made of.
+    Whatever else core can compute (other adapters, a strength of the model, a part of a weight) it computes here, and
+    the difference that it makes is sent.
 
     Raises:
-        UnsupportedPatchError: one of a kind that does not travel; it is named.
+        UnsupportedPatchError: core cannot compute it from the weight alone, or gives the weight another shape.
     """
     changes: dict[str, list[tuple[Entry, float]]] = {}
-    for key, entries in patcher.patches.items():
-        name = key if isinstance(key, str) else key[0]
-        for strength, value, strength_model, offset, function in entries:
-            entry = _entry(value)
-            if entry is None or strength_model != 1.0 or offset is not None or function is not None:
-                kind = _kind(value)
-                raise UnsupportedPatchError(
-                    f"a node changes {name!r} by a patch of the kind {kind!r} (at a strength of {strength_model} of "
-                    "the model), which cannot be sent to the processes "
-                    "of a "
-                    "pool (LoRAs and differences can): remove that node, or Wan2.2 Multi-GPU"
-                )
-            changes.setdefault(name.removeprefix(PREFIX), []).append((entry, float(strength)))
+    computed: dict[str, list[Any]] = {}
+    for key, patches in patcher.patches.items():
+        entries = [(_entry(patch), float(patch[0])) for patch in patches]
+        known = [(entry, strength) for entry, strength in entries if entry is not None]
+        if len(known) == len(entries):
+            changes[key.removeprefix(PREFIX)] = known
+        else:
+            computed[key] = patches
+    if computed:
+        weights = patcher.model.diffusion_model.real_weights([key.removeprefix(PREFIX) for key in computed])
+        for key, patches in computed.items():
+            name = key.removeprefix(PREFIX)
+            changes[name] = [(Diff(_difference(name, patches, weights.pop(name))), 1.0)]
     return changes
+
+
+def _difference(name: str, patches: list[Any], weight: Tensor) -> Tensor:
+    """What core's patches make of a weight, less the weight."""
+    refused = next((_kind(patch[1]) for patch in patches if _kind(patch[1]) in NEED_MORE), None)
+    if refused is None:
+        try:
+            changed = comfy.lora.calculate_weight(patches, weight.to(torch.float32, copy=True), PREFIX + name)
+        except Exception as error:
+            refused = f"{_kind(patches[0][1])} ({type(error).__name__}: {error})"
+        else:
+            if changed.shape == weight.shape:
+                return (changed - weight.float()).to(weight.dtype if weight.dtype.itemsize == 2 else torch.float32)
+            refused = f"{_kind(patches[0][1])} (which makes it {tuple(changed.shape)})"
+    raise UnsupportedPatchError(
+        f"a node changes {name!r} by a patch of the kind {refused}, which cannot be sent to the processes of a pool "
+        "(LoRAs, LoHas, LoKrs, differences and what changes a weight by itself can): remove that node, or Wan2.2 "
+        "Multi-GPU"
+    )
+
+
+NEED_MORE = ("model_as_lora",)
+"""Kinds of patches that core computes from more than the weight."""
 
 
 def _kind(value: Any) -> str:
@@ -220,18 +263,30 @@ def _kind(value: Any) -> str:
     return str(name or type(value).__name__)
 
 
-def _entry(value: Any) -> Entry | None:
-    weights = getattr(value, "weights", None)
-    if getattr(value, "name", None) == "lora" and weights is not None:
+def _entry(patch: Any) -> Entry | None:
+    """One of core's patches as a change that workers know; None: core has to compute it."""
+    _, value, strength_model, offset, function = patch
+    if strength_model != 1.0 or offset is not None or function is not None:
+        return None
+    kind, weights = getattr(value, "name", None), getattr(value, "weights", None)
+    if kind == "lora" and weights is not None:
         up, down, alpha, mid, dora, reshape = weights
-        if reshape is not None:
-            return None
-        return LowRank(down, up, None if alpha is None else float(alpha), mid, dora)
+        return None if reshape is not None else LowRank(down, up, _float(alpha), mid, dora, like_core=True)
+    if kind == "loha" and weights is not None:
+        up1, down1, alpha, up2, down2, core1, core2, dora = weights
+        return Hadamard(up1, down1, up2, down2, _float(alpha), core1, core2, dora)
+    if kind == "lokr" and weights is not None:
+        first, second, alpha, up1, down1, up2, down2, core2, dora = weights
+        return Kronecker(first, up1, down1, second, up2, down2, core2, _float(alpha), dora)
     if isinstance(value, tuple) and len(value) in (1, 2):
         kind, inner = ("diff", value) if len(value) == 1 else value
         if kind == "diff" and isinstance(inner[0], Tensor) and not (len(inner) > 1 and inner[1].get("pad_weight")):
             return Diff(inner[0])
     return None
+
+
+def _float(alpha: Any) -> float | None:
+    return None if alpha is None else float(alpha)
 
 
 def _refuse_patches(patcher: Any) -> None:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -12,21 +11,9 @@ import torch
 from nodes_kit import call
 from torch import Tensor
 
-pytestmark = [pytest.mark.usefixtures("comfy_core"), pytest.mark.timeout(120)]
+pytestmark = [pytest.mark.usefixtures("comfy_core", "inference", "pools_end"), pytest.mark.timeout(120)]
 TOLERANCE = 1e-4
 """Of 0..1, or of latents of about 1: fp32 through thirty layers, sums in another order."""
-
-
-@pytest.fixture(autouse=True)
-def _inference() -> Iterator[None]:
-    with torch.inference_mode():
-        yield
-
-
-@pytest.fixture(scope="module", autouse=True)
-def _end(comfy_core: Path) -> Iterator[None]:
-    yield
-    nodes_kit.module("wan_fp8.parallel.pools").stop_pools()
 
 
 def load(folder: Path, checkpoint: Path) -> Any:

@@ -24,7 +24,7 @@ from torch import Tensor, nn
 from ..attention.core import Attention, attention_cores
 from ..attention.guard import Verdict
 from ..caching import StepCache
-from ..checkpoint.lora import Diff, Entry
+from ..checkpoint.lora import Entry
 from ..errors import InputError, UnsupportedPatchError
 from ..models.blocks import ForwardOptions
 from ..models.low_rank import LiveLora, LowRankPair
@@ -34,7 +34,7 @@ from ..quant import Recipe
 from . import plain, pools
 from .dims import ParallelDims
 from .needs import TextNeeds, VAENeeds
-from .parts import hand_over
+from .parts import MAX_PART, PART_BYTES, hand_over
 from .plan import (
     Machine,
     Plan,
@@ -349,17 +349,12 @@ class Remote:
         there = pool.loaded.get(self.name)
         if there == self.merged:
             if not self._dirty and self.dims is not None and self.dims.shard == 1:
-                self._lay_out(
-                    pool, tokens, guidance=guidance, frames=frames
-                )  # between runs only: a cache would lose what it keeps
+                # between runs only: a cache would lose what it keeps
+                self._lay_out(pool, tokens, guidance=guidance, frames=frames)
             self._check_sparse(sparse)
             return
         self._sent.clear()
-        listed, tensors = changes_to_plain(self.changes)
-        fields: Json = {"model": self.name, "changes": listed, "merged": self.merged}
-        if there is not None and self.dims is not None and self.dims.shard == 1:
-            pool.connection.request("merge", fields, tensors, poll=self.poll)
-        else:
+        if there is None or self.dims is None or self.dims.shard > 1:
             if there is not None:
                 pool.connection.request("drop", {"models": [self.name]}, poll=self.poll)
                 pool.loaded.pop(self.name, None)
@@ -367,7 +362,11 @@ class Remote:
             self._check_sparse(sparse)  # before minutes of reading
             self.say(f"{self.source.label}: {self.dims}" if made is None else f"{self.source.label}: {made}")
             work = Workload(spec=self.spec, tokens=tokens, fp8=not self.recipe.is_none)
-            fields |= {
+            listed, tensors = self._first_changes()
+            fields: Json = {
+                "model": self.name,
+                "changes": listed,
+                "merged": self.merged if listed or not self.changes else "",
                 "source": plain.to_plain(self.source),
                 "recipe": plain.to_plain(self.recipe),
                 "scales": self.scales,
@@ -377,7 +376,44 @@ class Remote:
             if self.state is not None:
                 hand_over(pool, self.state(), self.source.label, self.say, self.poll)
             pool.connection.request("load", fields, tensors, poll=self.poll)
+            there = fields["merged"]
+            pool.loaded[self.name] = there
+        if there != self.merged:
+            self._merge(pool)
         pool.loaded[self.name] = self.merged
+
+    def _merge(self, pool: pools.Pool) -> None:
+        """Merge ``changes`` in place of what is merged there, some parameters at a time."""
+        pool.loaded[self.name] = HALF_MERGED
+        part: dict[str, list[tuple[Entry, float]]] = {}
+        more, waiting = False, list(self.changes.items())
+        while waiting or not more:
+            part.clear()
+            size = 0
+            while waiting and size < PART_BYTES and len(part) < MAX_PART:
+                name, entries = waiting.pop()
+                part[name] = entries
+                size += sum(entry_bytes(entry) for entry, _ in entries)
+            listed, tensors = changes_to_plain(part)
+            fields: Json = {"model": self.name, "changes": listed, "merged": self.merged, "more": more}
+            pool.connection.request("merge", fields, tensors, poll=self.poll)
+            more = True
+
+    def _first_changes(self) -> tuple[Json, dict[str, Tensor]]:
+        """What goes along with a model that is loaded: all changes where its weights are sharded, which take none
+        later, or where they are small.
+
+        Raises:
+            InputError: too much for sharded weights.
+        """
+        assert self.dims is not None
+        size = sum(entry_bytes(entry) for entries in self.changes.values() for entry, _ in entries)
+        if self.dims.shard > 1 and size > MOST_AT_ONCE:
+            raise InputError(
+                f"the changes of this MODEL's weights take {size / 2**30:.1f} GiB, and sharded weights take "
+                f"{MOST_AT_ONCE / 2**30:g} GiB at most: save the MODEL with them merged, or choose weights 'replicate'"
+            )
+        return changes_to_plain(self.changes) if self.dims.shard > 1 or size <= PART_BYTES else ({}, {})
 
     def _check_sparse(self, sparse: bool) -> None:
         reason = self.dims.sparse_refusal if sparse and self.dims is not None else None
@@ -416,6 +452,10 @@ class Remote:
         return number
 
 
+HALF_MERGED = "?"
+"""In place of the name of changes, while only some are merged; no changes have it."""
+MOST_AT_ONCE = 4 * 2**30
+"""Bytes of changes that each GPU takes at once, beside the weights that it reads."""
 MAX_INPUTS = 4
 """Faces, sounds and poses by name that a pool keeps in a run: cond and uncond, twice."""
 MAX_LORAS = 4
@@ -545,6 +585,12 @@ def _enter_attention(model: nn.Module, setting: Attention, found: list[Json]) ->
         cores[block].verdicts[setting] = Verdict(error, setting.bound or math.inf)
 
 
+def entry_bytes(entry: Entry) -> int:
+    """Of its tensors."""
+    given = [getattr(entry, field.name) for field in dataclasses.fields(entry)]
+    return sum(value.numel() * value.element_size() for value in given if isinstance(value, Tensor))
+
+
 def changes_to_plain(changes: Changes) -> tuple[Json, dict[str, Tensor]]:
     """Changes as names and tensors, as ``serving`` reads them."""
     listed: Json = {}
@@ -552,17 +598,12 @@ def changes_to_plain(changes: Changes) -> tuple[Json, dict[str, Tensor]]:
     for parameter, entries in changes.items():
         for index, (entry, strength) in enumerate(entries):
             name = f"{index}.{parameter}"
-            if isinstance(entry, Diff):
-                tensors[name] = entry.value
-                one: Json = {"value": name}
-            else:
-                one = _pair_to_plain(name, entry, tensors)
-                for part in ("mid", "dora_scale"):
-                    value = getattr(entry, part)
-                    if value is not None:
-                        tensors[f"{name}.{part}"] = value
-                        one[part] = f"{name}.{part}"
-            listed.setdefault(parameter, []).append(one | {"strength": float(strength)})
+            given = {field.name: getattr(entry, field.name) for field in dataclasses.fields(entry)}
+            named = {field: f"{name}.{field}" for field, value in given.items() if isinstance(value, Tensor)}
+            tensors |= {named[field]: given[field] for field in named}
+            numbers = {field: value for field, value in given.items() if field not in named}
+            one = {"kind": type(entry).__name__, "tensors": named, "numbers": numbers, "strength": float(strength)}
+            listed.setdefault(parameter, []).append(one)
     return listed, tensors
 
 

@@ -24,6 +24,7 @@ from ..caching import apply_cache, cache_of
 from ..checkpoint.live_lora import merge_changes
 from ..checkpoint.load import load_transformer
 from ..checkpoint.lora import Diff, Entry, LowRank
+from ..checkpoint.products import Hadamard, Kronecker
 from ..errors import InputError, WanFP8Error
 from ..models.blocks import ForwardOptions
 from ..models.low_rank import LiveLora, LiveTerm
@@ -98,11 +99,15 @@ class Serving:
     # ---- requests ----------------------------------------------------------------------------------------------------
 
     def _do_load(self, fields: Json, tensors: dict[str, Tensor]) -> Answer:
-        """Read a model under a name; one that has the name already is the same and stays."""
+        """Read a model under a name; one that has the name already stays where it is the same."""
         name, source = fields["model"], plain.from_plain(fields["source"])
         recipe, dims = plain.from_plain(fields["recipe"]), plain.from_plain(fields["dims"])
         changes, merged = _changes(fields["changes"], tensors), fields["merged"]
         evicted: list[str] = []
+        known = self.models.get(name)
+        if known is not None and (known.merged, known.dims) != (merged, dims):  # its caller did not wait for it
+            del self.models[name], known
+            self.free()
         if name not in self.models:
             evicted = self.make_room(fields["bytes"])
             with self.agreed(f"read {source.label}"):
@@ -131,13 +136,13 @@ class Serving:
         return {"evicted": evicted}, {}
 
     def _do_merge(self, fields: Json, tensors: dict[str, Tensor]) -> Answer:
-        """Merge changes into a model's weights, in place of those that were there before."""
+        """Merge changes into a model's weights, in place of those that were there before; ``more``: beside them."""
         held = self._held(fields)
         with self.agreed("merge LoRAs"):
             self.stage("merging LoRAs")
             if held.dims.shard > 1:
                 raise InputError("sharded weights take no merge: load the model again with the changes")
-            merge_changes(held.model, _changes(fields["changes"], tensors))
+            merge_changes(held.model, _changes(fields["changes"], tensors), more=fields["more"])
             held.merged = fields["merged"]
         held.model.begin_run()
         return {}, {}
@@ -350,7 +355,10 @@ def _low_rank(listed: Json, tensors: dict[str, Tensor]) -> LowRank:
 
     down, up = one("down"), one("up")
     assert down is not None and up is not None
-    return LowRank(down, up, listed.get("alpha"), one("mid"), one("dora_scale"))
+    return LowRank(down, up, listed.get("alpha"))
+
+
+CHANGES: dict[str, type] = {kind.__name__: kind for kind in (LowRank, Diff, Hadamard, Kronecker)}
 
 
 def _changes(listed: Json, tensors: dict[str, Tensor]) -> dict[str, list[tuple[Entry, float]]]:
@@ -358,7 +366,10 @@ def _changes(listed: Json, tensors: dict[str, Tensor]) -> dict[str, list[tuple[E
     found: dict[str, list[tuple[Entry, float]]] = {}
     for name, entries in listed.items():
         for entry in entries:
-            change: Entry = Diff(tensors[entry["value"]]) if "value" in entry else _low_rank(entry, tensors)
+            if entry["kind"] not in CHANGES:
+                raise InputError(f"a pool does not know changes of the kind {entry['kind']!r}: versions differ")
+            named = {field: tensors[given] for field, given in entry["tensors"].items()}
+            change: Entry = CHANGES[entry["kind"]](**named, **entry["numbers"])
             found.setdefault(name, []).append((change, entry["strength"]))
     return found
 
