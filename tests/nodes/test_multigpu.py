@@ -232,9 +232,25 @@ def test_what_does_not_travel_is_refused_by_name(t2v: Any, many: Any, tmp_path: 
     for save in (bridge().save_model, bridge().save_scales):
         with pytest.raises(engine("errors").InputError, match="lies in the processes of a pool"):
             save(many, tmp_path / "x.safetensors")
-    recording = bridge().with_settings(many, recording=engine("caching").Recording())
-    with pytest.raises(refused, match="while a curve is measured"):
-        ksample(recording)
+
+
+@pytest.mark.parametrize("topology", [{"cfg": 2}, {"ulysses": 1, "ring": 2}])
+def test_a_curve_is_measured_in_a_pool(t2v: Any, topology: dict[str, int]) -> None:
+    """All tokens of a half of guidance are on one rank where it is measured; each half tells of its own passes."""
+    caching = engine("caching")
+    curves, results = [], []
+    many = in_pool(t2v, **topology)
+    for model in (many, t2v, many):
+        recording = caching.Recording()
+        measured = bridge().with_settings(model, recording=recording)
+        results.append(ksample(measured, steps=6))
+        curves.append(recording.curve("own", measured.model.diffusion_model.spec))
+    close(results[0], results[1])
+    assert len(curves[1].cond) == 6 and curves[1].uncond is not None and len(set(curves[1].cond)) > 3
+    for name in ("sigmas", "cond", "uncond"):
+        assert getattr(curves[0], name) == pytest.approx(getattr(curves[1], name), rel=1e-4), name
+    assert curves[2] == curves[0], "a run before it left something"
+    close(ksample(many), ksample(t2v))
 
 
 def test_inputs_of_the_node() -> None:

@@ -23,7 +23,7 @@ from torch import Tensor, nn
 
 from ..attention.core import Attention, attention_cores
 from ..attention.guard import Verdict
-from ..caching import StepCache
+from ..caching import Recording, StepCache
 from ..checkpoint.lora import Entry
 from ..errors import InputError, UnsupportedPatchError
 from ..models.blocks import ForwardOptions
@@ -259,11 +259,13 @@ class Remote:
         compute: torch.dtype,
         policy: Any,
         tokens: int,
+        record: bool = False,
     ) -> tuple[list[Json], Tensor]:
         """Run one forward in the pool, which gets everything first that it has not got yet.
 
         Args:
             task: Faces, sounds, poses: sent once in a run where ``options.inputs_key`` names them.
+            record: Measure the magnitudes of this run; what every rank measured is in its ``recorded``.
         """
         pool = self.pool()
         pool.connection.notice = self.say
@@ -285,6 +287,7 @@ class Remote:
             "keep": keep,
             "lora": lora,
             "cache": plain.to_plain(policy),
+            "record": record,
             "compute": plain.to_plain(compute),
             "room": self._room(tokens, guidance=guidance),
         }
@@ -497,7 +500,9 @@ class RemoteWanModel(WanModel):
             tensors["clip_fea"] = clip_fea
         task = {f"task.{name}": value for name, value in task_inputs.items()}
         tokens = x[0, 0].numel() // math.prod(self.spec.patch_size)
-        found, velocity = self.remote.forward(tensors, task, options, compute=compute, policy=policy, tokens=tokens)
+        found, velocity = self.remote.forward(
+            tensors, task, options, compute=compute, policy=policy, tokens=tokens, record=bool(self._recordings())
+        )
         self._report(found, options)
         return velocity.to(x.device)
 
@@ -509,15 +514,18 @@ class RemoteWanModel(WanModel):
     # ---- pieces ------------------------------------------------------------------------------------------------------
 
     def _cache(self) -> StepCache | None:
-        others = [name for name, wrapper in self.stack_wrappers.items() if not isinstance(wrapper, StepCache)]
+        known = (StepCache, Recording)
+        others = [name for name, wrapper in self.stack_wrappers.items() if not isinstance(wrapper, known)]
         if others:
             raise UnsupportedPatchError(
                 f"{', '.join(map(repr, others))} around the blocks of this MODEL cannot run in the pool's processes: "
-                "take "
-                "Wan2.2 Multi-GPU out while a curve is measured"
+                "remove what put it there, or Wan2.2 Multi-GPU"
             )
         caches = [wrapper for wrapper in self.stack_wrappers.values() if isinstance(wrapper, StepCache)]
         return caches[0] if caches else None
+
+    def _recordings(self) -> list[Recording]:
+        return [wrapper for wrapper in self.stack_wrappers.values() if isinstance(wrapper, Recording)]
 
     def _policy(self) -> Any:
         cache = self._cache()
@@ -525,12 +533,14 @@ class RemoteWanModel(WanModel):
 
     def _report(self, found: list[Json], options: ForwardOptions) -> None:
         """Enter here what caches and attention did there, so that whoever reports of a run finds it."""
-        cache = self._cache()
+        cache, dims = self._cache(), self.remote.dims
+        assert dims is not None
+        each = found[:: dims.sequence]  # one rank for each half of guidance
         if cache is not None:
-            dims = self.remote.dims
-            assert dims is not None
-            each = found[:: dims.sequence]  # one rank for each half of guidance
             _enter_cache(cache, [entry["cache"] for entry in each])
+        for recording in self._recordings():
+            for entry in each:
+                recording.enter((sigma, kind, ratio) for sigma, kind, ratio in entry["recorded"])
         setting = options.attention
         if setting is not None and "attention" in found[0]:
             _enter_attention(self, setting, [entry["attention"] for entry in found])

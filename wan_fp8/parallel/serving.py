@@ -20,7 +20,7 @@ from torch import Tensor
 
 from ..attention import Attention, attention_report
 from ..attention.report import sparsity_report
-from ..caching import apply_cache, cache_of
+from ..caching import Recording, apply_cache, cache_of
 from ..checkpoint.live_lora import merge_changes
 from ..checkpoint.load import load_transformer
 from ..checkpoint.lora import Diff, Entry, LowRank
@@ -39,6 +39,8 @@ from .wire import Json
 
 log = logging.getLogger("wan_fp8")
 
+RECORDING = "recording"
+"""Of the wrapper in ``WanModel.stack_wrappers``."""
 ROOM = 1.15
 """Free memory wanted for weights, as a multiple of them."""
 
@@ -183,6 +185,7 @@ class Serving:
         cache = cache_of(model)
         if (None if cache is None else cache.policy) != policy:
             apply_cache(model, policy)
+        recording = _recording(model, fields["record"])
         task = {name.removeprefix("task."): value for name, value in tensors.items() if name.startswith("task.")}
         named = fields["inputs_key"]
         if not task and named is not None:
@@ -196,6 +199,8 @@ class Serving:
         cache = cache_of(model)
         if cache is not None:
             found["cache"] = _cache_report(cache.finish())
+        if recording is not None:
+            found["recorded"] = [list(one) for one in recording.take()]
         if isinstance(options.attention, Attention) and not options.attention.is_exact:
             found["attention"] = _attention_found(model, options.attention)
         return found, {"velocity": velocity} if self.rank == 0 else {}
@@ -224,6 +229,7 @@ class Serving:
             if name in self.models:
                 self.models[name].model.begin_run()
                 self.models[name].inputs.clear()
+                _recording(self.models[name].model, wanted=False)
         self.loras = {number: lora for number, lora in self.loras.items() if number in fields["loras"]}
         return {}, {}
 
@@ -372,6 +378,14 @@ def _changes(listed: Json, tensors: dict[str, Tensor]) -> dict[str, list[tuple[E
             change: Entry = CHANGES[entry["kind"]](**named, **entry["numbers"])
             found.setdefault(name, []).append((change, entry["strength"]))
     return found
+
+
+def _recording(model: WanModel, wanted: bool) -> Recording | None:
+    """What measures a curve around the blocks; it lives as long as a run."""
+    if not wanted:
+        model.stack_wrappers.pop(RECORDING, None)
+        return None
+    return model.stack_wrappers.setdefault(RECORDING, Recording())  # type: ignore[return-value]
 
 
 def _cache_report(report: Any) -> Json:
