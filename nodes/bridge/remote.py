@@ -12,6 +12,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, cast
 
+import comfy.hooks
 import comfy.lora
 import comfy.model_management
 import comfy.model_patcher
@@ -48,16 +49,19 @@ class RemoteHostedModel(HostedModel, RemoteWanModel):  # type: ignore[misc]
     is_remote = True
 
     _changes_of: Any = None
-    """Name of the patches that ``remote.changes`` were made of."""
+    """Name of the patches and hooks that ``remote.changes`` were made of."""
 
     def _run(self, *args: Any, **kwargs: Any) -> Tensor:
         patcher = self._patcher()
         if patcher is not None:
             _refuse_patches(patcher)
-            if self._changes_of != patcher.patches_uuid:
+            hooked = hooks_at_work(patcher)
+            named = (patcher.patches_uuid, hooked)
+            if self._changes_of != named:
                 self.remote.changes = changes_of(patcher)
-                self.remote.merged = str(patcher.patches_uuid) if patcher.patches else ""
-                self._changes_of = patcher.patches_uuid
+                self.remote.merged = " ".join(map(str, named)) if self.remote.changes else ""
+                self._changes_of = named
+            self.remote.swaps = weights_change_mid_run(patcher)
         return super()._run(*args, **kwargs)
 
     def weights_named(self, names: Sequence[str]) -> dict[str, Tensor]:
@@ -117,6 +121,13 @@ class RemotePatcher(comfy.model_patcher.ModelPatcher):
         self.model.current_weight_patches_uuid = self.patches_uuid
         for callback in self.get_all_callbacks(comfy.patcher_extension.CallbacksMP.ON_LOAD):
             callback(self, device_to, lowvram_model_memory, force_patch_weights, full_load)
+
+    def patch_hooks(self, hooks: Any) -> None:
+        """Hooks change no weight here: the next forward sends what they change."""
+        self.current_hooks = hooks
+
+    def unpatch_hooks(self, whitelist_keys_set: Any = None) -> None:
+        self.current_hooks = None
 
     def partially_unload(self, device_to: Any, memory_to_free: Any = 0, *args: Any, **kwargs: Any) -> int:
         return 0
@@ -208,17 +219,28 @@ def _around(patcher: Any, remote: Remote) -> Any:
 # ---- patches ---------------------------------------------------------------------------------------------------------
 
 
+def hooks_at_work(patcher: Any) -> tuple[tuple[int, float], ...]:
+    """LoRA hooks of the prompt that runs, and how strong each is at this step."""
+    hooks = patcher.current_hooks
+    if hooks is None:
+        return ()
+    found = hooks.get_type(comfy.hooks.EnumHookType.Weight)
+    return tuple((id(hook.hook_ref), float(hook.strength)) for hook in found if hook.hook_ref in patcher.hook_patches)
+
+
 def changes_of(patcher: Any) -> dict[str, list[tuple[Entry, float]]]:
-    """Core's patches on this MODEL as changes of parameters: LoRA, LoHa, LoKr and differences as what they are made of.
-    Whatever else core can compute (other adapters, a strength of the model, a part of a weight) it computes here, and
-    the difference that it makes is sent.
+    """Core's patches on this MODEL, then those of its hooks, as changes of parameters: LoRA, LoHa, LoKr and
+    differences as what they are made of. Whatever else core can compute (other adapters, a strength of the model, a
+    part of a weight) it computes here, and the difference that it makes is sent.
 
     Raises:
         UnsupportedPatchError: core cannot compute it from the weight alone, or gives the weight another shape.
     """
     changes: dict[str, list[tuple[Entry, float]]] = {}
     computed: dict[str, list[Any]] = {}
-    for key, patches in patcher.patches.items():
+    hooked = patcher.get_combined_hook_patches(patcher.current_hooks)
+    for key in {**patcher.patches, **hooked}:
+        patches = [*patcher.patches.get(key, ()), *hooked.get(key, ())]
         entries = [(_entry(patch), float(patch[0])) for patch in patches]
         known = [(entry, strength) for entry, strength in entries if entry is not None]
         if len(known) == len(entries):
@@ -290,11 +312,6 @@ def _float(alpha: Any) -> float | None:
 
 
 def _refuse_patches(patcher: Any) -> None:
-    if weights_change_mid_run(patcher):
-        raise UnsupportedPatchError(
-            "this MODEL has LoRA hooks (scheduled, or on one conditioning), which swap weights in the middle of a "
-            "run, and a pool does not: load the LoRA the ordinary way, or remove Wan2.2 Multi-GPU"
-        )
     wrapped = sorted(getattr(patcher, "weight_wrapper_patches", {}))
     if wrapped:
         raise UnsupportedPatchError(

@@ -208,3 +208,63 @@ def test_a_merge_that_nobody_waited_for_leaves_nothing_behind(
         ksample(with_file(model, first))
     assert distance(ksample(with_file(model, second)), ksample(with_file(t2v, second))) < TOLERANCE
     assert distance(ksample(model), ksample(t2v)) < TOLERANCE
+
+
+def scheduled(strengths: tuple[float, ...], seed: int, parts: dict[str, dict[str, Tensor]]) -> Any:
+    """A prompt with a LoRA of its own, whose strength changes as the run goes on."""
+    import comfy.hooks
+
+    given = {
+        f"diffusion_model.{layer}.{name}": value for layer, found in parts.items() for name, value in found.items()
+    }
+    hooks = comfy.hooks.create_hook_lora(given, 1.0, 0.0)
+    group = comfy.hooks.HookKeyframeGroup()
+    for index, strength in enumerate(strengths):
+        group.add(comfy.hooks.HookKeyframe(strength=strength, start_percent=index / len(strengths)))
+    hooks.set_keyframes_on_hooks(group)
+    return comfy.hooks.set_hooks_for_conditioning(bridge_kit.prompt(seed), hooks)
+
+
+@pytest.mark.parametrize("form", ["on one prompt", "scheduled", "beside a LoRA and a cache"])
+def test_lora_hooks(t2v: Any, many: Any, form: str) -> None:
+    """Weights are swapped in the middle of a run, and are what they were after it."""
+    models = [t2v, many]
+    if form.startswith("beside"):
+        caching, levels = engine("caching"), engine("sampling").sigmas(8, 8.0, "euler").tolist()
+        curve = caching.Curve(
+            "own", "t2v", tuple(levels[:-1]), (1.0, *[0.99] * 7), None, None, (("only", "x"),), "", (128, 2)
+        )
+        models = [bridge().with_settings(model, cache=caching.MagCache(0.3, 2, 0.1, curve=curve)) for model in models]
+        models = [with_file(model, {HIDDEN: loha(256, 128)}) for model in models]
+
+    def sampled(model: Any) -> Tensor:
+        strengths = (1.0,) if form == "on one prompt" else (1.0, 0.3)
+        positive = scheduled(strengths, 1, {QUERY: lora(128, 128), HIDDEN: lora(256, 128)})
+        negative = scheduled((0.6,), 2, {QUERY: loha(128, 128)}) if form == "scheduled" else bridge_kit.prompt(2)
+        return ksample(model, steps=8, positive=positive, negative=negative)
+
+    theirs, ours = (sampled(model) for model in models)
+    assert distance(theirs, ksample(models[0], steps=8)) > 1e-2, "the hooks change nothing"
+    assert distance(ours, theirs) < TOLERANCE
+    assert distance(ksample(models[1], steps=8), ksample(models[0], steps=8)) < TOLERANCE
+    assert torch.equal(sampled(models[1]), ours)
+
+
+def test_lora_hooks_on_fp8_weights(t2v: Any) -> None:
+    """Cast anew from the file's values at every swap: nearer to no FP8 than one GPU, which keeps a weight's scale."""
+    recipe = engine("quant").Recipe("rowwise", backend="reference")
+    here, there = (bridge().with_recipe(model, recipe)[0] for model in (t2v, in_pool(t2v, ring=2)))
+    positive = scheduled((1.0, 0.3), 1, {QUERY: lora(128, 128), HIDDEN: lora(256, 128)})
+    plain = ksample(there, steps=4)
+    exact, theirs, ours = (ksample(model, steps=4, positive=positive) for model in (t2v, here, there))
+    assert distance(ours, exact) < min(0.12, distance(theirs, exact)) and distance(exact, ksample(t2v, steps=4)) > 0.1
+    assert torch.equal(ksample(there, steps=4), plain)
+
+
+def test_sharded_weights_take_no_hooks(t2v: Any) -> None:
+    sharded = in_pool(t2v, weights="shard")
+    positive = scheduled((1.0,), 1, {QUERY: lora(128, 128)})
+    for _ in range(2):
+        with pytest.raises(engine("errors").InputError, match=r"LoRA hooks .* sharded over 2 GPUs"):
+            ksample(sharded, positive=positive)
+        ksample(sharded)

@@ -197,6 +197,8 @@ class Remote:
         self.changes: Changes = {}
         self.merged = ""
         """Name of ``changes``: others have another one."""
+        self.swaps = False
+        """Whether ``changes`` are others in the middle of a run (LoRAs on one prompt, or scheduled ones)."""
         self.dims: ParallelDims | None = None
         self._names = Names()
         self._dirty = False
@@ -350,19 +352,22 @@ class Remote:
 
     def _load(self, pool: pools.Pool, tokens: int, *, guidance: bool, frames: int, sparse: bool) -> None:
         there = pool.loaded.get(self.name)
-        if there == self.merged:
+        if there is not None:
+            self._check_swaps()
             if not self._dirty and self.dims is not None and self.dims.shard == 1:
                 # between runs only: a cache would lose what it keeps
                 self._lay_out(pool, tokens, guidance=guidance, frames=frames)
+        if there == self.merged:
             self._check_sparse(sparse)
             return
-        self._sent.clear()
         if there is None or self.dims is None or self.dims.shard > 1:
+            self._sent.clear()
             if there is not None:
                 pool.connection.request("drop", {"models": [self.name]}, poll=self.poll)
                 pool.loaded.pop(self.name, None)
             self.dims, made = self.layout(pool, tokens, guidance, frames)
             self._check_sparse(sparse)  # before minutes of reading
+            self._check_swaps()
             self.say(f"{self.source.label}: {self.dims}" if made is None else f"{self.source.label}: {made}")
             work = Workload(spec=self.spec, tokens=tokens, fp8=not self.recipe.is_none)
             listed, tensors = self._first_changes()
@@ -399,6 +404,7 @@ class Remote:
                 size += sum(entry_bytes(entry) for entry, _ in entries)
             listed, tensors = changes_to_plain(part)
             fields: Json = {"model": self.name, "changes": listed, "merged": self.merged, "more": more}
+            fields["mid_run"] = self.swaps and self._dirty
             pool.connection.request("merge", fields, tensors, poll=self.poll)
             more = True
 
@@ -417,6 +423,18 @@ class Remote:
                 f"{MOST_AT_ONCE / 2**30:g} GiB at most: save the MODEL with them merged, or choose weights 'replicate'"
             )
         return changes_to_plain(self.changes) if self.dims.shard > 1 or size <= PART_BYTES else ({}, {})
+
+    def _check_swaps(self) -> None:
+        """
+        Raises:
+            InputError: sharded weights cannot be changed in the middle of a run.
+        """
+        if self.swaps and self.dims is not None and self.dims.shard > 1:
+            raise InputError(
+                f"LoRA hooks (scheduled, or on one conditioning) swap weights in the middle of a run, and these are "
+                f"sharded over {self.dims.shard} GPUs: choose weights 'replicate' in Wan2.2 Multi-GPU, or load the "
+                "LoRA the ordinary way"
+            )
 
     def _check_sparse(self, sparse: bool) -> None:
         reason = self.dims.sparse_refusal if sparse and self.dims is not None else None

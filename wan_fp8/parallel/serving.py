@@ -138,7 +138,8 @@ class Serving:
         return {"evicted": evicted}, {}
 
     def _do_merge(self, fields: Json, tensors: dict[str, Tensor]) -> Answer:
-        """Merge changes into a model's weights, in place of those that were there before; ``more``: beside them."""
+        """Merge changes into a model's weights, in place of those that were there before; ``more``: beside them.
+        ``mid_run``: what a run keeps (caches of steps, maxima) stays."""
         held = self._held(fields)
         with self.agreed("merge LoRAs"):
             self.stage("merging LoRAs")
@@ -146,7 +147,8 @@ class Serving:
                 raise InputError("sharded weights take no merge: load the model again with the changes")
             merge_changes(held.model, _changes(fields["changes"], tensors), more=fields["more"])
             held.merged = fields["merged"]
-        held.model.begin_run()
+        if not fields["mid_run"]:
+            held.model.begin_run()
         return {}, {}
 
     def _do_layout(self, fields: Json, tensors: dict[str, Tensor]) -> Answer:
