@@ -192,6 +192,7 @@ def load_vae22(
     return vae
 
 
-DESIGNS: dict[str, type[AutoEncoder]] = {kind.version: kind for kind in (WanVAE, Wan22VAE)}
-LOADERS: dict[str, Callable[..., AutoEncoder]] = {"2.1": load_vae, "2.2": load_vae22}
+AnyVAE = WanVAE | Wan22VAE
+DESIGNS: dict[str, type[AnyVAE]] = {"2.1": WanVAE, "2.2": Wan22VAE}
+LOADERS: dict[str, Callable[..., AnyVAE]] = {"2.1": load_vae, "2.2": load_vae22}
 """Both by version."""

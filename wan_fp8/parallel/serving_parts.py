@@ -14,8 +14,7 @@ from torch.distributed.device_mesh import DeviceMesh
 
 from ..errors import InputError
 from ..models.text_encoder import TextEncoder, load_text_encoder
-from ..models.vae import AutoEncoder
-from ..models.vae22 import DESIGNS, LOADERS
+from ..models.vae22 import DESIGNS, LOADERS, AnyVAE
 from . import plain
 from .dims import ParallelDims, build_groups
 from .fsdp import shard_encoder
@@ -57,7 +56,7 @@ class Parts:
 
     def __init__(self, rank: Rank) -> None:
         self._rank = rank
-        self._vae: tuple[VAESource, AutoEncoder] | None = None
+        self._vae: tuple[VAESource, AnyVAE] | None = None
         self._encoder: tuple[tuple[TextSource, bool], TextEncoder] | None = None
         """And whether it is sharded; if not, it is on rank 0 only."""
 

@@ -19,8 +19,8 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from ..errors import InputError
-from ..models.vae import AutoEncoder, Conv, Down, FrameAttention, Residual, Up
-from ..models.vae22 import DownLevel, UpLevel, average_blocks, fold_patches, repeat_blocks, unfold_patches
+from ..models.vae import Conv, Down, FrameAttention, Residual, Up
+from ..models.vae22 import AnyVAE, DownLevel, UpLevel, average_blocks, fold_patches, repeat_blocks, unfold_patches
 from .exchange import gather
 
 TIME_STRIDE = 4
@@ -34,9 +34,7 @@ before, output, shortcut, and a kernel's own."""
 class SplitVAE:
     """Encodes and decodes with the weights of ``vae``, which every rank has."""
 
-    def __init__(
-        self, vae: AutoEncoder, group: dist.ProcessGroup | None = None, most_values: int | None = None
-    ) -> None:
+    def __init__(self, vae: AnyVAE, group: dist.ProcessGroup | None = None, most_values: int | None = None) -> None:
         """
         Args:
             group: The ranks that share the rows; None: this one alone.
