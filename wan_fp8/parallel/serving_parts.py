@@ -129,9 +129,10 @@ class Parts:
             me.free()
             needs, ranks = TextNeeds.of(source), me.world if sharded else 1
             evicted = me.make_room(needs.resting(ranks) + needs.working(ranks))
-            weights = (
-                build_groups(ParallelDims(ring=me.world, shard=me.world), me.device.type).weights if sharded else None
-            )
+            weights = None
+            if sharded:
+                with torch.inference_mode(False):  # models with this layout share the groups, and are read outside it
+                    weights = build_groups(ParallelDims(ring=me.world, shard=me.world), me.device.type).weights
             with me.agreed(f"read {source.label}"):
                 if mine:
                     self._read_encoder(source, weights)
