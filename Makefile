@@ -1,4 +1,4 @@
-# make demo   a video from nothing: sets up ComfyUI, makes a tiny checkpoint, runs workflows/t2v_a14b.json
+# make demo   a video from nothing: sets up ComfyUI, runs workflows/t2v_a14b.json on the tiny checkpoint in checkpoints/
 # make test   the whole test suite against that ComfyUI          make ui     only the tests in a browser
 # make check  ruff and mypy                                      make host   only set up the ComfyUI, in .host/
 # make soak   make prompts: 200 mixed prompts in one server; make pool-soak: 100 through a pool of two CPU processes,

@@ -16,17 +16,27 @@ import pytest
 SCRIPTS = Path(__file__).resolve().parents[2] / "scripts"
 
 
-@pytest.mark.parametrize("pinned", [False, True], ids=["own", "pinned"])
-def test_no_cache_files_in_somebodys_own_installation(
-    pinned: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    python, seen = tmp_path / "python", tmp_path / "seen"
-    python.write_text(f'#!/bin/sh\nprintf %s "$PYTHONDONTWRITEBYTECODE" > "{seen}"\n')
-    python.chmod(0o755)
+def test_the_checkpoint_is_put_once_and_put_right(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(demo, "BASE", tmp_path / "demo")
-    monkeypatch.delenv("PYTHONDONTWRITEBYTECODE", raising=False)
-    demo.make_checkpoint(host.Host(tmp_path, python, pinned), Path(sys.executable))
-    assert seen.read_text() == ("" if pinned else "1")
+    demo.put_checkpoint()
+    put = tmp_path / "demo" / "models" / "wan" / demo.CHECKPOINT
+    weights = put / "low_noise_model" / "diffusion_pytorch_model.safetensors"
+    first = weights.stat()
+    demo.put_checkpoint()
+    assert weights.stat().st_ino == first.st_ino, "there already"
+    weights.write_bytes(b"half a copy")
+    (put / "left.over").touch()
+    demo.put_checkpoint()
+    assert demo._files(put) == demo._files(demo.SOURCE)
+    assert [path.name for path in put.parent.iterdir()] == [demo.CHECKPOINT]
+
+
+def test_an_installed_pack_has_no_demo(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(demo, "SOURCE", tmp_path / "checkpoints")
+    monkeypatch.setattr(demo, "BASE", tmp_path / "demo")
+    with pytest.raises(host.HostError, match="is missing: the demo runs in a clone"):
+        demo.put_checkpoint()
+    assert not list(tmp_path.iterdir())
 
 
 RUNNER = """

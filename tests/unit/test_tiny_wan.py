@@ -21,7 +21,7 @@ from tiny_wan.data import encode_pool, keep_latents, make_pool, read_latents
 from tiny_wan.evaluate import SampleOptions, sample
 from tiny_wan.loop import Budget
 from tiny_wan.straight import straight_weights
-from tiny_wan.text import full_rows, make_encoder, make_table, open_encoder
+from tiny_wan.text import SPIECE, full_rows, make_encoder, make_table, open_encoder
 from tiny_wan.transformer import (
     PATCH,
     Stage,
@@ -273,14 +273,14 @@ def test_colours_pass_through_an_untrained_vae() -> None:
     assert seen[0] > 0.3 and abs(seen[1]) < 0.1, seen
 
 
-TRAINED = PACK / "tools" / "tiny_wan" / "trained"
+SHIPPED = PACK / "checkpoints" / "Wan2.2-T2V-A14B-tiny"
 
 
 def test_the_trained_vae_shows_what_it_was_given() -> None:
     """Clips of scenes that it never saw: colours and motions are still there to be measured."""
-    card = package.read_card(TRAINED)
-    assert card["files"] == package.file_facts(TRAINED)
-    size, net = WorldSize(), load_vae(TRAINED / package.VAE_FILE)
+    card = package.read_card(SHIPPED)
+    assert card["files"] == package.file_facts(SHIPPED)
+    size, net = WorldSize(), load_vae(SHIPPED / package.VAE_FILE)
     drawn = make_pool(24, size, seed=7, held_out=True, device=torch.device("cpu"))
     video = draw(drawn.clips, size)
     with torch.no_grad():
@@ -352,7 +352,7 @@ def test_what_training_leaves(trained: Path) -> None:
         package.VAE_FILE, package.TEXT_FILE, package.CARD_FILE, package.SHEET_FILE,
     }  # fmt: skip
     card = json.loads((trained / package.CARD_FILE).read_text())
-    assert set(card["stages"]) == {"vae", "joint", *(f"{t}_{e}" for t in package.TASKS for e in package.EXPERTS)}
+    assert set(card["stages"]) == {"vae", "joint", *package.EXPERTS}
     assert all(stage["steps"] == 2 and len(stage["losses"]) == 2 for stage in card["stages"].values())
     assert card["evaluation"]["t2v_held_out"]["captions"] == 2
     assert card["evaluation"]["i2v_trained"]["first_frame_psnr_db"] > 0
@@ -375,6 +375,16 @@ def test_the_folder_loads_everywhere(trained: Path, tmp_path: Path, comfy_core: 
         encoder = load_text_encoder(folder)
         rows = encoder.encode("a red ball rolls to the right")
         assert rows.shape == (1, 512, 4096) and (rows[0].abs().sum(1) > 0).sum() == 8
+    text = tmp_path / "Wan2.2-T2V-A14B-tiny"
+    again = package.make_i2v(text, tmp_path / "again")
+    for expert in package.EXPERTS:
+        made, wanted = (load_transformer(each, expert) for each in (again, folder))
+        assert made.spec == wanted.spec
+        assert all(torch.equal(value, wanted.state_dict()[name]) for name, value in made.state_dict().items())
+    assert {p.relative_to(again) for p in again.rglob("*")} == {p.relative_to(folder) for p in folder.rglob("*")}
+    assert package.read_encoder(text)[SPIECE].equal(package.read_encoder(trained)[SPIECE])  # type: ignore[index]
+    with pytest.raises(ValueError, match="has no image_columns"):
+        package.make_i2v(folder, tmp_path / "never")
     ours = load_vae(folder)
     core = comfy.sd.VAE(sd=package.read_weights(folder / package.VAE_FILE), dtype=torch.float32)
     video = draw(make_clips([Scene(0, 0, 0)], [0], SMALL, seed=0), SMALL)
@@ -394,7 +404,7 @@ def test_going_on_keeps_what_is_not_trained(trained: Path, tmp_path: Path) -> No
     fresh, onward = (SimpleNamespace(out=tmp_path, start_from=start) for start in (None, trained))
     assert plan("all", fresh, ["t2v", "i2v"]) == ["vae", "joint", *INTERVALS]  # type: ignore[arg-type]
     assert not list(tmp_path.iterdir())
-    assert plan("all", onward, ["t2v"]) == ["t2v_high_noise", "t2v_low_noise"]  # type: ignore[arg-type]
+    assert plan("all", onward, ["t2v"]) == [*INTERVALS]  # type: ignore[arg-type]
     kept = {package.VAE_FILE, *(package.expert_file("i2v", expert) for expert in package.EXPERTS)}
     assert {path.name for path in tmp_path.iterdir()} == kept
     assert all((tmp_path / name).read_bytes() == (trained / name).read_bytes() for name in kept)
@@ -402,9 +412,9 @@ def test_going_on_keeps_what_is_not_trained(trained: Path, tmp_path: Path) -> No
     vae_alone.mkdir()
     (vae_alone / package.VAE_FILE).write_bytes((trained / package.VAE_FILE).read_bytes())
     begun = SimpleNamespace(out=tmp_path, start_from=vae_alone)
-    assert plan("all", begun, ["i2v"]) == ["joint", "i2v_high_noise", "i2v_low_noise"]  # type: ignore[arg-type]
+    assert plan("all", begun, ["i2v"]) == ["joint", *INTERVALS]  # type: ignore[arg-type]
     (vae_alone / package.VAE_FILE).unlink()
-    assert plan("all", begun, ["i2v"]) == ["vae", "joint", "i2v_high_noise", "i2v_low_noise"]  # type: ignore[arg-type]
+    assert plan("all", begun, ["i2v"]) == ["vae", "joint", *INTERVALS]  # type: ignore[arg-type]
     with pytest.raises(ValueError, match="tasks are t2v, i2v, ti2v; got s2v"):
         plan("experts", fresh, ["s2v"])  # type: ignore[arg-type]
 
@@ -414,11 +424,11 @@ def test_a_kept_vae_stays_on_the_card(tmp_path: Path) -> None:
 
     run = Run(
         out=tmp_path / "out", work=tmp_path / "work", device=torch.device("cpu"), seed=0, size=SMALL, model=NARROW,
-        clips=3, batch=3, vae_batch=2, log_every=1, resume=False, start_from=TRAINED, graphs=False, compile=False,
+        clips=3, batch=3, vae_batch=2, log_every=1, resume=False, start_from=SHIPPED, graphs=False, compile=False,
         dtype=torch.float32, tasks=("t2v",),
     )  # fmt: skip
-    kept = package.read_card(TRAINED)["stages"]["vae"]
-    assert run.card["stages"] == {"vae": kept} and run.card["earlier"][-1]["stages"] == {"vae": kept}
+    earlier = package.read_card(SHIPPED)["stages"]
+    assert run.card["stages"] == {"vae": earlier["vae"]} and run.card["earlier"][-1]["stages"] == earlier
 
 
 def test_sampling_switches_experts_and_is_repeatable(encoder: Any) -> None:

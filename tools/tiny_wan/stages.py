@@ -8,7 +8,7 @@ import platform
 import shutil
 import sys
 import time
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
@@ -28,30 +28,23 @@ from .evaluate import SampleOptions, choose_scenes, contact_sheet, evaluate_i2v,
 from .loop import Budget, Log
 from .package import TEXT_FILE, TI2V, VAE_FILE, VAE_FILE_22
 from .text import make_encoder, open_encoder
-from .transformer import Stage, TransformerSize, train_transformer, without_image
+from .transformer import Stage, TransformerSize, train_transformer, with_image, without_image
 from .world import WorldSize
 
 SHARES = {
-    "vae": 0.40,
-    "joint": 0.28,
-    "t2v_high_noise": 0.055,
-    "t2v_low_noise": 0.10,
-    "i2v_high_noise": 0.06,
-    "i2v_low_noise": 0.105,
+    "vae": 0.30,
+    "joint": 0.42,
+    "high_noise": 0.10,
+    "low_noise": 0.18,
     "vae22": 0.45,
     "ti2v": 0.40,
 }
 """Of the minutes that ``all`` is given, in proportion among what it trains."""
-INTERVALS = {
-    "t2v_high_noise": (0.855, 1.0),
-    "t2v_low_noise": (0.0, 0.895),
-    "i2v_high_noise": (0.88, 1.0),
-    "i2v_low_noise": (0.0, 0.92),
-}
-"""Noise levels of each expert: its side of the published boundary (0.875, 0.9), and 0.02 beyond."""
+INTERVALS = {"high_noise": (0.855, 1.0), "low_noise": (0.0, 0.92)}
+"""Noise levels of each expert: its side of the published boundaries (T2V 0.875, I2V 0.9), and 0.02 beyond."""
 EXPERT_RATE = 4e-4
-TI2V_IMAGE = 0.4
-"""Share of TI2V's clips whose first frame is given."""
+JOINT_IMAGE, TI2V_IMAGE = 0.35, 0.4
+"""Share of the clips whose first frame is given, where a model learns both; experts take half."""
 
 
 @dataclass
@@ -97,6 +90,11 @@ class Run:
             stages = earlier.get("stages", {})
             self.card["stages"] = {k: v for k, v in stages.items() if k in STAGES.values()} | self.card["stages"]
             self.card["earlier"] = [*earlier.get("earlier", []), {"date": earlier.get("date"), "stages": stages}]
+
+    @property
+    def pair(self) -> tuple[str, ...]:
+        """Which of T2V and I2V are trained, in this order."""
+        return tuple(task for task in package.TASKS if task in self.tasks)
 
     @property
     def manner(self) -> dict[str, Any]:
@@ -195,7 +193,8 @@ def _thinned(losses: list[list[float]], most: int = 120) -> list[list[float]]:
 
 def run_text(run: Run) -> None:
     """The text encoder: random, with a tokenizer of the world's words."""
-    package.write_weights(run.out / TEXT_FILE, run.start(TEXT_FILE) or make_encoder(run.seed))
+    kept = None if run.start_from is None else package.read_encoder(run.start_from)
+    package.write_weights(run.out / TEXT_FILE, kept or make_encoder(run.seed))
 
 
 def run_vae(run: Run, budget: Budget, design: str = "2.1") -> None:
@@ -220,7 +219,7 @@ def run_joint(run: Run, budget: Budget, pool: LatentPool) -> None:
     began = time.perf_counter()
     stage = Stage(
         name="joint", task=Task.I2V, budget=budget, low=0.0, high=1.0,
-        image=0.35 if "i2v" in run.tasks else 0.0,
+        image=JOINT_IMAGE if "i2v" in run.tasks else 0.0,
         batch=run.batch, **run.manner,
     )  # fmt: skip
     weights, log = train_transformer(stage, run.model, pool, seed=run.seed, state=run.state("joint"))
@@ -234,22 +233,30 @@ JOINT = "joint.safetensors"
 
 
 def run_expert(run: Run, name: str, budget: Budget, pool: LatentPool) -> None:
-    """One expert, from the joint model (or, with ``--start-from``, from the earlier expert)."""
+    """One expert, from the joint model (or, with ``--start-from``, from the earlier expert).
+
+    T2V and I2V are one training: I2V's model with nothing given is T2V's, without the columns that read the image.
+    """
     began = time.perf_counter()
-    task, expert = _parts(name)
     low, high = INTERVALS[name]
+    image = {("t2v",): 0.0, ("i2v",): 1.0}.get(run.pair, 0.5)
     stage = Stage(
-        name=name, task=Task(task), budget=budget, low=low, high=high, image=1.0, rate=EXPERT_RATE,
+        name=name, task=Task.I2V, budget=budget, low=low, high=high, image=image, rate=EXPERT_RATE,
         batch=run.batch, **run.manner,
     )  # fmt: skip
-    file = package.expert_file(task, expert)
-    start = run.start(file)
-    if start is None:
-        joint = package.read_weights(run.work / JOINT)
-        start = without_image(joint) if task == "t2v" else joint
-    weights, log = train_transformer(stage, run.model, pool, seed=run.seed, start=start, state=run.state(name))
-    package.write_weights(run.out / file, weights)
-    run.note(name, log, began, batch=run.batch, rate=stage.rate, noise_levels=[low, high])
+    start = next(filter(None, (run.start(package.expert_file(task, name)) for task in ("i2v", "t2v"))), None)
+    weights, log = train_transformer(
+        stage, run.model, pool, seed=run.seed,
+        start=with_image(package.read_weights(run.work / JOINT) if start is None else start),
+        state=run.state(name),
+    )  # fmt: skip
+    for task in run.pair:
+        package.write_weights(run.out / package.expert_file(task, name), as_task(weights, task))
+    run.note(name, log, began, batch=run.batch, rate=stage.rate, noise_levels=[low, high], image=image)
+
+
+def as_task(weights: Mapping[str, torch.Tensor], task: str) -> Mapping[str, torch.Tensor]:
+    return without_image(weights) if task == "t2v" else weights
 
 
 def run_ti2v(run: Run, budget: Budget, pool: LatentPool) -> None:
@@ -332,18 +339,18 @@ def plan(stage: str, run: Run, tasks: Sequence[str]) -> list[str]:
     """The trainings of a command, in order. What ``--start-from`` makes unnecessary is copied from there."""
     if unknown := set(tasks) - {*package.TASKS, TI2V}:
         raise ValueError(f"tasks are {', '.join((*package.TASKS, TI2V))}; got {', '.join(sorted(unknown))}")
-    experts = [name for name in INTERVALS if name.split("_")[0] in tasks]
-    two, alone = set(tasks) - {TI2V}, [TI2V] if TI2V in tasks else []
+    two, alone = [task for task in package.TASKS if task in tasks], [TI2V] if TI2V in tasks else []
+    experts = list(INTERVALS) if two else []
     if stage == "all" and run.start_from is not None:
-        kept = [VAE_FILE, VAE_FILE_22]
-        kept += [package.expert_file(*_parts(name)) for name in (*INTERVALS, TI2V) if name not in (*experts, *alone)]
+        kept = [file for task in package.TASKS if task not in two for file in package.files_of(task)]
+        kept += [VAE_FILE, VAE_FILE_22, *([] if alone else package.files_of(TI2V))]
         for file in kept:
             if (run.start_from / file).is_file():
                 shutil.copy(run.start_from / file, run.out / file)
-        there = all((run.start_from / package.expert_file(*_parts(name))).is_file() for name in experts)
+        there = all((run.start_from / file).is_file() for task in two for file in package.files_of(task))
         if two and not (run.start_from / VAE_FILE).is_file():
             experts = ["vae", "joint", *experts]
-        elif not there:
+        elif two and not there:
             experts = ["joint", *experts]
         if alone and not (run.start_from / VAE_FILE_22).is_file():
             alone = ["vae22", TI2V]
@@ -356,8 +363,3 @@ def plan(stage: str, run: Run, tasks: Sequence[str]) -> list[str]:
         "joint": joint,
         "experts": [*experts, *alone],
     }.get(stage, [])
-
-
-def _parts(name: str) -> tuple[str, str]:
-    task, _, expert = name.partition("_")
-    return task, expert

@@ -2,17 +2,19 @@
 """Train a tiny Wan2.2 on a drawn world: VAE, T2V and I2V experts, measured at the end. Minutes on one H100.
 
     python tools/tiny_wan/train.py all --minutes 7 --out build/tiny_wan
-    python tools/tiny_wan/train.py all --minutes 4 --out build/tiny_wan --start-from tools/tiny_wan/trained
+    python tools/tiny_wan/train.py all --minutes 4 --out build/tiny_wan --start-from checkpoints/Wan2.2-T2V-A14B-tiny
     python tools/tiny_wan/train.py all --tasks ti2v --minutes 10 --out build/tiny_wan_ti2v
     python tools/tiny_wan/train.py assemble build/tiny_wan models/wan/Wan2.2-T2V-A14B-tiny --task t2v
+    python tools/tiny_wan/train.py i2v models/wan/Wan2.2-T2V-A14B-tiny models/wan/Wan2.2-I2V-A14B-tiny
 
-Tasks are ``t2v`` and ``i2v`` unless ``--tasks`` says otherwise. ``ti2v`` trains the Wan2.2 VAE (on clips drawn twice as
-wide and high) and one transformer with a timestep for each latent frame.
+Tasks are ``t2v`` and ``i2v`` unless ``--tasks`` says otherwise. Those two are one training: I2V's experts with no image
+given are T2V's, and the checkpoints differ in the columns that read it. ``ti2v`` trains the Wan2.2 VAE (on clips drawn
+twice as wide and high) and one transformer with a timestep for each latent frame.
 
 ``all`` runs the stages in order; each can be run alone (``text``, ``vae``, ``joint``, ``experts``, ``evaluate``)
 on what the earlier ones left in ``--out``. A stage that was stopped (SIGTERM) goes on with ``--resume``.
-``all --start-from FOLDER`` keeps the VAE of an earlier training and trains its experts further, or new ones if it has
-none; ``tools/tiny_wan/trained`` has a VAE that is good enough. On a CPU add ``--device cpu --dtype bf16 --compile
+``all --start-from FOLDER`` keeps VAE and text encoder of an earlier training or of a checkpoint, and trains its experts
+further (of an earlier training only), or new ones. On a CPU add ``--device cpu --dtype bf16 --compile
 --clips 6144 --vae-batch 6 --batch 64``: a quarter of an hour for a VAE on two cores, hours for transformers.
 """
 
@@ -71,7 +73,7 @@ STAGES = {
     "text": "Draw the text encoder and make its tokenizer.",
     "vae": "Train the VAE (of the Wan2.2 design for ti2v).",
     "joint": "Train one transformer for every noise level, with and without an image.",
-    "experts": "Train the experts of T2V and of I2V, from the joint transformer; and TI2V's one.",
+    "experts": "Train the two experts, of T2V and I2V at once, from the joint transformer; and TI2V's one.",
     "evaluate": "Sample, score, and draw the sheet.",
 }
 
@@ -84,14 +86,14 @@ def train(
     seed: Seed = 0,
     minutes: Minutes = 7.0,
     steps: Steps = None,
-    width: Width = 96,
-    height: Height = 64,
+    width: Width = 144,
+    height: Height = 96,
     frames: Frames = 17,
-    clips: Clips_ = 40960,
-    batch: Batch = 256,
+    clips: Clips_ = 32768,
+    batch: Batch = 160,
     vae_batch: VaeBatch = 12,
     dim: Dim = 256,
-    ffn_dim: FfnDim = 576,
+    ffn_dim: FfnDim = 512,
     layers: Layers = 4,
     log_every: LogEvery = 100,
     resume: Resume = False,
@@ -171,6 +173,18 @@ def assemble(
     """Make a checkpoint folder in the official layout."""
     size = TransformerSize(**{_FIELDS[key]: value for key, value in package.read_card(trained)["model"].items()})
     package.assemble(trained, target, task, size)
+
+
+@app.command("i2v")
+def make_i2v(
+    checkpoint: Annotated[Path, typer.Argument(help="A T2V checkpoint folder that was trained together with I2V.")],
+    target: Annotated[Path, typer.Argument(help="Checkpoint folder to make.")],
+) -> None:
+    """Make the I2V checkpoint that goes with a T2V one."""
+    try:
+        package.make_i2v(checkpoint, target)
+    except ValueError as error:
+        raise typer.BadParameter(str(error)) from error
 
 
 _FIELDS = {"dim": "dim", "ffn_dim": "ffn_dim", "layers": "num_layers"}

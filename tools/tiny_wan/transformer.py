@@ -30,7 +30,7 @@ DROPPED = 0.1
 BIASED_KERNELS = [SDPBackend.EFFICIENT_ATTENTION, SDPBackend.MATH]
 PLAIN_KERNELS = [SDPBackend.FLASH_ATTENTION, *BIASED_KERNELS]
 PATCH = "patch_embedding.weight"
-CONDITION_CHANNELS = 20
+I2V_CHANNELS, CONDITION_CHANNELS = 36, 20
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -38,7 +38,7 @@ class TransformerSize:
     """Width and depth of each expert."""
 
     dim: int = 256
-    ffn_dim: int = 576
+    ffn_dim: int = 512
     num_layers: int = 4
 
     def spec(self, task: Task) -> ModelSpec:
@@ -49,7 +49,7 @@ class TransformerSize:
             ffn_dim=self.ffn_dim,
             num_heads=self.dim // 128,
             num_layers=self.num_layers,
-            in_dim={Task.I2V: 36, Task.TI2V: 48}.get(task, 16),
+            in_dim={Task.I2V: I2V_CHANNELS, Task.TI2V: 48}.get(task, 16),
             out_dim=48 if task is Task.TI2V else 16,
         )
 
@@ -105,6 +105,13 @@ def initial_weights(spec: ModelSpec, seed: int) -> dict[str, Tensor]:
 def without_image(weights: Mapping[str, Tensor]) -> dict[str, Tensor]:
     """The T2V model in a joint one."""
     return {**weights, PATCH: weights[PATCH][:, :-CONDITION_CHANNELS].clone()}
+
+
+def with_image(weights: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """A T2V model as one that could read an image and ignores it; an I2V model as it is."""
+    patch = weights[PATCH]
+    missing = I2V_CHANNELS - patch.shape[1]
+    return {**weights, PATCH: F.pad(patch, (0, 0, 0, 0, 0, 0, 0, missing))}
 
 
 def trainable(
