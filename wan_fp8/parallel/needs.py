@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from ..checkpoint.encoders import load_text_encoder_state_dict
-from ..models.umt5 import E4M3, normalized_names
+from ..models.umt5 import E4M3, is_linear, normalized_names
 from ..models.vae22 import LOADERS
 from .source import TextSource, VAESource
 from .vae import GROUP_COPIES, TIME_STRIDE, values_of_a_frame
@@ -41,9 +41,8 @@ class TextNeeds:
         stored = load_text_encoder_state_dict(source.path, torch.bfloat16, "meta").state_dict
         sizes = {}
         for name, value in normalized_names(stored).items():
-            wide = 2 if source.dtype == E4M3 else source.dtype.itemsize
-            linear = ".SelfAttention." in name or ".DenseReluDense." in name
-            sizes[name] = value.numel() * (1 if source.dtype == E4M3 and linear else wide)
+            fp8 = source.dtype == E4M3 and is_linear(name.removesuffix(".weight"))
+            sizes[name] = value.numel() * (1 if fp8 else 2 if source.dtype == E4M3 else source.dtype.itemsize)
         blocks = [name for name in sizes if name.startswith("encoder.block.")]
         count = len({name.split(".")[2] for name in blocks}) or 1
         table = sum(sizes.values()) - sum(sizes[name] for name in blocks)

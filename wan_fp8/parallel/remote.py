@@ -27,11 +27,11 @@ from ..caching import Recording, StepCache
 from ..checkpoint.lora import Entry
 from ..errors import InputError, UnsupportedPatchError
 from ..models.blocks import ForwardOptions
-from ..models.low_rank import LiveLora, LowRankPair
+from ..models.low_rank import LiveLora
 from ..models.specs import ModelSpec, Task
 from ..models.wan import WanModel, class_of
 from ..quant import Recipe
-from . import plain, pools
+from . import changes, plain, pools
 from .dims import ParallelDims
 from .needs import TextNeeds, VAENeeds
 from .parts import MAX_PART, PART_BYTES, hand_over
@@ -61,9 +61,6 @@ NVLINK_FROM = 60.0
 """GB/s between GPUs above which their link is no PCIe."""
 MAX_NAMES = 4096
 """Names of prompts and conditionings of one run."""
-
-Changes = Mapping[str, list[tuple[Entry, float]]]
-"""By parameter: what is merged into it, and how strongly."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -194,7 +191,7 @@ class Remote:
         self.name = uuid.uuid4().hex
         self.poll: Callable[[], None] = _nothing
         self.say: Callable[[str], None] = log.info
-        self.changes: Changes = {}
+        self.changes: changes.Changes = {}
         self.merged = ""
         """Name of ``changes``: others have another one."""
         self.swaps = False
@@ -401,8 +398,8 @@ class Remote:
             while waiting and size < PART_BYTES and len(part) < MAX_PART:
                 name, entries = waiting.pop()
                 part[name] = entries
-                size += sum(entry_bytes(entry) for entry, _ in entries)
-            listed, tensors = changes_to_plain(part)
+                size += sum(changes.entry_bytes(entry) for entry, _ in entries)
+            listed, tensors = changes.to_plain(part)
             fields: Json = {"model": self.name, "changes": listed, "merged": self.merged, "more": more}
             fields["mid_run"] = self.swaps and self._dirty
             pool.connection.request("merge", fields, tensors, poll=self.poll)
@@ -416,13 +413,13 @@ class Remote:
             InputError: too much for sharded weights.
         """
         assert self.dims is not None
-        size = sum(entry_bytes(entry) for entries in self.changes.values() for entry, _ in entries)
+        size = sum(changes.entry_bytes(entry) for entries in self.changes.values() for entry, _ in entries)
         if self.dims.shard > 1 and size > MOST_AT_ONCE:
             raise InputError(
                 f"the changes of this MODEL's weights take {size / 2**30:.1f} GiB, and sharded weights take "
                 f"{MOST_AT_ONCE / 2**30:g} GiB at most: save the MODEL with them merged, or choose weights 'replicate'"
             )
-        return changes_to_plain(self.changes) if self.dims.shard > 1 or size <= PART_BYTES else ({}, {})
+        return changes.to_plain(self.changes) if self.dims.shard > 1 or size <= PART_BYTES else ({}, {})
 
     def _check_swaps(self) -> None:
         """
@@ -466,7 +463,7 @@ class Remote:
         for index, term in enumerate(lora.terms):
             pairs = {}
             for name, pair in term.pairs.items():
-                pairs[name] = _pair_to_plain(f"{index}.{name}", pair, tensors)
+                pairs[name] = changes.pair_to_plain(f"{index}.{name}", pair, tensors)
             terms.append({"label": term.label, "strength": term.strength, "pairs": pairs})
         pool.connection.request("lora", {"lora": number, "terms": terms}, tensors, poll=self.poll)
         pool.loras[id(lora)] = (lora, number)
@@ -611,33 +608,6 @@ def _enter_attention(model: nn.Module, setting: Attention, found: list[Json]) ->
     for block, error in worst.items():
         cores[block].answered.setdefault(setting, Counter())
         cores[block].verdicts[setting] = Verdict(error, setting.bound or math.inf)
-
-
-def entry_bytes(entry: Entry) -> int:
-    """Of its tensors."""
-    given = [getattr(entry, field.name) for field in dataclasses.fields(entry)]
-    return sum(value.numel() * value.element_size() for value in given if isinstance(value, Tensor))
-
-
-def changes_to_plain(changes: Changes) -> tuple[Json, dict[str, Tensor]]:
-    """Changes as names and tensors, as ``serving`` reads them."""
-    listed: Json = {}
-    tensors: dict[str, Tensor] = {}
-    for parameter, entries in changes.items():
-        for index, (entry, strength) in enumerate(entries):
-            name = f"{index}.{parameter}"
-            given = {field.name: getattr(entry, field.name) for field in dataclasses.fields(entry)}
-            named = {field: f"{name}.{field}" for field, value in given.items() if isinstance(value, Tensor)}
-            tensors |= {named[field]: given[field] for field in named}
-            numbers = {field: value for field, value in given.items() if field not in named}
-            one = {"kind": type(entry).__name__, "tensors": named, "numbers": numbers, "strength": float(strength)}
-            listed.setdefault(parameter, []).append(one)
-    return listed, tensors
-
-
-def _pair_to_plain(name: str, pair: LowRankPair, tensors: dict[str, Tensor]) -> Json:
-    tensors[f"{name}.down"], tensors[f"{name}.up"] = pair.down, pair.up
-    return {"down": f"{name}.down", "up": f"{name}.up", "alpha": float(pair.factor * pair.down.shape[0])}
 
 
 def _nothing() -> None:

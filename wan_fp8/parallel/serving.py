@@ -23,14 +23,12 @@ from ..attention.report import sparsity_report
 from ..caching import Recording, apply_cache, cache_of
 from ..checkpoint.live_lora import merge_changes
 from ..checkpoint.load import load_transformer
-from ..checkpoint.lora import Diff, Entry, LowRank
-from ..checkpoint.products import Hadamard, Kronecker
 from ..errors import InputError, WanFP8Error
 from ..models.blocks import ForwardOptions
 from ..models.low_rank import LiveLora, LiveTerm
 from ..models.wan import WanModel, build_model
 from ..quant import Recipe, apply_recipe, load_scales
-from . import plain
+from . import changes, plain
 from .dims import ParallelDims
 from .parallelize import parallelize
 from .serving_parts import Parts
@@ -104,7 +102,7 @@ class Serving:
         """Read a model under a name; one that has the name already stays where it is the same."""
         name, source = fields["model"], plain.from_plain(fields["source"])
         recipe, dims = plain.from_plain(fields["recipe"]), plain.from_plain(fields["dims"])
-        changes, merged = _changes(fields["changes"], tensors), fields["merged"]
+        merges, merged = changes.from_plain(fields["changes"], tensors), fields["merged"]
         evicted: list[str] = []
         known = self.models.get(name)
         if known is not None and (known.merged, known.dims) != (merged, dims):  # its caller did not wait for it
@@ -117,8 +115,8 @@ class Serving:
                 held = Held(self._read(source, recipe, dims), source, recipe, dims)
                 if fields["scales"] is not None:
                     load_scales(held.model, fields["scales"])
-                if changes:
-                    merge_changes(held.model, changes)
+                if merges:
+                    merge_changes(held.model, merges)
                 held.merged = merged
             self.stage(f"laying out {source.label}")
             parallelize(held.model, dims, device_type=self.device.type)
@@ -145,7 +143,7 @@ class Serving:
             self.stage("merging LoRAs")
             if held.dims.shard > 1:
                 raise InputError("sharded weights take no merge: load the model again with the changes")
-            merge_changes(held.model, _changes(fields["changes"], tensors), more=fields["more"])
+            merge_changes(held.model, changes.from_plain(fields["changes"], tensors), more=fields["more"])
             held.merged = fields["merged"]
         if not fields["mid_run"]:
             held.model.begin_run()
@@ -162,7 +160,11 @@ class Serving:
     def _do_lora(self, fields: Json, tensors: dict[str, Tensor]) -> Answer:
         """Keep LoRAs for forwards to name."""
         terms = [
-            LiveTerm(term["label"], term["strength"], {n: _low_rank(p, tensors) for n, p in term["pairs"].items()})
+            LiveTerm(
+                term["label"],
+                term["strength"],
+                {n: changes.pair_from_plain(p, tensors) for n, p in term["pairs"].items()},
+            )
             for term in fields["terms"]
         ]
         self.loras[fields["lora"]] = LiveLora(tuple(terms))
@@ -355,31 +357,6 @@ def _assigned(source: HandedSource, state: dict[str, Tensor]) -> WanModel:
 
 def _bytes_of(source: ModelSource) -> int:
     return sum(size for _, size, _ in source.stamp)
-
-
-def _low_rank(listed: Json, tensors: dict[str, Tensor]) -> LowRank:
-    def one(name: str) -> Tensor | None:
-        return None if listed.get(name) is None else tensors[listed[name]]
-
-    down, up = one("down"), one("up")
-    assert down is not None and up is not None
-    return LowRank(down, up, listed.get("alpha"))
-
-
-CHANGES: dict[str, type] = {kind.__name__: kind for kind in (LowRank, Diff, Hadamard, Kronecker)}
-
-
-def _changes(listed: Json, tensors: dict[str, Tensor]) -> dict[str, list[tuple[Entry, float]]]:
-    """Changes by parameter, as ``remote.changes_to_plain`` listed them."""
-    found: dict[str, list[tuple[Entry, float]]] = {}
-    for name, entries in listed.items():
-        for entry in entries:
-            if entry["kind"] not in CHANGES:
-                raise InputError(f"a pool does not know changes of the kind {entry['kind']!r}: versions differ")
-            named = {field: tensors[given] for field, given in entry["tensors"].items()}
-            change: Entry = CHANGES[entry["kind"]](**named, **entry["numbers"])
-            found.setdefault(name, []).append((change, entry["strength"]))
-    return found
 
 
 def _recording(model: WanModel, wanted: bool) -> Recording | None:
