@@ -431,6 +431,22 @@ def test_a_kept_vae_stays_on_the_card(tmp_path: Path) -> None:
     assert run.card["stages"] == {"vae": earlier["vae"]} and run.card["earlier"][-1]["stages"] == earlier
 
 
+def test_a_first_frame_is_drawn(tmp_path: Path) -> None:
+    from PIL import Image
+    from tiny_wan.train import app
+    from typer.testing import CliRunner
+
+    path = tmp_path / "frame.png"
+    words = ["draw", str(path), "--colour", "green", "--shape", "star", "--motion", "rise", "--width", "96"]
+    assert CliRunner().invoke(app, [*words, "--height", "64", "--seed", "3"]).exit_code == 0
+    picture = torch.frombuffer(bytearray(Image.open(path).tobytes()), dtype=torch.uint8).view(64, 96, 3)
+    scene = Scene(list(COLOURS).index("green"), list(SHAPES).index("star"), list(MOTIONS).index("rise"))
+    clip = draw(make_clips([scene], [2], WorldSize(), seed=3), WorldSize())[0, :, 0].permute(1, 2, 0)
+    assert (picture / 127.5 - 1 - clip).abs().max() < 0.005
+    refused = CliRunner().invoke(app, [*words, "--background", "red"])
+    assert refused.exit_code != 0 and "--background is one of black, grey, white; got red" in refused.output
+
+
 def test_sampling_switches_experts_and_is_repeatable(encoder: Any) -> None:
     experts = {name: random_model(NARROW.spec(Task.T2V), seed) for seed, name in enumerate(package.EXPERTS)}
     calls: list[str] = []

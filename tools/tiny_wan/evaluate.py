@@ -247,6 +247,15 @@ def evaluate_ti2v(
     return Evaluation(list(chosen), captions, video, classify(video)), frames
 
 
+def write_first_frame(path: Path, scene: Scene, background: int, size: WorldSize, seed: int) -> None:
+    """The first frame of one clip, as a picture."""
+    from PIL import Image
+
+    video = draw(make_clips([scene], [background], size, seed=seed), size)
+    pixels = ((video[0, :, 0] + 1) * 127.5).round().to(torch.uint8).permute(1, 2, 0)
+    Image.fromarray(pixels.contiguous().numpy()).save(path)
+
+
 def contact_sheet(evaluations: Sequence[Evaluation], path: Path, rows: int = 10, columns: int = 6) -> None:
     """Frames of the first samples of each evaluation, with their captions and what was seen, as a PNG."""
     from PIL import Image, ImageDraw

@@ -5,6 +5,7 @@
     python tools/tiny_wan/train.py all --minutes 4 --out build/tiny_wan --start-from checkpoints/Wan2.2-T2V-A14B-tiny
     python tools/tiny_wan/train.py all --tasks ti2v --minutes 10 --out build/tiny_wan_ti2v
     python tools/tiny_wan/train.py assemble build/tiny_wan models/wan/Wan2.2-T2V-A14B-tiny --task t2v
+    python tools/tiny_wan/train.py draw frame.png --colour green --shape star --motion rise
     python tools/tiny_wan/train.py i2v models/wan/Wan2.2-T2V-A14B-tiny models/wan/Wan2.2-I2V-A14B-tiny
 
 Tasks are ``t2v`` and ``i2v`` unless ``--tasks`` says otherwise. Those two are one training: I2V's experts with no image
@@ -32,7 +33,8 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 import tiny_wan  # noqa: F401  (puts the engine within reach)
 from tiny_wan import package
 from tiny_wan.autoencoder import STAGES as VAE_STAGES
-from tiny_wan.evaluate import SampleOptions
+from tiny_wan.captions import BACKGROUNDS, COLOURS, MOTIONS, SHAPES, Scene
+from tiny_wan.evaluate import SampleOptions, write_first_frame
 from tiny_wan.loop import Budget, stop_on_signal, stopping
 from tiny_wan.stages import SHARES, TI2V, Run, plan, run_evaluate, run_expert, run_joint, run_text, run_ti2v, run_vae
 from tiny_wan.transformer import TransformerSize
@@ -173,6 +175,26 @@ def assemble(
     """Make a checkpoint folder in the official layout."""
     size = TransformerSize(**{_FIELDS[key]: value for key, value in package.read_card(trained)["model"].items()})
     package.assemble(trained, target, task, size)
+
+
+@app.command()
+def draw(
+    picture: Annotated[Path, typer.Argument(help="The PNG to write.")],
+    colour: Annotated[str, typer.Option(help=", ".join(COLOURS))] = "red",
+    shape: Annotated[str, typer.Option(help=", ".join(SHAPES))] = "ball",
+    motion: Annotated[str, typer.Option(help=", ".join(MOTIONS))] = "right",
+    background: Annotated[str, typer.Option(help=", ".join(BACKGROUNDS))] = "white",
+    width: Width = 144,
+    height: Height = 96,
+    seed: Seed = 0,
+) -> None:
+    """Draw the first frame of a clip: something to begin an I2V video with."""
+    words = {"colour": (colour, COLOURS), "shape": (shape, SHAPES), "motion": (motion, MOTIONS)}
+    for name, (word, known) in {**words, "background": (background, BACKGROUNDS)}.items():
+        if word not in known:
+            raise typer.BadParameter(f"--{name} is one of {', '.join(known)}; got {word}")
+    scene = Scene(**{name: list(known).index(word) for name, (word, known) in words.items()})
+    write_first_frame(picture, scene, list(BACKGROUNDS).index(background), WorldSize(width=width, height=height), seed)
 
 
 @app.command("i2v")
