@@ -26,7 +26,7 @@ from collections import defaultdict
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated, Any, TypeVar
 
 import common
 import ranks
@@ -45,7 +45,7 @@ from wan_fp8.models.blocks import ForwardOptions
 from wan_fp8.models.specs import ModelSpec
 from wan_fp8.models.text_encoder import TextEncoder
 from wan_fp8.models.umt5 import UMT5Spec, build_umt5
-from wan_fp8.models.vae import VAESpec, WanVAE, denormalize_latents, normalize_latents
+from wan_fp8.models.vae import AutoEncoder, VAESpec, WanVAE, denormalize_latents, normalize_latents
 from wan_fp8.models.wan import WanModel
 from wan_fp8.parallel import ParallelDims, parallelize
 from wan_fp8.parallel.dims import build_groups
@@ -75,6 +75,7 @@ ROWS = {
 PUBLISHED = {"bf16": 195.13, "fp8": 146.55, "E012K2R20": 114.12, "E024K2R10": 89.36}
 """Seconds end to end on 8 H100 that the FP8 fork of the official code publishes; its last one with torch.compile."""
 
+VAE = TypeVar("VAE", bound=AutoEncoder)
 XXL = UMT5Spec(vocab_size=256_384, width=4096, num_heads=64, head_dim=64, ffn_dim=10_240, num_layers=24, num_buckets=32)
 TEXT_TOKENS = 512
 PROMPT_TOKENS = (120, 126)
@@ -117,6 +118,11 @@ def random_vae(dim: int, device: str, dtype: torch.dtype) -> WanVAE:
     """The Wan2.1 VAE (``dim`` 96), weights of unit gain."""
     with torch.device("meta"):
         vae = WanVAE(VAESpec(dim=dim))
+    return fill_randomly(vae, device, dtype)
+
+
+def fill_randomly(vae: VAE, device: str, dtype: torch.dtype) -> VAE:
+    """Weights of unit gain for a VAE of either design, made without a device."""
     generator = torch.Generator(device).manual_seed(4)
     state = {}
     for name, meta in vae.state_dict().items():
@@ -125,7 +131,8 @@ def random_vae(dim: int, device: str, dtype: torch.dtype) -> WanVAE:
             value = 1 + 0.1 * value
         state[name] = (value / meta[0].numel() ** 0.5 if meta.ndim > 1 and "gamma" not in name else value).to(dtype)
     vae.load_state_dict(state, assign=True)
-    return vae.requires_grad_(False).eval()
+    vae.requires_grad_(False).eval()
+    return vae
 
 
 def random_experts(spec: ModelSpec, layers: int, recipe: Recipe, dims: ParallelDims, device: str) -> list[WanModel]:

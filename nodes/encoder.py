@@ -119,8 +119,9 @@ class TextEncoderHandle:
         padded[0, : len(rows)] = rows
         return EncodedPrompt(padded, lost)
 
-    def in_pool(self, pool: PoolSpec) -> TextEncoderHandle:
-        """The same encoder in a pool; rows that are kept here serve both, for they are the same bits.
+    def in_pool(self, pool: PoolSpec, *, sharded: bool = False) -> TextEncoderHandle:
+        """The same encoder in a pool, on its first rank or shared by all; rows that are kept here serve it too, for
+        they are the same bits.
 
         Raises:
             InputError: nobody said where its file lies.
@@ -130,7 +131,7 @@ class TextEncoderHandle:
                 f"the text encoder {self._name} has no file that a pool's processes could read: connect that of Load "
                 "Wan2.2 Checkpoint to Wan2.2 Multi-GPU"
             )
-        return PooledTextEncoder(self, RemoteTextEncoder(self.source, pool))
+        return PooledTextEncoder(self, RemoteTextEncoder(self.source, pool, sharded=sharded))
 
     def _run(self, text: str) -> tuple[Tensor, int]:
         encoder = self._loaded_encoder()
@@ -148,7 +149,7 @@ class TextEncoderHandle:
 
 
 class PooledTextEncoder(TextEncoderHandle):
-    """A text encoder on one GPU of a pool; nothing of it is loaded here."""
+    """A text encoder in a pool; nothing of it is loaded here."""
 
     def __init__(self, handle: TextEncoderHandle, remote: RemoteTextEncoder) -> None:
         super().__init__(handle._load, handle._identity, handle._name, handle.source)

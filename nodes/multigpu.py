@@ -3,6 +3,7 @@ pools."""
 
 from __future__ import annotations
 
+import dataclasses
 import os
 import re
 from typing import Any
@@ -12,6 +13,7 @@ from comfy_api.latest import io
 
 from ..wan_fp8.errors import InputError
 from ..wan_fp8.parallel import pools
+from ..wan_fp8.parallel.needs import TextNeeds
 from ..wan_fp8.parallel.outside import TOKEN_VARIABLE, is_loopback, parse_address
 from ..wan_fp8.parallel.pools import PoolSpec
 from ..wan_fp8.parallel.remote import Topology
@@ -68,7 +70,8 @@ class WanFP8MultiGPU(io.ComfyNode):
                     tooltip="replicate: every GPU holds all weights (FP8: 14.5 GB for each 14B expert), nothing is "
                     "sent "
                     "for them. shard: each holds a part and gathers a block's while the one before runs (FSDP2); LoRAs "
-                    "then load the model again. Default auto: replicated where both experts fit.",
+                    "then load the model again. Default auto: replicated where both experts fit, beside the text "
+                    "encoder and the VAE that are connected.",
                 ),
                 io.String.Input(
                     "address",
@@ -83,14 +86,15 @@ class WanFP8MultiGPU(io.ComfyNode):
                     "text_encoder",
                     optional=True,
                     tooltip="From Load Wan2.2 Checkpoint, to run on the pool's first GPU, which reads it itself (bf16: "
-                    "11.4 GB); it leaves when a model needs the room. The rows are the same. Default: not connected, "
+                    "11.4 GB), or on all, each with a part, where it does not fit there beside the models. The rows "
+                    "are the same. Default: not connected, "
                     "it runs in ComfyUI.",
                 ),
                 io.Vae.Input(
                     "vae",
                     optional=True,
-                    tooltip="A Wan2.1 VAE, to decode and encode on all GPUs of the pool, each some rows of every "
-                    "frame. Core's VAE Decode and all samplers take it. A Wan2.2 VAE (TI2V-5B) goes through unchanged, "
+                    tooltip="A Wan2.1 or Wan2.2 VAE, to decode and encode on all GPUs of the pool, each some rows of "
+                    "every frame. Core's VAE Decode and all samplers take it. Another model's goes through unchanged, "
                     "and the node says so. Default: not connected, it runs in ComfyUI.",
                 ),
             ],
@@ -98,7 +102,7 @@ class WanFP8MultiGPU(io.ComfyNode):
                 *outputs("in the pool"),
                 TextEncoderSocket.Output(
                     display_name="text_encoder",
-                    tooltip="'text_encoder' on one GPU of the pool, for Encode Wan2.2 Prompt.",
+                    tooltip="'text_encoder' in the pool, for Encode Wan2.2 Prompt.",
                 ),
                 io.Vae.Output(
                     display_name="vae", tooltip="'vae' over all GPUs of the pool, for VAE Decode and our samplers."
@@ -120,8 +124,16 @@ class WanFP8MultiGPU(io.ComfyNode):
         vae: Any = None,
     ) -> io.NodeOutput:
         pair = model_low is not None and model_low is not model
-        chosen = _topology(topology, weights, experts=1 + pair)
         spec = _pool(gpus, address)
+        encoder = (
+            None if text_encoder is None or isinstance(text_encoder, Missing) else check_text_encoder(text_encoder)
+        )
+        decoder, stays = (vae, None) if vae is None or isinstance(vae, Missing) else bridge.vae_in_pool(vae, spec)
+        chosen = dataclasses.replace(
+            _topology(topology, weights, experts=1 + pair),
+            text=None if encoder is None or encoder.source is None else TextNeeds.of(encoder.source),
+            vae=bridge.vae_needs(decoder),
+        )
         results = changed(cls, model, model_low, lambda given: bridge.in_pool(given, spec, chosen))
         remote = bridge.remote_of(results[0])
         pool = remote.pool()
@@ -129,8 +141,20 @@ class WanFP8MultiGPU(io.ComfyNode):
         if pair:
             bridge.remote_of(results[1]).pool()
         lines = [f"pool of {pool.world}: {_places(pool)}", str(dims if made is None else made)]
-        encoder, decoder = _encoder(text_encoder, spec, pool, lines), _vae(vae, spec, pool, lines)
-        return io.NodeOutput(*results, encoder, decoder, ui=notice(node_id(cls), lines))
+        if encoder is not None:
+            place = remote.text_place(pool, dims)
+            shared = place is not None and place.shared
+            text_encoder = encoder.in_pool(spec, sharded=shared)
+            first = _places(pool).split(", ")[0]
+            lines.append("text encoder: " + (f"shared by {pool.world} ranks" if shared else f"on {first}"))
+        if decoder is not None and not isinstance(decoder, Missing):
+            lines.append(stays or f"VAE: rows of every frame over {pool.world} ranks, {_name(decoder.vae_dtype)}")
+        return io.NodeOutput(
+            *results,
+            _not_connected("text_encoder", "the text encoder") if text_encoder is None else text_encoder,
+            _not_connected("vae", "the VAE") if decoder is None else decoder,
+            ui=notice(node_id(cls), lines),
+        )
 
 
 class WanFP8StopPool(io.ComfyNode):
@@ -169,34 +193,15 @@ class WanFP8StopPool(io.ComfyNode):
         )
 
 
-def _encoder(given: Any, spec: PoolSpec, pool: pools.Pool, lines: list[str]) -> Any:
-    """The text encoder in the pool; one that its loader could not provide goes on as such."""
-    if given is None:
-        return _not_connected("text_encoder", "the text encoder")
-    if isinstance(given, Missing):
-        return given
-    lines.append(f"text encoder: on {_places(pool).split(', ')[0]}")
-    return check_text_encoder(given).in_pool(spec)
-
-
-def _vae(given: Any, spec: PoolSpec, pool: pools.Pool, lines: list[str]) -> Any:
-    """The VAE in the pool, or the one that came in where a pool does not split it, which is said."""
-    if given is None:
-        return _not_connected("vae", "the VAE")
-    if isinstance(given, Missing):
-        return given
-    vae, stays = bridge.vae_in_pool(given, spec)
-    lines.append(
-        stays or f"VAE: rows of every frame over {pool.world} ranks, {str(vae.vae_dtype).removeprefix('torch.')}"
-    )
-    return vae
-
-
 def _not_connected(box: str, what: str) -> Missing:
     return Missing(
         f"Wan2.2 Multi-GPU returns '{box}' only when '{box}' is connected to it: connect {what} there, or take it from "
         "its loader"
     )
+
+
+def _name(dtype: torch.dtype) -> str:
+    return str(dtype).removeprefix("torch.")
 
 
 def _places(pool: pools.Pool) -> str:

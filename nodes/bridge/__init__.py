@@ -15,7 +15,7 @@ from .measure import Measured, in_float32, measured, plain
 from .memory import free_host_bytes
 from .recipe import fp8_layers, recipe_of, rounded_again, with_recipe
 from .remote import in_pool, is_remote, remote_of, source_of
-from .remote_vae import vae_in_pool
+from .remote_vae import vae_in_pool, vae_needs
 from .residency import make_resident, manage
 from .sampling import (
     core_sigmas,
@@ -84,6 +84,7 @@ __all__ = [
     "spec_of",
     "stop_if_cancelled",
     "vae_in_pool",
+    "vae_needs",
     "where_it_computes",
     "with_recipe",
     "with_settings",

@@ -12,6 +12,8 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, cast
 
+import comfy.hooks
+import comfy.lora
 import comfy.model_management
 import comfy.model_patcher
 import comfy.patcher_extension
@@ -20,9 +22,11 @@ from torch import Tensor
 
 from ...wan_fp8 import quant
 from ...wan_fp8.checkpoint.detect import official_names
-from ...wan_fp8.checkpoint.load import open_transformer
+from ...wan_fp8.checkpoint.load import open_transformer, read_parameters
 from ...wan_fp8.checkpoint.lora import Diff, Entry, LowRank
+from ...wan_fp8.checkpoint.products import Hadamard, Kronecker
 from ...wan_fp8.errors import UnsupportedPatchError
+from ...wan_fp8.kernels.quantize import dequantized_weight
 from ...wan_fp8.models.wan import build_model
 from ...wan_fp8.parallel.pools import PoolSpec
 from ...wan_fp8.parallel.remote import Remote, RemoteWanModel, ToldReport, Topology, remote_class
@@ -45,16 +49,19 @@ class RemoteHostedModel(HostedModel, RemoteWanModel):  # type: ignore[misc]
     is_remote = True
 
     _changes_of: Any = None
-    """Name of the patches that ``remote.changes`` were made of."""
+    """Name of the patches and hooks that ``remote.changes`` were made of."""
 
     def _run(self, *args: Any, **kwargs: Any) -> Tensor:
         patcher = self._patcher()
         if patcher is not None:
             _refuse_patches(patcher)
-            if self._changes_of != patcher.patches_uuid:
+            hooked = hooks_at_work(patcher)
+            named = (patcher.patches_uuid, hooked)
+            if self._changes_of != named:
                 self.remote.changes = changes_of(patcher)
-                self.remote.merged = str(patcher.patches_uuid) if patcher.patches else ""
-                self._changes_of = patcher.patches_uuid
+                self.remote.merged = " ".join(map(str, named)) if self.remote.changes else ""
+                self._changes_of = named
+            self.remote.swaps = weights_change_mid_run(patcher)
         return super()._run(*args, **kwargs)
 
     def weights_named(self, names: Sequence[str]) -> dict[str, Tensor]:
@@ -68,6 +75,21 @@ class RemoteHostedModel(HostedModel, RemoteWanModel):  # type: ignore[misc]
         with opened:
             stored = official_names(opened, detected)
             return {name: opened.read(stored[name]) for name in names}
+
+    def real_weights(self, names: Sequence[str]) -> dict[str, Tensor]:
+        """Some of the weights as a worker has them before any recipe: FP8 ones dequantised."""
+        source = self.remote.source
+        if not isinstance(source, HandedSource):
+            dtype = torch.float32 if source.keep_fp8 else source.dtype or torch.bfloat16
+            return read_parameters(source.path, source.expert, names, dtype)
+        assert self.remote.state is not None
+        state, found = self.remote.state(), {}
+        for name in names:
+            scale = state.get(f"{name.removesuffix('.weight')}.weight_scale")
+            found[name] = (
+                state[name].cpu() if scale is None else dequantized_weight(state[name], scale, torch.float32).cpu()
+            )
+        return found
 
     def sparse_reports(self) -> list[ToldReport]:
         """What sparse attention did in the run that ends."""
@@ -99,6 +121,13 @@ class RemotePatcher(comfy.model_patcher.ModelPatcher):
         self.model.current_weight_patches_uuid = self.patches_uuid
         for callback in self.get_all_callbacks(comfy.patcher_extension.CallbacksMP.ON_LOAD):
             callback(self, device_to, lowvram_model_memory, force_patch_weights, full_load)
+
+    def patch_hooks(self, hooks: Any) -> None:
+        """Hooks change no weight here: the next forward sends what they change."""
+        self.current_hooks = hooks
+
+    def unpatch_hooks(self, whitelist_keys_set: Any = None) -> None:
+        self.current_hooks = None
 
     def partially_unload(self, device_to: Any, memory_to_free: Any = 0, *args: Any, **kwargs: Any) -> int:
         return 0
@@ -190,27 +219,63 @@ def _around(patcher: Any, remote: Remote) -> Any:
 # ---- patches ---------------------------------------------------------------------------------------------------------
 
 
+def hooks_at_work(patcher: Any) -> tuple[tuple[int, float], ...]:
+    """LoRA hooks of the prompt that runs, and how strong each is at this step."""
+    hooks = patcher.current_hooks
+    if hooks is None:
+        return ()
+    found = hooks.get_type(comfy.hooks.EnumHookType.Weight)
+    return tuple((id(hook.hook_ref), float(hook.strength)) for hook in found if hook.hook_ref in patcher.hook_patches)
+
+
 def changes_of(patcher: Any) -> dict[str, list[tuple[Entry, float]]]:
-    """Core's patches on this MODEL as changes of parameters.
+    """Core's patches on this MODEL, then those of its hooks, as changes of parameters: LoRA, LoHa, LoKr and
+    differences as what they are made of. Whatever else core can compute (other adapters, a strength of the model, a
+    part of a weight) it computes here, and the difference that it makes is sent.
 
     Raises:
-        UnsupportedPatchError: one of a kind that does not travel; it is named.
+        UnsupportedPatchError: core cannot compute it from the weight alone, or gives the weight another shape.
     """
     changes: dict[str, list[tuple[Entry, float]]] = {}
-    for key, entries in patcher.patches.items():
-        name = key if isinstance(key, str) else key[0]
-        for strength, value, strength_model, offset, function in entries:
-            entry = _entry(value)
-            if entry is None or strength_model != 1.0 or offset is not None or function is not None:
-                kind = _kind(value)
-                raise UnsupportedPatchError(
-                    f"a node changes {name!r} by a patch of the kind {kind!r} (at a strength of {strength_model} of "
-                    "the model), which cannot be sent to the processes "
-                    "of a "
-                    "pool (LoRAs and differences can): remove that node, or Wan2.2 Multi-GPU"
-                )
-            changes.setdefault(name.removeprefix(PREFIX), []).append((entry, float(strength)))
+    computed: dict[str, list[Any]] = {}
+    hooked = patcher.get_combined_hook_patches(patcher.current_hooks)
+    for key in {**patcher.patches, **hooked}:
+        patches = [*patcher.patches.get(key, ()), *hooked.get(key, ())]
+        entries = [(_entry(patch), float(patch[0])) for patch in patches]
+        known = [(entry, strength) for entry, strength in entries if entry is not None]
+        if len(known) == len(entries):
+            changes[key.removeprefix(PREFIX)] = known
+        else:
+            computed[key] = patches
+    if computed:
+        weights = patcher.model.diffusion_model.real_weights([key.removeprefix(PREFIX) for key in computed])
+        for key, patches in computed.items():
+            name = key.removeprefix(PREFIX)
+            changes[name] = [(Diff(_difference(name, patches, weights.pop(name))), 1.0)]
     return changes
+
+
+def _difference(name: str, patches: list[Any], weight: Tensor) -> Tensor:
+    """What core's patches make of a weight, less the weight."""
+    refused = next((_kind(patch[1]) for patch in patches if _kind(patch[1]) in NEED_MORE), None)
+    if refused is None:
+        try:
+            changed = comfy.lora.calculate_weight(patches, weight.to(torch.float32, copy=True), PREFIX + name)
+        except Exception as error:
+            refused = f"{_kind(patches[0][1])} ({type(error).__name__}: {error})"
+        else:
+            if changed.shape == weight.shape:
+                return (changed - weight.float()).to(weight.dtype if weight.dtype.itemsize == 2 else torch.float32)
+            refused = f"{_kind(patches[0][1])} (which makes it {tuple(changed.shape)})"
+    raise UnsupportedPatchError(
+        f"a node changes {name!r} by a patch of the kind {refused}, which cannot be sent to the processes of a pool "
+        "(LoRAs, LoHas, LoKrs, differences and what changes a weight by itself can): remove that node, or Wan2.2 "
+        "Multi-GPU"
+    )
+
+
+NEED_MORE = ("model_as_lora",)
+"""Kinds of patches that core computes from more than the weight."""
 
 
 def _kind(value: Any) -> str:
@@ -220,13 +285,21 @@ def _kind(value: Any) -> str:
     return str(name or type(value).__name__)
 
 
-def _entry(value: Any) -> Entry | None:
-    weights = getattr(value, "weights", None)
-    if getattr(value, "name", None) == "lora" and weights is not None:
+def _entry(patch: Any) -> Entry | None:
+    """One of core's patches as a change that workers know; None: core has to compute it."""
+    _, value, strength_model, offset, function = patch
+    if strength_model != 1.0 or offset is not None or function is not None:
+        return None
+    kind, weights = getattr(value, "name", None), getattr(value, "weights", None)
+    if kind == "lora" and weights is not None:
         up, down, alpha, mid, dora, reshape = weights
-        if reshape is not None:
-            return None
-        return LowRank(down, up, None if alpha is None else float(alpha), mid, dora)
+        return None if reshape is not None else LowRank(down, up, _float(alpha), mid, dora, like_core=True)
+    if kind == "loha" and weights is not None:
+        up1, down1, alpha, up2, down2, core1, core2, dora = weights
+        return Hadamard(up1, down1, up2, down2, _float(alpha), core1, core2, dora)
+    if kind == "lokr" and weights is not None:
+        first, second, alpha, up1, down1, up2, down2, core2, dora = weights
+        return Kronecker(first, up1, down1, second, up2, down2, core2, _float(alpha), dora)
     if isinstance(value, tuple) and len(value) in (1, 2):
         kind, inner = ("diff", value) if len(value) == 1 else value
         if kind == "diff" and isinstance(inner[0], Tensor) and not (len(inner) > 1 and inner[1].get("pad_weight")):
@@ -234,12 +307,11 @@ def _entry(value: Any) -> Entry | None:
     return None
 
 
+def _float(alpha: Any) -> float | None:
+    return None if alpha is None else float(alpha)
+
+
 def _refuse_patches(patcher: Any) -> None:
-    if weights_change_mid_run(patcher):
-        raise UnsupportedPatchError(
-            "this MODEL has LoRA hooks (scheduled, or on one conditioning), which swap weights in the middle of a "
-            "run, and a pool does not: load the LoRA the ordinary way, or remove Wan2.2 Multi-GPU"
-        )
     wrapped = sorted(getattr(patcher, "weight_wrapper_patches", {}))
     if wrapped:
         raise UnsupportedPatchError(

@@ -17,10 +17,12 @@ from torch import Tensor, nn
 
 from ...wan_fp8.checkpoint.encoders import load_vae_state_dict
 from ...wan_fp8.models.vae import VAESpec, WanVAE
+from ...wan_fp8.models.vae22 import VAE22Spec, Wan22VAE
+from ...wan_fp8.parallel.needs import VAENeeds
 from ...wan_fp8.parallel.parts import RemoteVAE
 from ...wan_fp8.parallel.pools import PoolSpec
 from ...wan_fp8.parallel.source import VAESource
-from .vae import declared
+from .vae import declared, widths_22
 from .voice import say, stop_if_cancelled
 
 
@@ -39,13 +41,17 @@ class _Proxy(nn.Module):
 
 
 class PoolVAE(comfy.sd.VAE):
-    """Core's VAE of Wan2.1 whose model is elsewhere."""
+    """Core's VAE of either Wan design whose model is elsewhere."""
 
     def __init__(self, remote: RemoteVAE, dtype: torch.dtype | None) -> None:
         """``dtype``: of the computation; None lets core choose, as for any VAE."""
         with torch.device("cpu"):
-            smallest = WanVAE(VAESpec(dim=1)).state_dict()
-        super().__init__(sd=smallest, dtype=dtype)
+            if remote.source.version == "2.2":
+                smallest = Wan22VAE(VAE22Spec(encoder_dim=1, decoder_dim=1)).state_dict()
+            else:
+                smallest = WanVAE(VAESpec(dim=1)).state_dict()
+        with widths_22(smallest):
+            super().__init__(sd=smallest, dtype=dtype)
         remote.source = replace(remote.source, dtype=self.vae_dtype)
         self.remote = remote
         self.first_stage_model = _Proxy(remote)
@@ -73,20 +79,20 @@ def vae_in_pool(vae: Any, pool: PoolSpec) -> tuple[Any, str | None]:
         return _around(remote, vae.vae_dtype), None
     known = declared(vae)
     if known is not None:
-        if known.version != "2.1":
-            return vae, _stays("it is the Wan2.2 VAE")
-        return _around(RemoteVAE(VAESource.of(known.path), pool), known.dtype), None
+        return _around(RemoteVAE(VAESource.of(known.path, version=known.version), pool), known.dtype), None
     model = getattr(vae, "first_stage_model", None)
-    if not isinstance(model, comfy.ldm.wan.vae.WanVAE):
-        is_22 = isinstance(model, comfy.ldm.wan.vae2_2.WanVAE)
-        return vae, _stays("it is the Wan2.2 VAE" if is_22 else "it is no Wan VAE")
-    return _around(RemoteVAE(VAESource(), pool, vae.get_sd), vae.vae_dtype), None
+    designs = {comfy.ldm.wan.vae.WanVAE: "2.1", comfy.ldm.wan.vae2_2.WanVAE: "2.2"}
+    version = next((version for kind, version in designs.items() if isinstance(model, kind)), None)
+    if version is None:
+        return vae, "the VAE stays on ComfyUI's GPU: it is no Wan VAE, and a pool splits those only"
+    return _around(RemoteVAE(VAESource(version=version), pool, vae.get_sd), vae.vae_dtype), None
+
+
+def vae_needs(vae: Any) -> VAENeeds | None:
+    """What a VAE of ``vae_in_pool`` needs of the pool's GPUs; None where it stays here."""
+    return VAENeeds.of(vae.remote.source, vae.remote.state) if isinstance(vae, PoolVAE) else None
 
 
 def _around(remote: RemoteVAE, dtype: torch.dtype | None) -> PoolVAE:
     remote.poll, remote.say = stop_if_cancelled, functools.partial(say, keep=True)
     return PoolVAE(remote, dtype)
-
-
-def _stays(reason: str) -> str:
-    return f"the VAE stays on ComfyUI's GPU: {reason}, and a pool splits the Wan2.1 VAE only"

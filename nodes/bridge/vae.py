@@ -17,6 +17,8 @@ from ...wan_fp8.errors import CheckpointError
 
 _MARK_21 = "decoder.middle.0.residual.0.gamma"
 _MARK_22 = "decoder.upsamples.0.upsamples.0.residual.2.weight"
+PUBLISHED_22 = (160, 256)
+"""Channels of the encoder and the decoder of the Wan2.2 VAE."""
 
 
 def load_vae(weights: Mapping[str, Tensor], *, dtype: torch.dtype | None = None) -> Any:
@@ -31,8 +33,7 @@ def load_vae(weights: Mapping[str, Tensor], *, dtype: torch.dtype | None = None)
         raise CheckpointError(
             "this file holds no Wan VAE: give the Wan2.1 VAE for T2V and I2V, the Wan2.2 VAE for TI2V"
         )
-    sizes = _sizes_22(weights) if _MARK_22 in weights else None
-    with contextlib.nullcontext() if sizes is None else _widths(*sizes):
+    with widths_22(weights):
         vae = comfy.sd.VAE(sd=dict(weights), dtype=dtype)
     missing = sorted(vae.first_stage_model.state_dict().keys() - weights.keys())
     if missing:  # core's loader only logs them
@@ -97,16 +98,15 @@ class _LazyVAE(comfy.sd.VAE):
         return 0 if "_pending" in self.__dict__ else super().get_ram_usage()
 
 
-def _sizes_22(weights: Mapping[str, Tensor]) -> tuple[int, int] | None:
-    """Encoder and decoder widths where they are not the published ones, which are all that core's loader builds."""
-    encoder = int(weights["encoder.conv1.weight"].shape[0])
-    decoder = int(weights["decoder.head.0.gamma"].shape[0])
-    return None if (encoder, decoder) == (160, 256) else (encoder, decoder)
-
-
 @contextlib.contextmanager
-def _widths(encoder: int, decoder: int) -> Iterator[None]:
-    """While active, core's VAE loader builds its Wan2.2 VAE with these widths instead of its constants."""
+def widths_22(weights: Mapping[str, Tensor]) -> Iterator[None]:
+    """While active, core's VAE loader builds its Wan2.2 VAE with the widths of ``weights``: by itself it knows the
+    published ones only. Those, and weights of another VAE, change nothing."""
+    names = ("encoder.conv1.weight", "decoder.head.0.gamma")
+    encoder, decoder = (int(weights[name].shape[0]) if _MARK_22 in weights else 0 for name in names)
+    if (encoder, decoder) in ((0, 0), PUBLISHED_22):
+        yield
+        return
     module = comfy.ldm.wan.vae2_2
     original = module.WanVAE
 

@@ -26,6 +26,7 @@ from wan_fp8.models.blocks import ForwardOptions
 from wan_fp8.models.low_rank import LiveLora, LiveTerm
 from wan_fp8.models.specs import ModelSpec, Task
 from wan_fp8.models.vae import VAESpec, WanVAE
+from wan_fp8.models.vae22 import VAE22Spec, Wan22VAE
 from wan_fp8.models.wan import WanModel, build_model
 from wan_fp8.parallel import ParallelDims, layout_of, parallelize, remove_parallel
 from wan_fp8.parallel import vae as vae_groups
@@ -498,19 +499,24 @@ def check_twin(ranks: int) -> None:
     assert len(calls) == 1
 
 
-def check_vae(ranks: int, frames: int) -> None:
+def check_vae(ranks: int, design: str, frames: int) -> None:
     """Rows that do not divide, and frames in groups, are the whole clip at once; on this rank alone as well."""
     import torch.distributed as dist
 
     with torch.inference_mode(False):
-        vae = WanVAE(VAESpec(dim=4)).to(DEVICE, torch.float64)
+        vae = WanVAE(VAESpec(dim=4)) if design == "2.1" else Wan22VAE(VAE22Spec(encoder_dim=4, decoder_dim=6))
+        vae.to(DEVICE, torch.float64)
         generator = torch.Generator().manual_seed(4)
         for parameter in vae.parameters():
             size = math.sqrt(parameter[0].numel()) if parameter.ndim > 1 else 1
             parameter.data.copy_(torch.randn(parameter.shape, generator=generator) / size)
-    video = torch.randn(2, 3, frames, 40, 24, dtype=torch.float64, generator=generator).to(DEVICE)
-    latents = torch.randn(2, 16, (frames - 1) // 4 + 1, 5, 3, dtype=torch.float64, generator=generator).to(DEVICE)
-    uneven = vae_groups.values_of_a_frame(vae, 2, 8 * -(-5 // ranks), 24) * 3 // 2  # with fewer rows, two would fit
+    rows, columns, per = 5 * vae.stride, 3 * vae.stride, -(-5 // ranks)
+    video = torch.randn(2, 3, frames, rows, columns, dtype=torch.float64, generator=generator).to(DEVICE)
+    shape = (2, vae.channels, (frames - 1) // 4 + 1, 5, 3)
+    latents = torch.randn(shape, dtype=torch.float64, generator=generator).to(DEVICE)
+    uneven = (
+        vae_groups.values_of_a_frame(vae.widest, 2, vae.stride * per, columns) * 3 // 2
+    )  # with fewer rows, two would fit
     for split in (SplitVAE(vae), SplitVAE(vae, dist.group.WORLD)):
         for most in (vae_groups.MOST_VALUES, uneven, 1):
             with mock.patch.object(vae_groups, "MOST_VALUES", most):
@@ -598,8 +604,9 @@ def _cases(ranks: int) -> Iterator[tuple[str, Callable[[], None]]]:
             for task, recipe, batch, sparsity in SPARSE if ranks == 2 else SPARSE[:1]:
                 case = partial(check_sparse_attention, dims, task, recipe, batch, sparsity)
                 yield f"{name}: sparse {task} {recipe} batch {batch}, {sparsity.policy}", case
-    for frames in (1, 13):
-        yield f"VAE, {frames} frames", partial(check_vae, ranks, frames)
+    for design in ("2.1", "2.2"):
+        for frames in (1, 13):
+            yield f"VAE {design}, {frames} frames", partial(check_vae, ranks, design, frames)
     yield "refusals", partial(check_refusals, ranks)
     for name, dims in LAYOUTS[ranks].items():
         if dims.shard == 1 and not dims.merge:

@@ -66,7 +66,8 @@ def _cases(ranks: int) -> Iterator[tuple[str, Callable[[], None]]]:
                 partial(layouts.check_sharding_is_exact, sharded, recipe, torch.bfloat16),
             )
 
-    yield "VAE", partial(layouts.check_vae, ranks, 13)
+    for design in ("2.1", "2.2"):
+        yield f"VAE {design}", partial(layouts.check_vae, ranks, design, 13)
 
 
 def _sparse(dims: ParallelDims, dtype: torch.dtype) -> None:

@@ -113,7 +113,8 @@ def test_out_of_host_memory_on_one_rank(model, inputs, expected) -> None:
     resource.prlimit(pool.pids[1], resource.RLIMIT_AS, (used + 2**20, used + 2**20))
     large = pool_kit.Inputs(model.spec, frames=9, size=32)
     message = failing(lambda: large.into(model))
-    assert "rank 1 (CPU process 1" in message and "memory" in message
+    assert "rank 1 (CPU process 1, taking a request to forward)" in message or "(CPU process 1, running" in message
+    assert "memory" in message and "allocate memory" in message.split("Its last lines:")[1]
     pool_kit.nothing_left(pool)
 
 
@@ -183,8 +184,10 @@ time.sleep(600)
 """
 
 
-def test_the_caller_is_killed(tmp_path: Path) -> None:
-    """Also one worker that is stopped, and cannot see it."""
+def test_the_caller_is_killed(model, inputs, expected, tmp_path: Path) -> None:
+    """Also one worker that is stopped, and cannot see it. The pool of another process on this machine (this one) takes
+    no notice of a second one beside it, nor of its end."""
+    mine = pids_of(model)
     root = str(Path(__file__).resolve().parents[2])
     environment = os.environ | {"TMPDIR": str(tmp_path)}
     caller = subprocess.Popen(
@@ -198,6 +201,7 @@ def test_the_caller_is_killed(tmp_path: Path) -> None:
         caller.kill()
         pool_kit.eventually(lambda: not any(pool_kit.alive(pid) for pid in pids), "workers outlive their caller")
         pool_kit.eventually(lambda: not list(tmp_path.iterdir()), "a meeting place is left")
+        assert pids_of(model) == mine and not set(mine) & set(pids)
     finally:
         caller.kill()
         caller.wait()
@@ -206,11 +210,17 @@ def test_the_caller_is_killed(tmp_path: Path) -> None:
 
 
 def test_a_pool_that_nobody_uses_ends(checkpoints, inputs, monkeypatch) -> None:
+    """Its workers had none of this process's allocator settings, which NCCL's memory cannot live with."""
     monkeypatch.setattr(pools, "IDLE_SECONDS", 0.5)
+    monkeypatch.setenv("PYTORCH_CUDA_ALLOC_CONF", "backend:cudaMallocAsync")
+    monkeypatch.setenv("OF_NO_CONCERN", "1")
     pools.stop_pools()
     model = pool_kit.in_pool(checkpoints["t2v"], "high_noise")
     inputs.into(model)
     pool = model.remote.pool()
+    for pid in pool.pids:
+        names = {entry.split(b"=")[0] for entry in Path(f"/proc/{pid}/environ").read_bytes().split(b"\0")}
+        assert b"OF_NO_CONCERN" in names and not any(b"ALLOC_CONF" in name for name in names)
     del model
     pool_kit.nothing_left(pool)
     assert pools.live_pools() == []

@@ -17,7 +17,10 @@ import torch
 from wan_fp8.errors import CheckpointError, InputError, PoolError, WanFP8Error
 from wan_fp8.models.text_encoder import load_text_encoder
 from wan_fp8.models.vae import WanVAE, load_vae
+from wan_fp8.models.vae22 import load_vae22
 from wan_fp8.parallel import plain, pools
+from wan_fp8.parallel.fsdp import shard_encoder
+from wan_fp8.parallel.needs import TextNeeds, VAENeeds
 from wan_fp8.parallel.parts import RemoteTextEncoder, RemoteVAE
 from wan_fp8.parallel.serving_parts import Parts
 from wan_fp8.parallel.source import TextSource, VAESource
@@ -39,6 +42,18 @@ def pool() -> Iterator[None]:
 @pytest.fixture(scope="module")
 def one(checkpoints: dict[str, Path]) -> WanVAE:
     return load_vae(checkpoints["t2v"])
+
+
+def test_the_wan22_vae(checkpoints: dict[str, Path]) -> None:
+    """Rows that do not divide, and a picture with fewer rows than ranks."""
+    here = load_vae22(checkpoints["ti2v"])
+    there = RemoteVAE(VAESource.of(checkpoints["ti2v"], version="2.2"), TWO)
+    for frames, rows in ((3, 5), (2, 1)):
+        latents, video = clips(48, frames, rows, 2), clips(3, 4 * frames - 3, 16 * rows, 32)
+        assert pool_kit.relative(there.decode(latents), here.decode(latents)) < TOLERANCE
+        assert pool_kit.relative(there.encode(video), here.encode(video)) < TOLERANCE
+    with pytest.raises(InputError, match="both multiples of 16"):
+        there.encode(clips(3, 1, 24, 32))
 
 
 @pytest.fixture(scope="module")
@@ -108,6 +123,54 @@ def test_text_rows_are_the_same_bits(checkpoints: dict[str, Path], dtype: torch.
         torch.set_num_threads(threads)
 
 
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float8_e4m3fn])
+def test_a_sharded_encoder_gives_the_same_bits_and_each_rank_holds_a_part(
+    checkpoints: dict[str, Path], dtype: torch.dtype, many: RemoteVAE
+) -> None:
+    source = TextSource.of(checkpoints["t2v"], dtype)
+    placed, sharded = RemoteTextEncoder(source, TWO), RemoteTextEncoder(source, TWO, sharded=True)
+    connection = many.pool().connection
+    for text in ("a cat & a dog", "", "word " * 600):
+        there = sharded.encode_prompt(text)
+        held = [entry["models"] for entry in connection.request("status", {}, poll=lambda: None)[0]]
+        assert all(checkpoints["t2v"].name in names for names in held)
+        here = placed.encode_prompt(text)  # takes its place, on rank 0
+        assert torch.equal(there[0], here[0]) and there[1] == here[1] and there[0].abs().sum() > 0
+    with pytest.raises(WanFP8Error, match=r"gone\.safetensors"):
+        RemoteTextEncoder(TextSource.of(Path("gone.safetensors")), TWO, sharded=True).encode_prompt("a")
+    assert torch.equal(sharded.encode_prompt("a")[0], placed.encode_prompt("a")[0])
+
+
+def test_no_rank_holds_more_of_a_sharded_encoder_than_its_part(checkpoints: dict[str, Path]) -> None:
+    import torch.distributed as dist
+    from torch.distributed.device_mesh import init_device_mesh
+    from torch.testing._internal.distributed.fake_pg import FakeStore
+
+    encoder = load_text_encoder(checkpoints["t2v"], torch.float8_e4m3fn)
+    whole = encoder.num_bytes
+    dist.init_process_group("fake", store=FakeStore(), rank=1, world_size=4)
+    try:
+        shard_encoder(encoder.model, init_device_mesh("cpu", (1, 4), mesh_dim_names=("r", "s")), torch.device("cpu"))
+        mine = sum(p.to_local().numel() * p.element_size() for p in encoder.model.parameters())  # type: ignore[attr-defined]
+    finally:
+        dist.destroy_process_group()
+    assert whole / 4 <= mine < 1.05 * whole / 4
+
+
+def test_what_is_counted_is_what_is_read(checkpoints: dict[str, Path], one: WanVAE) -> None:
+    for dtype in (torch.bfloat16, torch.float32, torch.float8_e4m3fn):
+        encoder = load_text_encoder(checkpoints["t2v"], dtype)
+        scales = sum(p.numel() * 4 for name, p in encoder.model.named_parameters() if name.endswith(".scale"))
+        needs = TextNeeds.of(TextSource.of(checkpoints["t2v"], dtype))
+        assert needs.weights == encoder.num_bytes - scales and 0 < needs.gathered <= needs.weights
+        assert needs.resting(3) == -(-needs.weights // 3) and needs.working(3) - needs.working(1) == needs.gathered
+    with pytest.raises(CheckpointError, match=r"Wan2\.2 VAE"):
+        VAENeeds.of(VAESource.of(checkpoints["ti2v"]))
+    for source, state in ((VAESource.of(checkpoints["t2v"]), None), (VAESource(), one.state_dict)):
+        vae = VAENeeds.of(source, state)
+        assert vae.weights == 4 * sum(p.numel() for p in one.parameters()) and vae.stride == 8
+
+
 def test_the_encoder_lies_on_rank_0_and_goes_with_the_last_model(checkpoints: dict[str, Path], many: RemoteVAE) -> None:
     encoder = RemoteTextEncoder(TextSource.of(checkpoints["t2v"]), TWO)
     first, _ = encoder.encode_prompt("a")
@@ -141,11 +204,14 @@ def test_refusals_leave_the_pool_as_it_was(checkpoints: dict[str, Path], many: R
         RemoteTextEncoder(TextSource.of(checkpoints["t2v"]), TWO).encode_prompt("a" * (2**20 + 1))
     connection = many.pool().connection
     for fields in ({"do": "dance"}, {"do": "decode"}, {"do": "encode"}):
-        with pytest.raises(InputError, match="a pool's VAE takes one clip"):
+        with pytest.raises(InputError, match=r"a pool's Wan2\.1 VAE takes one clip"):
             given = {"source": {"type": "VAESource", "fields": {}}, **fields}
             connection.request("vae", given, {"x": torch.zeros(1, 5, 1, 8, 8)}, poll=lambda: None)
+    with pytest.raises(InputError, match=r"one of 2\.1, 2\.2; got '3'"):
+        given = {"source": {"type": "VAESource", "fields": {"version": "3"}}, "do": "decode"}
+        connection.request("vae", given, {"x": latents}, poll=lambda: None)
     for kind in ("vae", "text"):
-        given = {"source": {"type": "Recipe", "fields": {}}, "do": "decode", "text": "a"}
+        given = {"source": {"type": "Recipe", "fields": {}}, "do": "decode", "text": "a", "sharded": False}
         with pytest.raises(InputError, match="Source; got Recipe"):
             connection.request(kind, given, {"x": latents}, poll=lambda: None)
     assert torch.equal(many.decode(latents), right) and many.pool().pids == pids
@@ -185,14 +251,17 @@ def parts(monkeypatch: pytest.MonkeyPatch) -> Parts:
 
 def test_the_text_encoder_leaves_for_a_model_that_needs_the_room(checkpoints: dict[str, Path], parts: Parts) -> None:
     source = plain.to_plain(TextSource.of(checkpoints["t2v"]))
-    found, out = parts.run_text({"source": source, "text": "a"})
+    found, out = parts.run_text({"source": source, "text": "a", "sharded": False})
     assert found["evicted"] == ["a model"] and parts._rank.asked[0] > 2**29
     parts.yield_to(2**39)
-    assert parts.run_text({"source": source, "text": "a"})[0]["evicted"] == [] and len(parts.labels()) == 1
+    assert (
+        parts.run_text({"source": source, "text": "a", "sharded": False})[0]["evicted"] == []
+        and len(parts.labels()) == 1
+    )
     parts._rank.left = 2**20
     parts.yield_to(2**30)
     assert parts.labels() == []
-    assert torch.equal(parts.run_text({"source": source, "text": "a"})[1]["rows"], out["rows"])
+    assert torch.equal(parts.run_text({"source": source, "text": "a", "sharded": False})[1]["rows"], out["rows"])
 
 
 def test_groups_of_frames_are_as_large_as_memory_allows(
@@ -202,7 +271,7 @@ def test_groups_of_frames_are_as_large_as_memory_allows(
     latents, seen = clips(16, 5, 4, 4), []
     run = SplitVAE._group_length
     monkeypatch.setattr(SplitVAE, "_group_length", lambda self, *given: seen.append(run(self, *given)) or seen[-1])
-    least = values_of_a_frame(one, 1, 32, 32) * 4 * 4  # four of them in fp32
+    least = values_of_a_frame(one.widest, 1, 32, 32) * 4 * 4  # four of them in fp32
     for left in (2**40, 3 * least / 0.7 + 2**20, 0):
         parts._rank.left = int(left)
         y = parts.run_vae(fields, {"x": latents})[1]["y"]

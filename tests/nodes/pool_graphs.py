@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-import os
+import re
+import tempfile
 from pathlib import Path
 from typing import Any
 
@@ -56,8 +57,14 @@ def alive(pid: int) -> bool:
         return False
 
 
-def folders() -> set[str]:
-    """Meeting places of pools that are on the disk."""
-    import tempfile
-
-    return {name for name in os.listdir(tempfile.gettempdir()) if name.startswith("wan_fp8_pool_")}
+def folders(pids: list[int]) -> list[Path]:
+    """Meeting places on the disk of the pool with these workers; others' are not looked at."""
+    found = []
+    for folder in Path(tempfile.gettempdir()).glob("wan_fp8_pool_*"):
+        try:
+            theirs = {int(word) for word in re.findall(r"\d+", (folder / "pids").read_text())}
+        except OSError:  # one that begins or ends at this moment
+            continue
+        if theirs & set(pids):
+            found.append(folder)
+    return found

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import sys
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -15,21 +14,9 @@ from safetensors.torch import save_file
 
 sys.path.append(str(Path(__file__).resolve().parents[1] / "distributed"))
 
-pytestmark = [pytest.mark.usefixtures("comfy_core"), pytest.mark.timeout(120)]
+pytestmark = [pytest.mark.usefixtures("comfy_core", "inference", "pools_end"), pytest.mark.timeout(120)]
 TOLERANCE = 1e-4
 """fp32 over a few steps, sums in another order."""
-
-
-@pytest.fixture(autouse=True)
-def _inference() -> Iterator[None]:
-    with torch.inference_mode():
-        yield
-
-
-@pytest.fixture(scope="module", autouse=True)
-def _end() -> Iterator[None]:
-    yield
-    engine("parallel.pools").stop_pools()
 
 
 @pytest.fixture(scope="module")
@@ -232,8 +219,6 @@ def test_cancelled_in_the_middle(many: Any) -> None:
 
 
 def test_what_does_not_travel_is_refused_by_name(t2v: Any, many: Any, tmp_path: Path) -> None:
-    import comfy.hooks
-    import comfy.weight_adapter
 
     refused = engine("errors").UnsupportedPatchError
     with pytest.raises(refused, match="put the node before Wan2"):
@@ -241,24 +226,31 @@ def test_what_does_not_travel_is_refused_by_name(t2v: Any, many: Any, tmp_path: 
     with pytest.raises(refused, match="put such a node before"):
         many.get_key_patches()
     other = many.clone()
-    adapter = comfy.weight_adapter.LoHaAdapter(set(), tuple([torch.ones(2, 2)] * 9))
-    other.add_patches({"diffusion_model.blocks.0.self_attn.q.weight": adapter}, 1.0)
-    with pytest.raises(refused, match=r"blocks\.0\.self_attn\.q\.weight' by a patch of the kind 'loha'"):
-        ksample(other)
-    other = many.clone()
-    other.add_patches({"diffusion_model.blocks.0.self_attn.q.weight": (torch.zeros(128, 128),)}, 1.0, 0.5)
-    with pytest.raises(refused, match="'diff'"):
-        ksample(other)
-    other = many.clone()
     other.set_model_patch_replace(lambda *_: None, "dit", "double_block", 0)
     with pytest.raises(refused, match="replaces blocks or the attention"):
         ksample(other)
     for save in (bridge().save_model, bridge().save_scales):
         with pytest.raises(engine("errors").InputError, match="lies in the processes of a pool"):
             save(many, tmp_path / "x.safetensors")
-    recording = bridge().with_settings(many, recording=engine("caching").Recording())
-    with pytest.raises(refused, match="while a curve is measured"):
-        ksample(recording)
+
+
+@pytest.mark.parametrize("topology", [{"cfg": 2}, {"ulysses": 1, "ring": 2}])
+def test_a_curve_is_measured_in_a_pool(t2v: Any, topology: dict[str, int]) -> None:
+    """All tokens of a half of guidance are on one rank where it is measured; each half tells of its own passes."""
+    caching = engine("caching")
+    curves, results = [], []
+    many = in_pool(t2v, **topology)
+    for model in (many, t2v, many):
+        recording = caching.Recording()
+        measured = bridge().with_settings(model, recording=recording)
+        results.append(ksample(measured, steps=6))
+        curves.append(recording.curve("own", measured.model.diffusion_model.spec))
+    close(results[0], results[1])
+    assert len(curves[1].cond) == 6 and curves[1].uncond is not None and len(set(curves[1].cond)) > 3
+    for name in ("sigmas", "cond", "uncond"):
+        assert getattr(curves[0], name) == pytest.approx(getattr(curves[1], name), rel=1e-4), name
+    assert curves[2] == curves[0], "a run before it left something"
+    close(ksample(many), ksample(t2v))
 
 
 def test_inputs_of_the_node() -> None:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -12,21 +11,9 @@ import torch
 from nodes_kit import call
 from torch import Tensor
 
-pytestmark = [pytest.mark.usefixtures("comfy_core"), pytest.mark.timeout(120)]
+pytestmark = [pytest.mark.usefixtures("comfy_core", "inference", "pools_end"), pytest.mark.timeout(120)]
 TOLERANCE = 1e-4
 """Of 0..1, or of latents of about 1: fp32 through thirty layers, sums in another order."""
-
-
-@pytest.fixture(autouse=True)
-def _inference() -> Iterator[None]:
-    with torch.inference_mode():
-        yield
-
-
-@pytest.fixture(scope="module", autouse=True)
-def _end(comfy_core: Path) -> Iterator[None]:
-    yield
-    nodes_kit.module("wan_fp8.parallel.pools").stop_pools()
 
 
 def load(folder: Path, checkpoint: Path) -> Any:
@@ -138,6 +125,20 @@ def test_text_rows_are_the_same_bits_and_kept_here(t2v: Any, many: Any) -> None:
         encoder.remote = before
 
 
+def test_a_text_encoder_that_does_not_fit_one_gpu_is_shared(
+    t2v: Any, many: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    plan = nodes_kit.module("wan_fp8.parallel.plan")
+    remote, cache = nodes_kit.module("wan_fp8.parallel.remote").Remote, nodes_kit.module("nodes.encoder").CACHE
+    monkeypatch.setattr(remote, "text_place", lambda self, pool, dims: plan.TextPlace.SHARED)
+    output = in_pool(t2v)
+    assert "text encoder: shared by 2 ranks" in output.ui.value.splitlines()
+    cache.clear()
+    there = output.args[2].encode("a fox")
+    cache.clear()
+    assert torch.equal(there.rows, many[2].encode("a fox").rows)
+
+
 def test_a_vae_of_cores_loader_hands_its_weights_over(t2v: Any, many: Any, checkpoints: dict[str, Path]) -> None:
     import comfy.sd
 
@@ -151,22 +152,39 @@ def test_a_vae_of_cores_loader_hands_its_weights_over(t2v: Any, many: Any, check
     assert ours.get_sd().keys() == weights.keys()
 
 
-def test_what_a_pool_does_not_split_goes_through_and_the_node_says_so(
-    t2v: Any, folder: Path, checkpoints: dict[str, Path]
-) -> None:
-    five = load(folder, checkpoints["ti2v"])
-    output = in_pool(five, model_low=None)
-    assert output.args[3] is five[3] and "_pending" in five[3].__dict__
-    said = output.ui.value.splitlines()
-    assert "text encoder: on CPU process 0" in said
-    sentence = "the VAE stays on ComfyUI's GPU: it is the Wan2.2 VAE, and a pool splits the Wan2.1 VAE only"
-    assert said[-1] == sentence
-    five[3].throw_exception_if_invalid()  # reads it
-    output = in_pool(t2v, vae=nodes_kit.module("nodes.bridge").load_vae(five[3].get_sd()))
-    assert output.ui.value.splitlines()[-1] == sentence
+@pytest.fixture(scope="module")
+def five(comfy_core: Path, folder: Path, checkpoints: dict[str, Path]) -> Any:
+    return load(folder, checkpoints["ti2v"])
+
+
+def test_the_wan22_vae_is_split_too(t2v: Any, five: Any) -> None:
+    """Five latent rows over two ranks, one frame alone, tiles; of our loader's file and of weights handed over."""
+    import nodes
+
+    output, theirs = in_pool(five, model_low=None), five[3]
+    ours = output.args[3]
+    assert output.ui.value.splitlines()[-1] == "VAE: rows of every frame over 2 ranks, float32"
+    assert "_pending" in theirs.__dict__, "the VAE was read in this process"
+    latents, images = {"samples": noise(1, 48, 3, 5, 2)}, noise(6, 85, 48, 3).sigmoid()
+    close(*(nodes.VAEDecode().decode(vae, latents)[0] for vae in (ours, theirs)))
+    close(*(nodes.VAEEncode().encode(vae, images)[0]["samples"] for vae in (ours, theirs)))
+    large, tiles = {"samples": noise(1, 48, 2, 6, 5)}, (64, 16, 8, 4)
+    close(*(nodes.VAEDecodeTiled().decode(vae, large, *tiles)[0] for vae in (ours, theirs)))
+    handed = in_pool(t2v, vae=nodes_kit.module("nodes.bridge").load_vae(theirs.get_sd(), dtype=torch.float32)).args[3]
+    close(handed.decode(noise(1, 48, 2, 3, 2)), theirs.decode(noise(1, 48, 2, 3, 2)))
+    for name in ("latent_channels", "upscale_index_formula", "downscale_index_formula", "latent_dim", "vae_dtype"):
+        assert getattr(ours, name) == getattr(theirs, name)
+    with pytest.raises(nodes_kit.module("wan_fp8.errors").InputError, match=r"Wan2\.2 VAE decodes \[clips, 48"):
+        ours.decode(noise(1, 16, 1, 2, 2))
+
+
+def test_what_a_pool_does_not_split_goes_through_and_the_node_says_so(t2v: Any) -> None:
     other = object()
     output = in_pool(t2v, vae=other)
-    assert output.args[3] is other and "it is no Wan VAE" in output.ui.value
+    said = output.ui.value.splitlines()
+    assert "text encoder: on CPU process 0" in said
+    assert output.args[3] is other
+    assert said[-1] == "the VAE stays on ComfyUI's GPU: it is no Wan VAE, and a pool splits those only"
 
 
 def test_what_is_not_connected_or_not_there_says_why_when_it_is_used(t2v: Any) -> None:

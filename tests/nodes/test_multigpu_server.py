@@ -33,7 +33,7 @@ def test_a_graph_in_a_pool_is_the_same_graph(client: Client, server: Any) -> Non
     ours = latent(client, server, pool_graphs.graph("pool/two"), gpus=2)
     assert float((ours - theirs).norm() / theirs.norm()) < 1e-4
     first = pool_graphs.workers(server.pid)
-    assert len(first) == 2
+    assert len(first) == 2 and len(pool_graphs.folders(first)) == 1
     again = pool_graphs.graph("pool/three")
     again["5"]["inputs"]["seed"] = 2
     texts, _ = run(client, again)
@@ -41,7 +41,7 @@ def test_a_graph_in_a_pool_is_the_same_graph(client: Client, server: Any) -> Non
     stop = {"1": {"class_type": "WanFP8StopPool", "inputs": {}}}
     texts, _ = run(client, stop)
     assert texts["1"][-1] == "1 pool ended"
-    assert not pool_graphs.workers(server.pid) and not pool_graphs.folders()
+    assert not pool_graphs.workers(server.pid) and not pool_graphs.folders(first)
     began = time.monotonic()
     again["5"]["inputs"]["seed"] = 1
     again["6"]["inputs"]["filename_prefix"] = "pool/four"

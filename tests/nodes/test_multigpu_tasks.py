@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -12,21 +11,9 @@ import torch
 from nodes_kit import call, picture
 from torch import Tensor
 
-pytestmark = [pytest.mark.usefixtures("comfy_core"), pytest.mark.timeout(180)]
+pytestmark = [pytest.mark.usefixtures("comfy_core", "inference", "pools_end"), pytest.mark.timeout(180)]
 TOLERANCE = 1e-3
 """Of 0..1: fp32 over a few steps, sums in another order, then the VAE."""
-
-
-@pytest.fixture(autouse=True)
-def _inference() -> Iterator[None]:
-    with torch.inference_mode():
-        yield
-
-
-@pytest.fixture(scope="module", autouse=True)
-def _end(comfy_core: Path) -> Iterator[None]:
-    yield
-    nodes_kit.module("wan_fp8.parallel.pools").stop_pools()
 
 
 def loaded(kind: str, checkpoints: dict[str, Path], folder: Path) -> dict[str, Any]:

@@ -13,7 +13,9 @@ from wan_fp8.errors import InputError
 from wan_fp8.models.specs import ANIMATE_14B, I2V_A14B, S2V_14B, TI2V_5B, ModelSpec
 from wan_fp8.models.wan import build_model
 from wan_fp8.parallel import Machine, ParallelDims, Workload, plan
-from wan_fp8.parallel.plan import measured_tflops, sent_bytes, weight_bytes
+from wan_fp8.parallel.needs import TextNeeds, VAENeeds
+from wan_fp8.parallel.plan import TextPlace, measured_tflops, sent_bytes, weight_bytes
+from wan_fp8.parallel.remote import Topology
 from wan_fp8.quant import Recipe
 
 A14B = Workload(spec=I2V_A14B, tokens=75_600, experts=2)
@@ -68,6 +70,65 @@ def test_the_reason_is_told() -> None:
     assert "do not fit the 28 GiB of a GPU: weights are sharded over 3" in text
 
 
+TEXT = TextNeeds(weights=11_360_000_000, gathered=2_860_000_000)
+"""UMT5-XXL in bf16: its table and two of its 24 blocks are whole while it runs."""
+VAE_21 = VAENeeds(weights=254_000_000, widest=288, stride=8, itemsize=2)
+VAE_22 = VAENeeds(weights=1_410_000_000, widest=384, stride=16, itemsize=2)
+WITH_PARTS = dataclasses.replace(A14B, text=TEXT, vae=VAE_21)
+SMALL_PARTS = dataclasses.replace(SMALL, frames=31, text=TEXT, vae=VAE_22)
+
+
+@pytest.mark.parametrize(
+    ("gpus", "memory", "work", "shard", "place"),
+    [
+        (2, 80, WITH_PARTS, 1, TextPlace.FIRST),
+        (2, 48, WITH_PARTS, 1, TextPlace.SHARED),  # 27.0 + 8.7 + 0.2, and 5.3 of 10.6, of 44.2
+        (2, 40, WITH_PARTS, 2, TextPlace.FIRST),  # 14.6 + 8.7 + 0.2 + 10.6 of 36.8
+        (4, 24, WITH_PARTS, 4, TextPlace.SHARED),
+        (4, 18, WITH_PARTS, 4, TextPlace.IN_TURN),
+        (2, 80, dataclasses.replace(WITH_PARTS, text=None), 1, None),
+        (2, 24, SMALL_PARTS, 1, TextPlace.SHARED),  # 4.7 + 1.3 + 7.6 of the VAE at work, and 5.3, of 22.1
+        (2, 32, SMALL_PARTS, 1, TextPlace.FIRST),
+        (1, 32, dataclasses.replace(SMALL_PARTS, vae=None), 1, TextPlace.FIRST),
+        (1, 18, dataclasses.replace(SMALL_PARTS, vae=None), 1, TextPlace.IN_TURN),
+    ],
+)  # fmt: skip
+def test_text_encoder_and_vae_are_counted(
+    gpus: int, memory: float, work: Workload, shard: int, place: TextPlace | None
+) -> None:
+    chosen = plan(Machine(gpus=gpus, memory_gib=memory), work)
+    assert (chosen.dims.shard, chosen.text) == (shard, place), str(chosen)
+
+
+def test_where_the_parts_go_is_told() -> None:
+    text = str(plan(Machine(gpus=2, memory_gib=48), WITH_PARTS))
+    assert "The text encoder of 10.6 GiB does not fit the first GPU beside them: each GPU holds 5.3 GiB of it." in text
+    # four frames of half of 720x1280 pixels, 288 values each, four times; the video in bf16 four times
+    working = (4 * (4 * 360 * 1280 * 288) + 4 * (3 * 81 * 720 * 1280)) * 2 / 2**30
+    assert f"The VAE takes 0.2 GiB on each GPU, and {working:.1f} GiB or more while it runs." in text
+    text = str(plan(Machine(gpus=2, memory_gib=40), WITH_PARTS))
+    assert (
+        "do not fit the 40 GiB of a GPU together with the text encoder and the VAE: weights are sharded over 2" in text
+    )
+    assert "fits the first GPU beside them" in text
+    text = str(plan(Machine(gpus=4, memory_gib=18), WITH_PARTS))
+    assert "for a new prompt it and a model change places" in text
+    text = str(plan(Machine(gpus=2, memory_gib=12), dataclasses.replace(SMALL_PARTS, vae=None)))
+    assert "The text encoder of 10.6 GiB does not fit beside them: each GPU holds 5.3 GiB of it, for a new" in text
+
+
+def test_an_explicit_choice_that_cannot_fit_is_refused_before_it_is_tried() -> None:
+    """Two experts may take turns; one alone must fit."""
+    machine = Machine(gpus=2, memory_gib=32)
+    for topology in (Topology(weights="replicate", experts=2), Topology(weights="replicate", experts=2, ulysses=2)):
+        dims, _ = topology.plan(I2V_A14B, machine, 75_600, fp8=True, guidance=True)
+        assert dims.shard == 1
+        with pytest.raises(InputError, match=r"weights 'replicate' with cfg .* lacks \d+\.\d GiB .* one i2v model"):
+            topology.plan(I2V_A14B, machine, 75_600, fp8=False, guidance=True)
+    with pytest.raises(InputError, match=r"weights 'shard' .*: choose weights 'auto', an FP8 recipe"):
+        Topology(weights="shard").plan(I2V_A14B, Machine(gpus=2, memory_gib=12), 75_600, fp8=False, guidance=True)
+
+
 def test_the_choice_is_the_least_to_send() -> None:
     """Against every layout there is, not only those that the planner looks at."""
     for gpus in (2, 4, 6, 8, 12, 16):
@@ -115,6 +176,11 @@ def test_weights_are_those_of_the_model(spec: ModelSpec) -> None:
     ("make", "words"),
     [
         (lambda: plan(Machine(gpus=2, memory_gib=12), BF16), "take more GPUs, FP8 weights, or a smaller video"),
+        (lambda: plan(Machine(gpus=1, memory_gib=12), SMALL_PARTS), "the VAE needs 14.. GiB a GPU for this video"),
+        (
+            lambda: plan(Machine(gpus=1, memory_gib=10), dataclasses.replace(SMALL_PARTS, vae=None)),
+            "the text encoder needs 11.. GiB a GPU .* load it in fp8",
+        ),
         (lambda: Machine(gpus=0, memory_gib=80), "at least one GPU"),
         (lambda: Machine(gpus=2, memory_gib=80, link="string"), "link is one of nvlink, pcie"),
         (lambda: Machine(gpus=6, memory_gib=80, gpus_per_host=4), "must divide the 6 GPUs"),

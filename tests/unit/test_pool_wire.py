@@ -17,10 +17,12 @@ import torch
 
 from wan_fp8.attention import Attention, Step
 from wan_fp8.caching import Conditioning, MagCache, RunPosition, published
+from wan_fp8.checkpoint.lora import Diff, LowRank
+from wan_fp8.checkpoint.products import Hadamard, Kronecker
 from wan_fp8.errors import InputError
 from wan_fp8.models.blocks import ForwardOptions
 from wan_fp8.models.functional import RopeOptions
-from wan_fp8.parallel import ParallelDims, outside, plain, wire
+from wan_fp8.parallel import ParallelDims, changes, outside, plain, wire
 from wan_fp8.parallel.wire import Channel, Closed, WireError
 from wan_fp8.quant import Recipe
 
@@ -328,3 +330,19 @@ def test_a_setting_checks_its_values_when_it_is_made_again() -> None:
     listed["fields"]["cfg"] = 3
     with pytest.raises(InputError, match="cfg is 1 or 2"):
         plain.from_plain(listed)
+
+
+def test_changes_of_every_kind_come_back_as_they_were() -> None:
+    small = torch.ones(2, 2)
+    listed = [
+        (LowRank(small, small, 2.0, dora_scale=small, like_core=True), 0.5),
+        (Diff(small), -1.0),
+        (Hadamard(small, small, small, small, None, small, small), 1.0),
+        (Kronecker(first=small, up2=small, down2=small, alpha=3.0), 1.0),
+    ]
+    found, tensors = changes.to_plain({"a.weight": listed, "b.bias": listed[:1]})
+    back = changes.from_plain(json.loads(json.dumps(found)), tensors)
+    assert back == {"a.weight": listed, "b.bias": listed[:1]}, "tensors are the same objects"
+    found["b.bias"][0]["kind"] = "type"
+    with pytest.raises(InputError, match="does not know changes of the kind 'type'"):
+        changes.from_plain(found, tensors)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Hashable, Sequence
+from collections.abc import Hashable, Iterable, Sequence
 from dataclasses import dataclass, field
 
 import torch
@@ -79,6 +79,17 @@ class Recording:
             if earlier is None or earlier[0] != sigma:
                 self._norms[key] = (sigma, now)
         return out
+
+    def take(self) -> list[tuple[float, int, float]]:
+        """What was measured since it was last taken: noise level, kind and ratio, for whoever keeps the run."""
+        found = [(sigma, kind, float(value)) for (sigma, kind), values in self.ratios.items() for value in values]
+        self.ratios.clear()
+        return found
+
+    def enter(self, found: Iterable[tuple[float, int, float]]) -> None:
+        """Keep what another process measured, as ``take`` told it."""
+        for sigma, kind, ratio in found:
+            self.ratios.setdefault((sigma, kind), []).append(torch.tensor(ratio))
 
     def curve(self, name: str, spec: ModelSpec, models: Sequence[tuple[str, str]] = ()) -> Curve:
         """The measured curve.

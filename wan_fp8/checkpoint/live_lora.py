@@ -67,7 +67,7 @@ def _kind(entry: Entry) -> str:
         return "full-rank differences"
     if entry.dora_scale is not None:
         return "DoRA"
-    return "convolutions"
+    return "convolutions" if isinstance(entry, LowRank) else "LoHa and LoKr"
 
 
 def split(entries: Entries, model: nn.Module) -> Split:
@@ -123,13 +123,16 @@ def set_lora(model: Model, *loras: Lora) -> Model:
     return model
 
 
-def merge_changes(model: Model, changes: Mapping[str, list[tuple[Entry, float]]]) -> Model:
+def merge_changes(model: Model, changes: Mapping[str, list[tuple[Entry, float]]], *, more: bool = False) -> Model:
     """Merge changes and their strengths into parameters, by name, in place of all LoRAs that were on ``model``.
 
+    Args:
+        more: Beside those; of other parameters.
     Raises:
         InputError: as ``remove_lora``; nothing was changed.
     """
-    remove_lora(model)
+    if not more:
+        remove_lora(model)
     for name, entries in changes.items():
         _merge(model, name, entries)
     return model
@@ -169,7 +172,7 @@ def _merge(model: WanModel, name: str, changes: list[tuple[Entry, float]]) -> No
     value = owner.convert_weight(stored) if isinstance(owner, Linear) and as_weight else stored
     value = value.to(torch.promote_types(value.dtype, torch.float32), copy=True)
     for entry, strength in changes:
-        before = value.cpu() if isinstance(entry, LowRank) and entry.dora_scale is not None else None
+        before = value.cpu() if not isinstance(entry, Diff) and entry.dora_scale is not None else None
         value += delta(entry, strength, value.dtype, weight=before, shape=tuple(value.shape)).to(value.device)
     if isinstance(owner, Linear) and as_weight:
         owner.set_weight(value)

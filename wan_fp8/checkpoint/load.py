@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import nullcontext
 from dataclasses import replace
 from pathlib import Path
@@ -193,6 +193,22 @@ def build_from(
     if model.compute_dtype == torch.float32 and any(value.dtype in FP8_DTYPES for value in state.values()):
         model.compute_dtype_override = torch.bfloat16  # fp32 embeddings beside FP8 blocks do not make it an fp32 model
     return model.requires_grad_(False).eval()
+
+
+def read_parameters(source: Source, expert: str | None, names: Sequence[str], dtype: torch.dtype) -> dict[str, Tensor]:
+    """Some parameters of a checkpoint by their official names, FP8 dequantised; nothing else is read.
+
+    Raises:
+        CheckpointError, InputError: as ``load_transformer``.
+    """
+    opened, detected = open_transformer(source, expert)
+    with opened:
+        stored, quantization = official_names(opened, detected), detected.quantization
+        assert quantization is not None
+        return {
+            name: _entries(opened, name, stored[name], quantization, dtype, "cpu", may_keep=False)[name]
+            for name in names
+        }
 
 
 def _entries(

@@ -22,6 +22,7 @@ from torch import Tensor
 from ..errors import CheckpointError, InputError
 from .lora_names import LoraKey, Part, parse_key
 from .naming import HIGH_NOISE, LOW_NOISE, expert_from_name
+from .products import Hadamard, Kronecker
 from .reader import open_source, read_json
 from .tensors import TensorSource
 
@@ -46,6 +47,8 @@ class LowRank:
     """[rank, rank, ...] core of a Tucker-decomposed convolution."""
     dora_scale: Tensor | None = None
     """Magnitudes of a DoRA: the changed weight's rows (or columns) get these norms."""
+    like_core: bool = False
+    """A DoRA as ComfyUI merges it: rows are divided by the norm of the unchanged weight."""
 
     @property
     def rank(self) -> int:
@@ -75,7 +78,7 @@ class Diff:
         return tuple(self.value.shape)
 
 
-Entry = LowRank | Diff
+Entry = LowRank | Diff | Hadamard | Kronecker
 Entries = dict[str, tuple[Entry, ...]]
 """Official parameter name -> its changes, to be added up."""
 
@@ -312,12 +315,14 @@ def delta(
     shape = shape or entry.shape
     if isinstance(entry, Diff):
         return (entry.value.to(work) * strength).reshape(shape).to(dtype)
-    change = (_product(entry, work) * entry.factor).reshape(shape)
+    product = _product(entry, work) if isinstance(entry, LowRank) else entry.product(work)
+    change = (product * entry.factor).reshape(shape)
     if entry.dora_scale is None:
         return (change * strength).to(dtype)
     if weight is None:
         raise InputError("a DoRA changes the weight's direction and needs the weight itself; pass weight=")
-    return (_dora(weight.to(work), change, entry.dora_scale.to(work)) * strength).to(dtype)
+    magnitude = entry.dora_scale.to(work)
+    return (_dora(weight.to(work), change, magnitude, like_core=entry.like_core) * strength).to(dtype)
 
 
 def _product(entry: LowRank, work: torch.dtype) -> Tensor:
@@ -328,13 +333,14 @@ def _product(entry: LowRank, work: torch.dtype) -> Tensor:
     return up @ core.flatten(1)
 
 
-def _dora(weight: Tensor, change: Tensor, magnitude: Tensor) -> Tensor:
+def _dora(weight: Tensor, change: Tensor, magnitude: Tensor, *, like_core: bool) -> Tensor:
     """magnitude * (W + change) / norm(W + change) - W, with the norm of each output row, or of each input column where
-    there are as many magnitudes."""
+    the magnitudes are [1, in]. ``like_core``: of a row, the norm of W."""
     changed = weight + change
     flat = changed.flatten(1)
-    if magnitude.numel() == flat.shape[0]:
-        norm, magnitude = flat.norm(dim=1, keepdim=True), magnitude.reshape(-1, 1)
+    if magnitude.shape[0] == flat.shape[0]:
+        of = weight.flatten(1) if like_core else flat
+        norm, magnitude = of.norm(dim=1, keepdim=True), magnitude.reshape(-1, 1)
     else:
         norm, magnitude = flat.norm(dim=0, keepdim=True), magnitude.reshape(1, -1)
     return (flat * (magnitude / norm)).reshape(weight.shape) - weight

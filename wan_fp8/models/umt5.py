@@ -216,6 +216,11 @@ def _skeleton(spec: UMT5Spec, *, fp8: bool) -> nn.Module:
     return model
 
 
+def is_linear(module: str) -> bool:
+    """Whether a module of a block, by its name, is one that may be FP8."""
+    return re.search(r"\.(SelfAttention|DenseReluDense)\.(q|k|v|o|wi_0|wi_1|wo)$", module) is not None
+
+
 def _converted(
     tensors: dict[str, Tensor], *, fp8: bool, dtype: torch.dtype, device: Any
 ) -> Iterator[tuple[str, Tensor]]:
@@ -224,7 +229,7 @@ def _converted(
     for name in list(tensors):
         tensor, module = tensors.pop(name), name.removesuffix(".weight")
         scale = scales.get(f"{module}.weight_scale")
-        if fp8 and re.search(r"\.(SelfAttention|DenseReluDense)\.(q|k|v|o|wi_0|wi_1|wo)$", module):
+        if fp8 and is_linear(module):
             qdata, row_scale = quantize_rows(tensor.to(device), scale)
             yield f"{module}.qdata", qdata
             yield f"{module}.scale", row_scale

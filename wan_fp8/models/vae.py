@@ -244,12 +244,25 @@ class Decoder(nn.Module):
 class AutoEncoder(nn.Module):
     """Encoder and decoder of either design; computes in the type of its input."""
 
-    def __init__(self, encoder: nn.Module, decoder: nn.Module, channels: int) -> None:
-        """``channels``: of the latents; the encoder returns twice as many."""
+    version: str
+    """``2.1`` or ``2.2``."""
+    channels: int
+    """Of the latents; the encoder returns twice as many."""
+    stride: int
+    """Pixel rows, and columns, to a latent one."""
+    patch: int
+    """Rows, and columns, of pixels that the encoder folds into channels before anything else."""
+
+    @property
+    def widest(self) -> int:
+        """Values of the widest activation to a pixel of a frame: what its convolution reads, three frames of it."""
+        raise NotImplementedError
+
+    def __init__(self, encoder: nn.Module, decoder: nn.Module) -> None:
         super().__init__()
         self.encoder = encoder
-        self.conv1 = Conv(2 * channels, 2 * channels, (1, 1, 1))
-        self.conv2 = Conv(channels, channels, (1, 1, 1))
+        self.conv1 = Conv(2 * self.channels, 2 * self.channels, (1, 1, 1))
+        self.conv2 = Conv(self.channels, self.channels, (1, 1, 1))
         self.decoder = decoder
 
     def moments(self, video_BCTHW: Tensor) -> tuple[Tensor, Tensor]:
@@ -276,11 +289,17 @@ class AutoEncoder(nn.Module):
 class WanVAE(AutoEncoder):
     """16 latent channels, 8x8 pixels."""
 
+    version, channels, stride, patch = "2.1", LATENT_CHANNELS, 8, 1
     encoder: Encoder
     decoder: Decoder
 
+    @property
+    def widest(self) -> int:
+        """Of the last level, at full resolution."""
+        return 3 * self.spec.dim
+
     def __init__(self, spec: VAESpec) -> None:
-        super().__init__(Encoder(spec.dim), Decoder(spec.dim), LATENT_CHANNELS)
+        super().__init__(Encoder(spec.dim), Decoder(spec.dim))
         self.spec = spec
 
 

@@ -9,7 +9,7 @@ ones. Source: Wan-Video/Wan2.2 ``wan/modules/vae2_2.py``.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -26,8 +26,10 @@ from .vae import (
     Down,
     Residual,
     Up,
+    WanVAE,
     fill_vae,
     head,
+    load_vae,
     middle,
     read_vae,
 )
@@ -71,15 +73,15 @@ def average_blocks(x_BTHWC: Tensor, out_channels: int, time: int, space: int) ->
     return x.unflatten(-1, (out_channels, -1)).mean(-1)
 
 
-def repeat_blocks(x_BTHWC: Tensor, out_channels: int, time: int, space: int) -> Tensor:
+def repeat_blocks(x_BTHWC: Tensor, out_channels: int, time: int, space: int, *, first: bool = True) -> Tensor:
     """The shortcut of the decoder's levels, ``average_blocks`` backwards: channels are repeated to fill the blocks.
 
-    Of the first frame's ``time`` frames the last one stays.
+    Of the ``time`` frames of a clip's ``first`` frame the last one stays.
     """
     block = time * space * space
     x = x_BTHWC.repeat_interleave(out_channels * block // x_BTHWC.shape[-1], dim=-1)
     x = x.unflatten(-1, (out_channels, time, space, space)).permute(0, 1, 5, 2, 6, 3, 7, 4)
-    return x.flatten(5, 6).flatten(3, 4).flatten(1, 2)[:, time - 1 :]
+    return x.flatten(5, 6).flatten(3, 4).flatten(1, 2)[:, time - 1 if first else 0 :]
 
 
 class DownLevel(nn.Module):
@@ -156,11 +158,17 @@ class Decoder22(nn.Module):
 class Wan22VAE(AutoEncoder):
     """48 latent channels, 16x16 pixels."""
 
+    version, channels, stride, patch = "2.2", LATENT_CHANNELS_22, 16, PATCH
     encoder: Encoder22
     decoder: Decoder22
 
+    @property
+    def widest(self) -> int:
+        """Where the decoder's last level begins, at half resolution: what comes in has twice its channels."""
+        return -(-3 * max(self.spec.encoder_dim, 2 * self.spec.decoder_dim) // PATCH**2)
+
     def __init__(self, spec: VAE22Spec) -> None:
-        super().__init__(Encoder22(spec.encoder_dim), Decoder22(spec.decoder_dim), LATENT_CHANNELS_22)
+        super().__init__(Encoder22(spec.encoder_dim), Decoder22(spec.decoder_dim))
         self.spec = spec
 
 
@@ -182,3 +190,9 @@ def load_vae22(
         vae = Wan22VAE(widths)
     fill_vae(vae, state, "2.2")
     return vae
+
+
+AnyVAE = WanVAE | Wan22VAE
+DESIGNS: dict[str, type[AnyVAE]] = {"2.1": WanVAE, "2.2": Wan22VAE}
+LOADERS: dict[str, Callable[..., AnyVAE]] = {"2.1": load_vae, "2.2": load_vae22}
+"""Both by version."""

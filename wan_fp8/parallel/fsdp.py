@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from itertools import pairwise
 
+import torch
 from torch import nn
 from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.fsdp import FSDPModule, fully_shard
@@ -36,3 +37,14 @@ def shard_blocks(model: WanModel, weights: DeviceMesh) -> None:
         assert isinstance(block, FSDPModule) and isinstance(following, FSDPModule)
         block.set_modules_to_forward_prefetch([following])
     model.fixed_weights = "its weights are sharded, no rank has them all; load the model again"
+
+
+def shard_encoder(model: nn.Module, weights: DeviceMesh, device: torch.device) -> None:
+    """Shard transformers' ``UMT5EncoderModel`` over the mesh (replicate, shard), in place and for good: block by block,
+    then the token table with what is left. Each goes to ``device`` when its turn comes.
+
+    The table is gathered for the whole of a forward, a block's weights while it runs.
+    """
+    for block in model.encoder.block:  # type: ignore[union-attr]
+        fully_shard(block.to(device), mesh=weights, reshard_after_forward=True)
+    fully_shard(model.to(device), mesh=weights, reshard_after_forward=True)

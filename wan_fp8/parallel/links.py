@@ -16,7 +16,7 @@ import threading
 import time
 import traceback
 from collections.abc import Callable
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 from ..errors import WanFP8Error
@@ -56,6 +56,8 @@ class Outcome:
     error: Json | None
     """None; or ``type``, ``message``, ``lines`` and whether it was ``expected``."""
     found: Json = field(default_factory=dict)
+    place: Place | None = None
+    """Of another rank: what it was at when it said so; it goes on while the others may wait for it."""
 
 
 def failure_of(error: BaseException) -> Json:
@@ -249,7 +251,7 @@ class Hub(Links):
             others = [(peer.place, peer.outcomes.pop(identity)) for _, peer in sorted(self._peers.items())]
             self._failed_at = None
         everyone = [(self.place, own), *others]
-        failed = [(place, outcome.error) for place, outcome in everyone if outcome.error is not None]
+        failed = [(outcome.place or place, outcome.error) for place, outcome in everyone if outcome.error is not None]
         if not failed:
             return None, [outcome for _, outcome in everyone]
         surprises = [(place, error) for place, error in failed if not error["expected"]]
@@ -285,7 +287,7 @@ class Hub(Links):
                     self._news.set()
                 peer.place.stage, peer.place.memory = message.fields["stage"], message.fields["memory"]
                 if message.kind == "done":
-                    outcome = Outcome(message.fields["error"], message.fields["found"])
+                    outcome = Outcome(message.fields["error"], message.fields["found"], replace(peer.place))
                     with self._lock:
                         peer.outcomes[message.fields["id"]] = outcome
                         if outcome.error is not None and self._failed_at is None:
@@ -320,7 +322,7 @@ class Hub(Links):
     def _end_for_failure(self) -> None:
         with self._lock:
             failed = [
-                (peer.place, outcome.error)
+                (outcome.place or peer.place, outcome.error)
                 for peer in self._peers.values()
                 for outcome in peer.outcomes.values()
                 if outcome.error is not None

@@ -1,7 +1,8 @@
 """Text encoder and VAE in a pool, seen from the caller: what ``serving_parts`` answers.
 
-The VAE runs on all ranks, each with some rows of every frame; the text encoder on rank 0 alone. Workers read both from
-their files. Latents, pixels and rows cross once, through the memory that both ends map where they are on one host.
+The VAE runs on all ranks, each with some rows of every frame; the text encoder on rank 0, or sharded over all. Workers
+read both from their files. Latents, pixels and rows cross once, through the memory that both ends map where they are on
+one host.
 """
 
 from __future__ import annotations
@@ -15,10 +16,10 @@ import torch
 from torch import Tensor
 
 from ..errors import InputError
-from ..models.vae import LATENT_CHANNELS
+from ..models.vae22 import DESIGNS
 from . import plain, pools
 from .source import TextSource, VAESource
-from .vae import STRIDE, TIME_STRIDE
+from .vae import TIME_STRIDE
 
 log = logging.getLogger("wan_fp8")
 
@@ -45,41 +46,45 @@ class _Part:
 
 
 class RemoteVAE(_Part):
-    """``WanVAE.encode`` and ``decode`` by the ranks of a pool, one clip at a time."""
+    """``AutoEncoder.encode`` and ``decode`` by the ranks of a pool, one clip at a time."""
 
     def __init__(
         self, source: VAESource, pool: pools.PoolSpec, state: Callable[[], Mapping[str, Tensor]] | None = None
     ) -> None:
         """``state``: the weights of a source without a file, under official names."""
         super().__init__(pool)
+        self.design = DESIGNS[source.version]
         self.source = replace(source, handed=uuid.uuid4().hex) if state is not None else source
         self.state = state
 
     def encode(self, video_BCTHW: Tensor) -> Tensor:
-        """[B, 3, T, H, W] in -1..1, H and W multiples of 8 -> the latents' mean [B, 16, F, H/8, W/8]; frames after the
-        last 4n + 1 are not read, as in published code.
+        """[B, 3, T, H, W] in -1..1 -> the latents' mean [B, C, F, H/S, W/S], H and W multiples of S, which is 8, and 16
+        in the Wan2.2 VAE; frames after the last 4n + 1 are not read, as in published code.
 
         Raises:
             InputError: another shape.
             PoolError: the pool could not start, or was lost.
         """
-        shape = tuple(video_BCTHW.shape)
-        if len(shape) != 5 or shape[1] != 3 or 0 in shape or shape[3] % STRIDE or shape[4] % STRIDE:
-            raise InputError(f"the VAE encodes [clips, 3, frames, rows, columns], both multiples of 8; got {shape}")
+        shape, stride = tuple(video_BCTHW.shape), self.design.stride
+        if len(shape) != 5 or shape[1] != 3 or 0 in shape or shape[3] % stride or shape[4] % stride:
+            raise InputError(
+                f"the Wan{self.design.version} VAE encodes [clips, 3, frames, rows, columns], both multiples of "
+                f"{stride}; got {shape}"
+            )
         return self._each("encode", video_BCTHW[:, :, : (shape[2] - 1) // TIME_STRIDE * TIME_STRIDE + 1])
 
     def decode(self, latents_BCFHW: Tensor) -> Tensor:
-        """Latents that are not normalised, [B, 16, F, H, W] -> [B, 3, T, 8H, 8W], not clamped.
+        """Latents that are not normalised, [B, C, F, H, W] -> [B, 3, T, SH, SW], not clamped.
 
         Raises:
             InputError: another shape.
             PoolError: the pool could not start, or was lost.
         """
         shape = tuple(latents_BCFHW.shape)
-        if len(shape) != 5 or shape[1] != LATENT_CHANNELS or 0 in shape:
+        if len(shape) != 5 or shape[1] != self.design.channels or 0 in shape:
             raise InputError(
-                f"the Wan2.1 VAE decodes [clips, 16, frames, rows, columns]; got {shape}: latents of TI2V-5B (48 "
-                "channels) take the Wan2.2 VAE"
+                f"the Wan{self.design.version} VAE decodes [clips, {self.design.channels}, frames, rows, columns]; got "
+                f"{shape}: latents of TI2V-5B (48 channels) take the Wan2.2 VAE, others (16) the Wan2.1 VAE"
             )
         return self._each("decode", latents_BCFHW)
 
@@ -100,18 +105,20 @@ class RemoteVAE(_Part):
 
 
 class RemoteTextEncoder(_Part):
-    """``TextEncoder.encode_prompt`` on rank 0 of a pool."""
+    """``TextEncoder.encode_prompt`` on rank 0 of a pool, or on all of its ranks."""
 
-    def __init__(self, source: TextSource, pool: pools.PoolSpec) -> None:
+    def __init__(self, source: TextSource, pool: pools.PoolSpec, *, sharded: bool = False) -> None:
+        """``sharded``: every rank holds a part of each block's weights, and gathers a block's while it runs; otherwise
+        rank 0 has them all."""
         super().__init__(pool)
-        self.source = source
+        self.source, self.sharded = source, sharded
 
     def encode_prompt(self, text: str) -> tuple[Tensor, int]:
         """Rows of one prompt's tokens, [n, width] on the CPU, and how many tokens were cut off.
 
         Raises:
             InputError: a prompt of more than a million characters.
-            CheckpointError: rank 0 cannot read the encoder, or it came without a tokenizer.
+            CheckpointError: a rank cannot read the encoder, or it came without a tokenizer.
             PoolError: the pool could not start, or was lost.
         """
         if len(text) > MAX_CHARACTERS:
@@ -119,7 +126,7 @@ class RemoteTextEncoder(_Part):
                 f"the prompt has {len(text)} characters, and {MAX_CHARACTERS} may go to a pool: the model reads 512 "
                 "tokens, shorten it"
             )
-        fields = {"source": plain.to_plain(self.source), "text": text}
+        fields = {"source": plain.to_plain(self.source), "text": text, "sharded": self.sharded}
         found, out = self.pool().connection.request("text", fields, poll=self.poll)
         return out["rows"], int(found[0]["lost"])
 

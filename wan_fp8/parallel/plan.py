@@ -6,13 +6,16 @@ is an estimate for choosing, not a measurement.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
+from enum import StrEnum
 
 from ..errors import InputError
 from ..models.memory import task_weights
 from ..models.specs import ModelSpec
 from .dims import ParallelDims
+from .needs import TextNeeds, VAENeeds
 
 GIB = 2**30
 LINKS = {"nvlink": 250.0, "pcie": 20.0}
@@ -73,10 +76,39 @@ class Workload:
     """Models that are resident together: 2 for A14B."""
     fp8: bool = True
     """Block weights of one byte; False: two."""
+    frames: int = 21
+    """Latent frames of the video."""
+    text: TextNeeds | None = None
+    """A text encoder that shares the GPUs with the models; None: it runs elsewhere."""
+    vae: VAENeeds | None = None
+    """The same of a VAE."""
 
     def __post_init__(self) -> None:
-        if self.tokens < 1 or self.experts < 1:
-            raise InputError("a workload has at least one token and one expert")
+        if self.tokens < 1 or self.experts < 1 or self.frames < 1:
+            raise InputError("a workload has at least one token, one expert and one latent frame")
+
+
+class TextPlace(StrEnum):
+    """Where a pool's text encoder lies."""
+
+    FIRST = "first"
+    """On the first GPU, beside the models."""
+    SHARED = "shared"
+    """A part of it on every GPU, beside the models."""
+    IN_TURN = "in turn"
+    """On the first GPU; it and the models make room for each other."""
+    IN_TURN_SHARED = "in turn, shared"
+    """A part of it on every GPU, which even alone does not fit one; it and the models make room for each other."""
+
+    @property
+    def in_turn(self) -> bool:
+        """Whether it does not fit beside the models."""
+        return self in (TextPlace.IN_TURN, TextPlace.IN_TURN_SHARED)
+
+    @property
+    def shared(self) -> bool:
+        """Whether every GPU has a part of it."""
+        return self in (TextPlace.SHARED, TextPlace.IN_TURN_SHARED)
 
 
 @dataclass(frozen=True, slots=True)
@@ -94,6 +126,8 @@ class Plan:
     """The same at the link's rate, none of it hidden behind compute."""
     step_seconds: float | None = None
     """A step, all of the exchange added; None where the rate of the GPUs is not known."""
+    text: TextPlace | None = None
+    """None: there is no text encoder."""
 
     def __str__(self) -> str:
         step = "" if self.step_seconds is None else f" of {self.step_seconds:.1f} s"
@@ -104,41 +138,112 @@ class Plan:
 
 
 def plan(machine: Machine, work: Workload) -> Plan:
-    """The layout with the least to send; weights replicated where they fit, else sharded over as few ranks as fit.
+    """The layout with the least to send; weights replicated where they fit, else sharded over as few ranks as fit. A
+    text encoder and a VAE count: weights are sharded sooner than that these and the models make room for each other
+    in every prompt, and a text encoder is shared by all GPUs sooner than that.
 
     Raises:
-        InputError: the model does not fit, however it is split.
+        InputError: the models do not fit, however they are split; or a part does not even by itself.
     """
-    layouts = list(_layouts(machine.gpus, work))
-    dims = min(layouts, key=lambda dims: (sent_bytes(dims, work), -dims.ulysses))
-    room = machine.memory_gib * USABLE
-    activations = activation_bytes(dims, work) / GIB
-    shard = next(
-        (n for n in _shards(machine) if weight_bytes(work, n) / GIB + activations <= room),
-        None,
-    )
-    if shard is None:
-        least = min(weight_bytes(work, n) for n in _shards(machine)) / GIB
-        raise InputError(
-            f"{work.experts} x {work.spec.task} needs {least + activations:.1f} GiB a GPU when its weights are shared "
-            f"by {max(_shards(machine))} GPUs, and {room:.1f} of {machine.memory_gib:g} GiB can be used: take more "
-            "GPUs, FP8 weights, or a smaller video"
-        )
-    dims = replace(dims, shard=shard)
+    dims = least_sent(machine, work)
+    shard, text = fitting(dims, work, machine)
+    dims, activations = replace(dims, shard=shard), activation_bytes(dims, work) / GIB
     sent = sent_bytes(dims, work)
     exchange = sent / (machine.gbs * 1e9)
     passes = (2 if work.guidance else 1) / dims.cfg
     return Plan(
         dims=dims,
-        reason=f"{_topology_reason(dims, work)} {_weights_reason(dims, work, machine, activations)}",
-        weights_gib=weight_bytes(work, shard) / GIB,
+        reason=" ".join(
+            [
+                _topology_reason(dims, work),
+                _weights_reason(dims, work, machine, activations),
+                *parts_reasons(dims, work, machine, text),
+            ]
+        ),
+        weights_gib=weight_bytes(work, dims.shard) / GIB,
         activations_gib=activations,
         sent_gib=sent / GIB,
         exchange_seconds=exchange,
         step_seconds=None
         if machine.tflops is None
         else passes * forward_flops(work) / dims.sequence / (machine.tflops * 1e12) + exchange,
+        text=text,
     )
+
+
+def least_sent(machine: Machine, work: Workload) -> ParallelDims:
+    """The layout with the least to send, its weights replicated."""
+    return min(_layouts(machine.gpus, work), key=lambda dims: (sent_bytes(dims, work), -dims.ulysses))
+
+
+def fitting(dims: ParallelDims, work: Workload, machine: Machine) -> tuple[int, TextPlace | None]:
+    """Over how few GPUs weights can be sharded in a layout, and where the text encoder goes then.
+
+    Raises:
+        InputError: the models do not fit, however they are split; or a part does not even by itself.
+    """
+    layouts = [replace(dims, shard=number) for number in _shards(machine)]
+    for each in layouts:
+        place = place_text(each, work, machine)
+        beside = place is None or not place.in_turn
+        if beside and lacking_bytes(each, work, machine) <= 0:
+            return each.shard, place
+    alone = replace(work, text=None, vae=None)  # the parts and the models make room for each other
+    for each in layouts:
+        if lacking_bytes(each, alone, machine) <= 0:
+            return each.shard, place_text(each, work, machine)
+    least, room = min(weight_bytes(work, each.shard) for each in layouts) / GIB, machine.memory_gib * USABLE
+    raise InputError(
+        f"{work.experts} x {work.spec.task} needs {least + activation_bytes(dims, work) / GIB:.1f} GiB a GPU when its "
+        f"weights are shared by {layouts[-1].shard} GPUs, and {room:.1f} of {machine.memory_gib:g} GiB can be used: "
+        "take more GPUs, FP8 weights, or a smaller video"
+    )
+
+
+def place_text(dims: ParallelDims, work: Workload, machine: Machine) -> TextPlace | None:
+    """Where the text encoder goes in a layout; None without one.
+
+    Raises:
+        InputError: it, or the VAE, does not fit even by itself.
+    """
+    room, world = machine.memory_gib * USABLE * GIB, dims.world
+    if work.vae is not None and work.vae.weights + vae_working(work, world) > room:
+        raise InputError(
+            f"the VAE needs {(work.vae.weights + vae_working(work, world)) / GIB:.1f} GiB a GPU for this video, one "
+            f"latent frame at a time over {world} GPUs, and {room / GIB:.1f} of {machine.memory_gib:g} GiB can be "
+            "used: set vae_dtype to bf16, take more GPUs or a smaller video, or leave 'vae' unconnected"
+        )
+    if work.text is None:
+        return None
+    for place, ranks in ((TextPlace.FIRST, 1), (TextPlace.SHARED, world)):
+        resting, working = work.text.resting(ranks), work.text.working(ranks)
+        if lacking_bytes(dims, work, machine, working) + resting <= 0:
+            return place
+    for place, ranks in ((TextPlace.IN_TURN, 1), (TextPlace.IN_TURN_SHARED, world)):
+        if work.text.resting(ranks) + work.text.working(ranks) <= room:
+            return place
+    needed = (work.text.resting(world) + work.text.working(world)) / GIB
+    raise InputError(
+        f"the text encoder needs {needed:.1f} GiB a GPU when {world} GPUs share its weights, and {room / GIB:.1f} of "
+        f"{machine.memory_gib:g} GiB can be used: load it in fp8, take more GPUs, or leave 'text_encoder' unconnected"
+    )
+
+
+def vae_working(work: Workload, ranks: int) -> int:
+    """Bytes that the VAE needs on each rank beside its weights; 0 without one."""
+    if work.vae is None:
+        return 0
+    area = work.tokens * math.prod(work.spec.patch_size) // work.frames
+    rows = max(1, math.isqrt(area * 9 // 16))  # 16:9; other shapes of the same area need about as much
+    return work.vae.working(work.frames, rows, -(-area // rows), ranks)
+
+
+def lacking_bytes(dims: ParallelDims, work: Workload, machine: Machine, text_working: int = 0) -> float:
+    """What a GPU lacks for the models, the VAE and whatever runs of them; negative: what it has left. Forwards, prompts
+    and clips run one at a time."""
+    running = max(activation_bytes(dims, work), vae_working(work, dims.world), text_working)
+    resting = weight_bytes(work, dims.shard) + (0 if work.vae is None else work.vae.weights)
+    return resting + running - machine.memory_gib * USABLE * GIB
 
 
 def forward_flops(work: Workload) -> float:
@@ -195,6 +300,28 @@ def activation_bytes(dims: ParallelDims, work: Workload) -> int:
     return samples * (stream + inside + gathered)
 
 
+def parts_reasons(dims: ParallelDims, work: Workload, machine: Machine, text: TextPlace | None) -> Iterator[str]:
+    """One sentence for each part that shares the GPUs with the models."""
+    if work.text is not None and text is not None:
+        size = work.text.weights / GIB
+        share = work.text.resting(dims.world) / GIB
+        words = {
+            TextPlace.FIRST: "fits the first GPU beside them",
+            TextPlace.SHARED: f"does not fit the first GPU beside them: each GPU holds {share:.1f} GiB of it",
+            TextPlace.IN_TURN: "does not fit beside them: for a new prompt it and a model change places",
+            TextPlace.IN_TURN_SHARED: f"does not fit beside them: each GPU holds {share:.1f} GiB of it, for a new "
+            "prompt in the place of a model",
+        }
+        yield f"The text encoder of {size:.1f} GiB {words[text]}."
+    if work.vae is not None:
+        working = vae_working(work, dims.world)
+        fits = lacking_bytes(dims, work, machine) <= 0
+        yield (
+            f"The VAE takes {work.vae.weights / GIB:.1f} GiB on each GPU, and {working / GIB:.1f} GiB or more while it "
+            + ("runs." if fits else "runs, for which a model leaves.")
+        )
+
+
 def _layouts(gpus: int, work: Workload) -> Iterator[ParallelDims]:
     for cfg in (1, 2) if work.guidance and gpus % 2 == 0 else (1,):
         ranks = gpus // cfg
@@ -241,4 +368,11 @@ def _weights_reason(dims: ParallelDims, work: Workload, machine: Machine, activa
     fits = f"{models} in {kind} take {whole:.1f} GiB beside {activations:.1f} GiB of activations"
     if dims.shard == 1:
         return f"{fits} and fit the {machine.memory_gib:g} GiB of a GPU: weights are replicated."
+    alone = replace(work, text=None, vae=None)
+    if lacking_bytes(replace(dims, shard=1), alone, machine) <= 0:
+        parts = " and ".join(["the text encoder"] * (work.text is not None) + ["the VAE"] * (work.vae is not None))
+        return (
+            f"{fits} and do not fit the {machine.memory_gib:g} GiB of a GPU together with {parts}: weights are sharded "
+            f"over {dims.shard}."
+        )
     return f"{fits} and do not fit the {machine.memory_gib:g} GiB of a GPU: weights are sharded over {dims.shard}."

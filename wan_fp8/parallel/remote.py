@@ -23,32 +23,44 @@ from torch import Tensor, nn
 
 from ..attention.core import Attention, attention_cores
 from ..attention.guard import Verdict
-from ..caching import StepCache
-from ..checkpoint.lora import Diff, Entry
+from ..caching import Recording, StepCache
+from ..checkpoint.lora import Entry
 from ..errors import InputError, UnsupportedPatchError
 from ..models.blocks import ForwardOptions
-from ..models.low_rank import LiveLora, LowRankPair
+from ..models.low_rank import LiveLora
 from ..models.specs import ModelSpec, Task
 from ..models.wan import WanModel, class_of
 from ..quant import Recipe
-from . import plain, pools
+from . import changes, plain, pools
 from .dims import ParallelDims
-from .parts import hand_over
-from .plan import Machine, Plan, Workload, activation_bytes, measured_tflops, plan, weight_bytes
+from .needs import TextNeeds, VAENeeds
+from .parts import MAX_PART, PART_BYTES, hand_over
+from .plan import (
+    Machine,
+    Plan,
+    TextPlace,
+    Workload,
+    activation_bytes,
+    fitting,
+    lacking_bytes,
+    least_sent,
+    measured_tflops,
+    place_text,
+    plan,
+    weight_bytes,
+)
 from .source import HandedSource, ModelSource
 from .wire import Json
 
 log = logging.getLogger("wan_fp8")
 
 USUAL_TOKENS = 75_600
-"""1280x720, 81 frames: what a layout is chosen for before a run is known."""
+USUAL_FRAMES = 21
+"""1280x720, 81 frames, and latent ones: what a layout is chosen for before a run is known."""
 NVLINK_FROM = 60.0
 """GB/s between GPUs above which their link is no PCIe."""
 MAX_NAMES = 4096
 """Names of prompts and conditionings of one run."""
-
-Changes = Mapping[str, list[tuple[Entry, float]]]
-"""By parameter: what is merged into it, and how strongly."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -62,18 +74,36 @@ class Topology:
     """``auto``, ``replicate``, ``shard``."""
     experts: int = 1
     """Models that stay in the pool together."""
+    text: TextNeeds | None = None
+    """The text encoder that shares the pool with them."""
+    vae: VAENeeds | None = None
 
     def plan(
-        self, spec: ModelSpec, machine: Machine, tokens: int, *, fp8: bool, guidance: bool
+        self, spec: ModelSpec, machine: Machine, tokens: int, *, fp8: bool, guidance: bool, frames: int = USUAL_FRAMES
     ) -> tuple[ParallelDims, Plan | None]:
-        """The layout, and the plan that it came from where nothing was chosen."""
-        work = Workload(spec=spec, tokens=tokens, experts=self.experts, fp8=fp8, guidance=guidance)
+        """The layout, and the plan that it came from where nothing was chosen.
+
+        Raises:
+            InputError: what was chosen is no layout, or something cannot fit the GPUs.
+        """
+        work = Workload(
+            spec=spec,
+            tokens=tokens,
+            experts=self.experts,
+            fp8=fp8,
+            guidance=guidance,
+            frames=frames,
+            text=self.text,
+            vae=self.vae,
+        )
         inside = machine.gpus_per_host or machine.gpus  # over hosts, weights are whole in each
         given = (self.cfg, self.ulysses, self.ring)
         if given == (None, None, None):
-            made = plan(machine, work)
-            shard = {"auto": made.dims.shard, "replicate": 1, "shard": inside}[self.weights]
-            return dataclasses.replace(made.dims, shard=shard), made if self.weights == "auto" else None
+            if self.weights == "auto":
+                made = plan(machine, work)
+                return made.dims, made
+            dims = least_sent(machine, work)
+            return self._with_shard(dims, work, machine, 1 if self.weights == "replicate" else inside), None
         dims = ParallelDims(cfg=self.cfg or 1, ulysses=self.ulysses or 1, ring=self.ring or 1)
         if dims.world != machine.gpus:
             raise InputError(
@@ -82,8 +112,27 @@ class Topology:
             )
         dims.check(spec)
         if self.weights == "auto":
-            return dataclasses.replace(dims, shard=plan(machine, work).dims.shard), None
-        return dataclasses.replace(dims, shard=1 if self.weights == "replicate" else inside), None
+            return dataclasses.replace(dims, shard=fitting(dims, work, machine)[0]), None
+        return self._with_shard(dims, work, machine, 1 if self.weights == "replicate" else inside), None
+
+    def _with_shard(self, dims: ParallelDims, work: Workload, machine: Machine, shard: int) -> ParallelDims:
+        """What was asked for, unless one model by itself does not fit with it: of several, one may wait outside."""
+        dims = dataclasses.replace(dims, shard=shard)
+        one = dataclasses.replace(work, experts=1, text=None, vae=None)
+        lacking = lacking_bytes(dims, one, machine)
+        if lacking > 0:
+            raise InputError(
+                f"weights '{self.weights}' with {dims} lacks {lacking / 2**30:.1f} GiB on each GPU of "
+                f"{machine.memory_gib:g} GiB for one {work.spec.task} model and this video: choose weights "
+                + ("'auto' or 'shard'" if shard == 1 else "'auto'")
+                + ", an FP8 recipe, more GPUs, or a smaller video"
+            )
+        return dims
+
+    def text_place(self, spec: ModelSpec, machine: Machine, dims: ParallelDims, *, fp8: bool) -> TextPlace | None:
+        """Where the text encoder lies in a layout; None without one."""
+        work = Workload(spec=spec, tokens=USUAL_TOKENS, experts=self.experts, fp8=fp8, text=self.text, vae=self.vae)
+        return place_text(dims, work, machine)
 
 
 @dataclass(slots=True)
@@ -142,9 +191,11 @@ class Remote:
         self.name = uuid.uuid4().hex
         self.poll: Callable[[], None] = _nothing
         self.say: Callable[[str], None] = log.info
-        self.changes: Changes = {}
+        self.changes: changes.Changes = {}
         self.merged = ""
         """Name of ``changes``: others have another one."""
+        self.swaps = False
+        """Whether ``changes`` are others in the middle of a run (LoRAs on one prompt, or scheduled ones)."""
         self.dims: ParallelDims | None = None
         self._names = Names()
         self._dirty = False
@@ -182,11 +233,19 @@ class Remote:
         )
 
     def layout(
-        self, pool: pools.Pool, tokens: int = USUAL_TOKENS, guidance: bool = True
+        self, pool: pools.Pool, tokens: int = USUAL_TOKENS, guidance: bool = True, frames: int = USUAL_FRAMES
     ) -> tuple[ParallelDims, Plan | None]:
-        """How this model is laid out there."""
+        """How this model is laid out there.
+
+        Raises:
+            InputError: what was chosen is no layout, or something cannot fit the GPUs.
+        """
         fp8 = not self.recipe.is_none
-        return self.topology.plan(self.spec, self.machine(pool), tokens, fp8=fp8, guidance=guidance)
+        return self.topology.plan(self.spec, self.machine(pool), tokens, fp8=fp8, guidance=guidance, frames=frames)
+
+    def text_place(self, pool: pools.Pool, dims: ParallelDims) -> TextPlace | None:
+        """Where the text encoder of ``topology`` lies in a layout; None without one."""
+        return self.topology.text_place(self.spec, self.machine(pool), dims, fp8=not self.recipe.is_none)
 
     # ---- requests ----------------------------------------------------------------------------------------------------
 
@@ -199,16 +258,19 @@ class Remote:
         compute: torch.dtype,
         policy: Any,
         tokens: int,
+        record: bool = False,
     ) -> tuple[list[Json], Tensor]:
         """Run one forward in the pool, which gets everything first that it has not got yet.
 
         Args:
             task: Faces, sounds, poses: sent once in a run where ``options.inputs_key`` names them.
+            record: Measure the magnitudes of this run; what every rank measured is in its ``recorded``.
         """
         pool = self.pool()
         pool.connection.notice = self.say
         sparse = options.attention is not None and options.attention.sparsity is not None
-        self._load(pool, tokens, guidance=tensors["x"].shape[0] % 2 == 0, sparse=sparse)
+        guidance, frames = tensors["x"].shape[0] % 2 == 0, tensors["x"].shape[2]
+        self._load(pool, tokens, guidance=guidance, frames=frames, sparse=sparse)
         lora = None if options.lora is None else self._lora(pool, options.lora)
         position = options.position
         if position is not None:
@@ -224,8 +286,9 @@ class Remote:
             "keep": keep,
             "lora": lora,
             "cache": plain.to_plain(policy),
+            "record": record,
             "compute": plain.to_plain(compute),
-            "room": self._room(tokens, guidance=tensors["x"].shape[0] % 2 == 0),
+            "room": self._room(tokens, guidance=guidance),
         }
         self._dirty = True
         began = time.perf_counter()
@@ -284,27 +347,31 @@ class Remote:
         if self._pool is not None and self._pool.alive and self._pool.loaded.pop(self.name, None) is not None:
             self._pool.connection.post("drop", {"models": [self.name]})
 
-    def _load(self, pool: pools.Pool, tokens: int, *, guidance: bool, sparse: bool) -> None:
+    def _load(self, pool: pools.Pool, tokens: int, *, guidance: bool, frames: int, sparse: bool) -> None:
         there = pool.loaded.get(self.name)
-        if there == self.merged:
+        if there is not None:
+            self._check_swaps()
             if not self._dirty and self.dims is not None and self.dims.shard == 1:
-                self._lay_out(pool, tokens, guidance=guidance)  # between runs only: a cache would lose what it keeps
+                # between runs only: a cache would lose what it keeps
+                self._lay_out(pool, tokens, guidance=guidance, frames=frames)
+        if there == self.merged:
             self._check_sparse(sparse)
             return
-        self._sent.clear()
-        listed, tensors = changes_to_plain(self.changes)
-        fields: Json = {"model": self.name, "changes": listed, "merged": self.merged}
-        if there is not None and self.dims is not None and self.dims.shard == 1:
-            pool.connection.request("merge", fields, tensors, poll=self.poll)
-        else:
+        if there is None or self.dims is None or self.dims.shard > 1:
+            self._sent.clear()
             if there is not None:
                 pool.connection.request("drop", {"models": [self.name]}, poll=self.poll)
                 pool.loaded.pop(self.name, None)
-            self.dims, made = self.layout(pool, tokens, guidance)
+            self.dims, made = self.layout(pool, tokens, guidance, frames)
             self._check_sparse(sparse)  # before minutes of reading
+            self._check_swaps()
             self.say(f"{self.source.label}: {self.dims}" if made is None else f"{self.source.label}: {made}")
             work = Workload(spec=self.spec, tokens=tokens, fp8=not self.recipe.is_none)
-            fields |= {
+            listed, tensors = self._first_changes()
+            fields: Json = {
+                "model": self.name,
+                "changes": listed,
+                "merged": self.merged if listed or not self.changes else "",
                 "source": plain.to_plain(self.source),
                 "recipe": plain.to_plain(self.recipe),
                 "scales": self.scales,
@@ -314,7 +381,57 @@ class Remote:
             if self.state is not None:
                 hand_over(pool, self.state(), self.source.label, self.say, self.poll)
             pool.connection.request("load", fields, tensors, poll=self.poll)
+            there = fields["merged"]
+            pool.loaded[self.name] = there
+        if there != self.merged:
+            self._merge(pool)
         pool.loaded[self.name] = self.merged
+
+    def _merge(self, pool: pools.Pool) -> None:
+        """Merge ``changes`` in place of what is merged there, some parameters at a time."""
+        pool.loaded[self.name] = HALF_MERGED
+        part: dict[str, list[tuple[Entry, float]]] = {}
+        more, waiting = False, list(self.changes.items())
+        while waiting or not more:
+            part.clear()
+            size = 0
+            while waiting and size < PART_BYTES and len(part) < MAX_PART:
+                name, entries = waiting.pop()
+                part[name] = entries
+                size += sum(changes.entry_bytes(entry) for entry, _ in entries)
+            listed, tensors = changes.to_plain(part)
+            fields: Json = {"model": self.name, "changes": listed, "merged": self.merged, "more": more}
+            fields["mid_run"] = self.swaps and self._dirty
+            pool.connection.request("merge", fields, tensors, poll=self.poll)
+            more = True
+
+    def _first_changes(self) -> tuple[Json, dict[str, Tensor]]:
+        """What goes along with a model that is loaded: all changes where its weights are sharded, which take none
+        later, or where they are small.
+
+        Raises:
+            InputError: too much for sharded weights.
+        """
+        assert self.dims is not None
+        size = sum(changes.entry_bytes(entry) for entries in self.changes.values() for entry, _ in entries)
+        if self.dims.shard > 1 and size > MOST_AT_ONCE:
+            raise InputError(
+                f"the changes of this MODEL's weights take {size / 2**30:.1f} GiB, and sharded weights take "
+                f"{MOST_AT_ONCE / 2**30:g} GiB at most: save the MODEL with them merged, or choose weights 'replicate'"
+            )
+        return changes.to_plain(self.changes) if self.dims.shard > 1 or size <= PART_BYTES else ({}, {})
+
+    def _check_swaps(self) -> None:
+        """
+        Raises:
+            InputError: sharded weights cannot be changed in the middle of a run.
+        """
+        if self.swaps and self.dims is not None and self.dims.shard > 1:
+            raise InputError(
+                f"LoRA hooks (scheduled, or on one conditioning) swap weights in the middle of a run, and these are "
+                f"sharded over {self.dims.shard} GPUs: choose weights 'replicate' in Wan2.2 Multi-GPU, or load the "
+                "LoRA the ordinary way"
+            )
 
     def _check_sparse(self, sparse: bool) -> None:
         reason = self.dims.sparse_refusal if sparse and self.dims is not None else None
@@ -326,9 +443,9 @@ class Remote:
         assert self.dims is not None
         return activation_bytes(self.dims, Workload(spec=self.spec, tokens=tokens, guidance=guidance))
 
-    def _lay_out(self, pool: pools.Pool, tokens: int, *, guidance: bool) -> None:
+    def _lay_out(self, pool: pools.Pool, tokens: int, *, guidance: bool, frames: int) -> None:
         """Weights that are whole everywhere serve any layout."""
-        dims, made = self.layout(pool, tokens, guidance)
+        dims, made = self.layout(pool, tokens, guidance, frames)
         if dims == self.dims or dims.shard > 1:
             return
         pool.connection.request("layout", {"model": self.name, "dims": plain.to_plain(dims)}, poll=self.poll)
@@ -346,13 +463,17 @@ class Remote:
         for index, term in enumerate(lora.terms):
             pairs = {}
             for name, pair in term.pairs.items():
-                pairs[name] = _pair_to_plain(f"{index}.{name}", pair, tensors)
+                pairs[name] = changes.pair_to_plain(f"{index}.{name}", pair, tensors)
             terms.append({"label": term.label, "strength": term.strength, "pairs": pairs})
         pool.connection.request("lora", {"lora": number, "terms": terms}, tensors, poll=self.poll)
         pool.loras[id(lora)] = (lora, number)
         return number
 
 
+HALF_MERGED = "?"
+"""In place of the name of changes, while only some are merged; no changes have it."""
+MOST_AT_ONCE = 4 * 2**30
+"""Bytes of changes that each GPU takes at once, beside the weights that it reads."""
 MAX_INPUTS = 4
 """Faces, sounds and poses by name that a pool keeps in a run: cond and uncond, twice."""
 MAX_LORAS = 4
@@ -394,7 +515,9 @@ class RemoteWanModel(WanModel):
             tensors["clip_fea"] = clip_fea
         task = {f"task.{name}": value for name, value in task_inputs.items()}
         tokens = x[0, 0].numel() // math.prod(self.spec.patch_size)
-        found, velocity = self.remote.forward(tensors, task, options, compute=compute, policy=policy, tokens=tokens)
+        found, velocity = self.remote.forward(
+            tensors, task, options, compute=compute, policy=policy, tokens=tokens, record=bool(self._recordings())
+        )
         self._report(found, options)
         return velocity.to(x.device)
 
@@ -406,15 +529,18 @@ class RemoteWanModel(WanModel):
     # ---- pieces ------------------------------------------------------------------------------------------------------
 
     def _cache(self) -> StepCache | None:
-        others = [name for name, wrapper in self.stack_wrappers.items() if not isinstance(wrapper, StepCache)]
+        known = (StepCache, Recording)
+        others = [name for name, wrapper in self.stack_wrappers.items() if not isinstance(wrapper, known)]
         if others:
             raise UnsupportedPatchError(
                 f"{', '.join(map(repr, others))} around the blocks of this MODEL cannot run in the pool's processes: "
-                "take "
-                "Wan2.2 Multi-GPU out while a curve is measured"
+                "remove what put it there, or Wan2.2 Multi-GPU"
             )
         caches = [wrapper for wrapper in self.stack_wrappers.values() if isinstance(wrapper, StepCache)]
         return caches[0] if caches else None
+
+    def _recordings(self) -> list[Recording]:
+        return [wrapper for wrapper in self.stack_wrappers.values() if isinstance(wrapper, Recording)]
 
     def _policy(self) -> Any:
         cache = self._cache()
@@ -422,12 +548,14 @@ class RemoteWanModel(WanModel):
 
     def _report(self, found: list[Json], options: ForwardOptions) -> None:
         """Enter here what caches and attention did there, so that whoever reports of a run finds it."""
-        cache = self._cache()
+        cache, dims = self._cache(), self.remote.dims
+        assert dims is not None
+        each = found[:: dims.sequence]  # one rank for each half of guidance
         if cache is not None:
-            dims = self.remote.dims
-            assert dims is not None
-            each = found[:: dims.sequence]  # one rank for each half of guidance
             _enter_cache(cache, [entry["cache"] for entry in each])
+        for recording in self._recordings():
+            for entry in each:
+                recording.enter((sigma, kind, ratio) for sigma, kind, ratio in entry["recorded"])
         setting = options.attention
         if setting is not None and "attention" in found[0]:
             _enter_attention(self, setting, [entry["attention"] for entry in found])
@@ -480,32 +608,6 @@ def _enter_attention(model: nn.Module, setting: Attention, found: list[Json]) ->
     for block, error in worst.items():
         cores[block].answered.setdefault(setting, Counter())
         cores[block].verdicts[setting] = Verdict(error, setting.bound or math.inf)
-
-
-def changes_to_plain(changes: Changes) -> tuple[Json, dict[str, Tensor]]:
-    """Changes as names and tensors, as ``serving`` reads them."""
-    listed: Json = {}
-    tensors: dict[str, Tensor] = {}
-    for parameter, entries in changes.items():
-        for index, (entry, strength) in enumerate(entries):
-            name = f"{index}.{parameter}"
-            if isinstance(entry, Diff):
-                tensors[name] = entry.value
-                one: Json = {"value": name}
-            else:
-                one = _pair_to_plain(name, entry, tensors)
-                for part in ("mid", "dora_scale"):
-                    value = getattr(entry, part)
-                    if value is not None:
-                        tensors[f"{name}.{part}"] = value
-                        one[part] = f"{name}.{part}"
-            listed.setdefault(parameter, []).append(one | {"strength": float(strength)})
-    return listed, tensors
-
-
-def _pair_to_plain(name: str, pair: LowRankPair, tensors: dict[str, Tensor]) -> Json:
-    tensors[f"{name}.down"], tensors[f"{name}.up"] = pair.down, pair.up
-    return {"down": f"{name}.down", "up": f"{name}.up", "alpha": float(pair.factor * pair.down.shape[0])}
 
 
 def _nothing() -> None:

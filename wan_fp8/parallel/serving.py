@@ -20,16 +20,15 @@ from torch import Tensor
 
 from ..attention import Attention, attention_report
 from ..attention.report import sparsity_report
-from ..caching import apply_cache, cache_of
+from ..caching import Recording, apply_cache, cache_of
 from ..checkpoint.live_lora import merge_changes
 from ..checkpoint.load import load_transformer
-from ..checkpoint.lora import Diff, Entry, LowRank
 from ..errors import InputError, WanFP8Error
 from ..models.blocks import ForwardOptions
 from ..models.low_rank import LiveLora, LiveTerm
 from ..models.wan import WanModel, build_model
 from ..quant import Recipe, apply_recipe, load_scales
-from . import plain
+from . import changes, plain
 from .dims import ParallelDims
 from .parallelize import parallelize
 from .serving_parts import Parts
@@ -38,6 +37,8 @@ from .wire import Json
 
 log = logging.getLogger("wan_fp8")
 
+RECORDING = "recording"
+"""Of the wrapper in ``WanModel.stack_wrappers``."""
 ROOM = 1.15
 """Free memory wanted for weights, as a multiple of them."""
 
@@ -98,11 +99,15 @@ class Serving:
     # ---- requests ----------------------------------------------------------------------------------------------------
 
     def _do_load(self, fields: Json, tensors: dict[str, Tensor]) -> Answer:
-        """Read a model under a name; one that has the name already is the same and stays."""
+        """Read a model under a name; one that has the name already stays where it is the same."""
         name, source = fields["model"], plain.from_plain(fields["source"])
         recipe, dims = plain.from_plain(fields["recipe"]), plain.from_plain(fields["dims"])
-        changes, merged = _changes(fields["changes"], tensors), fields["merged"]
+        merges, merged = changes.from_plain(fields["changes"], tensors), fields["merged"]
         evicted: list[str] = []
+        known = self.models.get(name)
+        if known is not None and (known.merged, known.dims) != (merged, dims):  # its caller did not wait for it
+            del self.models[name], known
+            self.free()
         if name not in self.models:
             evicted = self.make_room(fields["bytes"])
             with self.agreed(f"read {source.label}"):
@@ -110,8 +115,8 @@ class Serving:
                 held = Held(self._read(source, recipe, dims), source, recipe, dims)
                 if fields["scales"] is not None:
                     load_scales(held.model, fields["scales"])
-                if changes:
-                    merge_changes(held.model, changes)
+                if merges:
+                    merge_changes(held.model, merges)
                 held.merged = merged
             self.stage(f"laying out {source.label}")
             parallelize(held.model, dims, device_type=self.device.type)
@@ -131,15 +136,17 @@ class Serving:
         return {"evicted": evicted}, {}
 
     def _do_merge(self, fields: Json, tensors: dict[str, Tensor]) -> Answer:
-        """Merge changes into a model's weights, in place of those that were there before."""
+        """Merge changes into a model's weights, in place of those that were there before; ``more``: beside them.
+        ``mid_run``: what a run keeps (caches of steps, maxima) stays."""
         held = self._held(fields)
         with self.agreed("merge LoRAs"):
             self.stage("merging LoRAs")
             if held.dims.shard > 1:
                 raise InputError("sharded weights take no merge: load the model again with the changes")
-            merge_changes(held.model, _changes(fields["changes"], tensors))
+            merge_changes(held.model, changes.from_plain(fields["changes"], tensors), more=fields["more"])
             held.merged = fields["merged"]
-        held.model.begin_run()
+        if not fields["mid_run"]:
+            held.model.begin_run()
         return {}, {}
 
     def _do_layout(self, fields: Json, tensors: dict[str, Tensor]) -> Answer:
@@ -153,7 +160,11 @@ class Serving:
     def _do_lora(self, fields: Json, tensors: dict[str, Tensor]) -> Answer:
         """Keep LoRAs for forwards to name."""
         terms = [
-            LiveTerm(term["label"], term["strength"], {n: _low_rank(p, tensors) for n, p in term["pairs"].items()})
+            LiveTerm(
+                term["label"],
+                term["strength"],
+                {n: changes.pair_from_plain(p, tensors) for n, p in term["pairs"].items()},
+            )
             for term in fields["terms"]
         ]
         self.loras[fields["lora"]] = LiveLora(tuple(terms))
@@ -178,6 +189,7 @@ class Serving:
         cache = cache_of(model)
         if (None if cache is None else cache.policy) != policy:
             apply_cache(model, policy)
+        recording = _recording(model, fields["record"])
         task = {name.removeprefix("task."): value for name, value in tensors.items() if name.startswith("task.")}
         named = fields["inputs_key"]
         if not task and named is not None:
@@ -191,6 +203,8 @@ class Serving:
         cache = cache_of(model)
         if cache is not None:
             found["cache"] = _cache_report(cache.finish())
+        if recording is not None:
+            found["recorded"] = [list(one) for one in recording.take()]
         if isinstance(options.attention, Attention) and not options.attention.is_exact:
             found["attention"] = _attention_found(model, options.attention)
         return found, {"velocity": velocity} if self.rank == 0 else {}
@@ -219,6 +233,7 @@ class Serving:
             if name in self.models:
                 self.models[name].model.begin_run()
                 self.models[name].inputs.clear()
+                _recording(self.models[name].model, wanted=False)
         self.loras = {number: lora for number, lora in self.loras.items() if number in fields["loras"]}
         return {}, {}
 
@@ -344,23 +359,12 @@ def _bytes_of(source: ModelSource) -> int:
     return sum(size for _, size, _ in source.stamp)
 
 
-def _low_rank(listed: Json, tensors: dict[str, Tensor]) -> LowRank:
-    def one(name: str) -> Tensor | None:
-        return None if listed.get(name) is None else tensors[listed[name]]
-
-    down, up = one("down"), one("up")
-    assert down is not None and up is not None
-    return LowRank(down, up, listed.get("alpha"), one("mid"), one("dora_scale"))
-
-
-def _changes(listed: Json, tensors: dict[str, Tensor]) -> dict[str, list[tuple[Entry, float]]]:
-    """Changes by parameter, as ``remote.changes_to_plain`` listed them."""
-    found: dict[str, list[tuple[Entry, float]]] = {}
-    for name, entries in listed.items():
-        for entry in entries:
-            change: Entry = Diff(tensors[entry["value"]]) if "value" in entry else _low_rank(entry, tensors)
-            found.setdefault(name, []).append((change, entry["strength"]))
-    return found
+def _recording(model: WanModel, wanted: bool) -> Recording | None:
+    """What measures a curve around the blocks; it lives as long as a run."""
+    if not wanted:
+        model.stack_wrappers.pop(RECORDING, None)
+        return None
+    return model.stack_wrappers.setdefault(RECORDING, Recording())  # type: ignore[return-value]
 
 
 def _cache_report(report: Any) -> Json:

@@ -10,23 +10,23 @@ from typing import Protocol, TypeVar
 import torch
 import torch.distributed as dist
 from torch import Tensor
+from torch.distributed.device_mesh import DeviceMesh
 
 from ..errors import InputError
 from ..models.text_encoder import TextEncoder, load_text_encoder
-from ..models.vae import LATENT_CHANNELS, WanVAE, load_vae
+from ..models.vae22 import DESIGNS, LOADERS, AnyVAE
 from . import plain
+from .dims import ParallelDims, build_groups
+from .fsdp import shard_encoder
+from .needs import RESULT_COPIES, TextNeeds
 from .source import TextSource, VAESource
-from .vae import GROUP_COPIES, MOST_VALUES, STRIDE, TIME_STRIDE, SplitVAE, values_of_a_frame
+from .vae import GROUP_COPIES, MOST_VALUES, TIME_STRIDE, SplitVAE, values_of_a_frame
 from .wire import Json
 
 log = logging.getLogger("wan_fp8")
 
-RESULT_COPIES = 4
-"""Of the whole result on each GPU while the ranks' rows are put together."""
 SAFE_SHARE = 0.7
 """Of the free memory, that groups of frames may fill: what a kernel takes for itself is not known."""
-WORKING_BYTES = 2**29
-"""Activations of one prompt of 512 tokens through UMT5-XXL."""
 
 Answer = tuple[Json, dict[str, Tensor]]
 Kind = TypeVar("Kind", TextSource, VAESource)
@@ -56,13 +56,14 @@ class Parts:
 
     def __init__(self, rank: Rank) -> None:
         self._rank = rank
-        self._vae: tuple[VAESource, WanVAE] | None = None
-        self._encoder: tuple[TextSource, TextEncoder] | None = None
-        """On rank 0 only."""
+        self._vae: tuple[VAESource, AnyVAE] | None = None
+        self._encoder: tuple[tuple[TextSource, bool], TextEncoder] | None = None
+        """And whether it is sharded; if not, it is on rank 0 only."""
 
     def labels(self) -> list[str]:
         """What is held, by name."""
-        return [held[0].label for held in (self._encoder, self._vae) if held is not None]
+        sources = [held[0][0] for held in [self._encoder] if held] + [held[0] for held in [self._vae] if held]
+        return [source.label for source in sources]
 
     def drop(self, *, vae: bool) -> None:
         """Forget the text encoder, which is large; ``vae``: the other one too."""
@@ -74,7 +75,7 @@ class Parts:
         """Let the text encoder go where ``wanted`` bytes would not fit beside it; it is read again for the next
         prompt that is new."""
         if self._encoder is not None and self._rank.free_bytes() < wanted:
-            log.info("%s leaves the GPU for a model", self._encoder[0].label)
+            log.info("%s leaves the GPU for a model", self._encoder[0][0].label)
             self._encoder = None
             self._rank.free()
 
@@ -89,16 +90,16 @@ class Parts:
 
         Raises:
             InputError: no clip.
-            CheckpointError: the file is no Wan2.1 VAE.
+            CheckpointError: the file is no Wan VAE, or the one of the other design.
         """
         source, what, x, me = _source(fields, VAESource), fields["do"], tensors["x"], self._rank
-        rows, columns, values = _checked(what, x)
+        rows, columns, values = _checked(source, what, x)
         evicted = [] if self._has(source) else self._read_vae(source)
         assert self._vae is not None
         vae = self._vae[1]
         shared = rows >= me.world
-        mine = STRIDE * (-(-rows // me.world) if shared else rows)
-        one = values_of_a_frame(vae, 1, mine, STRIDE * columns)
+        mine = vae.stride * (-(-rows // me.world) if shared else rows)
+        one = values_of_a_frame(vae.widest, 1, mine, vae.stride * columns)
         size, whole = x.element_size(), RESULT_COPIES * values * x.element_size()
         self._give_back()  # what forwards left, in pieces of other sizes
         evicted += me.make_room(GROUP_COPIES * one * size + whole)
@@ -115,25 +116,38 @@ class Parts:
         return {"evicted": evicted}, found
 
     def run_text(self, fields: Json) -> Answer:
-        """Encode one prompt on rank 0.
+        """Encode one prompt on rank 0, or on all ranks where its weights are sharded over them.
 
         Raises:
             CheckpointError: the file holds no usable text encoder, or came without a tokenizer.
         """
         source, me = _source(fields, TextSource), self._rank
-        evicted: list[str] = []
-        if self._somebody(me.rank == 0 and (self._encoder is None or self._encoder[0] != source)):
+        sharded = bool(fields["sharded"]) and me.world > 1
+        mine, evicted = sharded or me.rank == 0, []
+        if self._somebody(mine and (self._encoder is None or self._encoder[0] != (source, sharded))):
             self._encoder = None
             me.free()
-            evicted = me.make_room(sum(size for _, size, _ in source.stamp) + WORKING_BYTES)
+            needs, ranks = TextNeeds.of(source), me.world if sharded else 1
+            evicted = me.make_room(needs.resting(ranks) + needs.working(ranks))
+            weights = None
+            if sharded:
+                with torch.inference_mode(False):  # models with this layout share the groups, and are read outside it
+                    weights = build_groups(ParallelDims(ring=me.world, shard=me.world), me.device.type).weights
+            with me.agreed(f"read {source.label}"):
+                if mine:
+                    self._read_encoder(source, weights)
         rows, lost = None, 0
         with me.agreed("encode a prompt"):
-            if me.rank == 0:
-                encoder = self._read_encoder(source)
+            if mine:
+                assert self._encoder is not None
+                encoder = self._encoder[1]
                 me.stage("encoding a prompt")
                 prompt = encoder.tokenize(fields["text"])
-                rows, lost = encoder.encode_prompt(prompt), prompt.lost_tokens
-        return {"evicted": evicted, "lost": lost}, {} if rows is None else {"rows": rows}
+                if not sharded:
+                    rows, lost = encoder.encode_prompt(prompt), prompt.lost_tokens
+        if sharded:  # collectives are inside: not while ranks may still part
+            rows, lost = encoder.encode_prompt(prompt), prompt.lost_tokens
+        return {"evicted": evicted, "lost": lost}, {"rows": rows} if rows is not None and me.rank == 0 else {}
 
     # ---- pieces ------------------------------------------------------------------------------------------------------
 
@@ -148,19 +162,22 @@ class Parts:
             me.stage(f"reading {source.label}")
             if source.handed:
                 state, me.handed = me.handed, {}
-                vae = load_vae(state, source.dtype, me.device)
+                vae = LOADERS[source.version](state, source.dtype, me.device)
             else:
-                vae = load_vae(source.path, source.dtype, me.device)
+                vae = LOADERS[source.version](source.path, source.dtype, me.device)
         self._vae = source, vae  # now that every rank has read it
         return evicted
 
-    def _read_encoder(self, source: TextSource) -> TextEncoder:
-        if self._encoder is None:
-            me = self._rank
-            me.stage(f"reading {source.label}")
-            encoder = load_text_encoder(source.path, source.dtype, me.device, source.tokenizer)
-            self._encoder = source, encoder
-        return self._encoder[1]
+    def _read_encoder(self, source: TextSource, weights: DeviceMesh | None) -> None:
+        """With ``weights``, through host memory: no GPU ever holds more of it than its part and one block."""
+        me = self._rank
+        me.stage(f"reading {source.label}")
+        place = me.device if weights is None else "cpu"
+        with torch.inference_mode(weights is None):  # FSDP keeps views that no inference tensor may have
+            encoder = load_text_encoder(source.path, source.dtype, place, source.tokenizer)
+            if weights is not None:
+                shard_encoder(encoder.model, weights, me.device)
+        self._encoder = (source, weights is not None), encoder
 
     def _give_back(self) -> None:
         """Of the GPU's memory, what no tensor is in."""
@@ -192,21 +209,24 @@ def _source(fields: Json, kind: type[Kind]) -> Kind:
     return source
 
 
-def _checked(what: str, x: Tensor) -> tuple[int, int, int]:
+def _checked(source: VAESource, what: str, x: Tensor) -> tuple[int, int, int]:
     """Latent rows and columns, and the values of the whole result or input, whichever has more.
 
     Raises:
-        InputError: no clip.
+        InputError: no design of that name, or no clip of its.
     """
-    shape = tuple(x.shape)
+    design, shape = DESIGNS.get(source.version), tuple(x.shape)
+    if design is None:
+        raise InputError(f"the design of a VAE is one of {', '.join(DESIGNS)}; got {source.version!r}")
+    stride = design.stride
     fits = len(shape) == 5 and shape[0] == 1 and 0 not in shape and x.is_floating_point()
-    if what == "decode" and fits and shape[1] == LATENT_CHANNELS:
+    if what == "decode" and fits and shape[1] == design.channels:
         _, _, frames, rows, columns = shape
-        return rows, columns, 3 * (TIME_STRIDE * (frames - 1) + 1) * rows * columns * STRIDE**2
-    whole = fits and shape[1] == 3 and (shape[2] - 1) % TIME_STRIDE == shape[3] % STRIDE == shape[4] % STRIDE == 0
+        return rows, columns, 3 * (TIME_STRIDE * (frames - 1) + 1) * rows * columns * stride**2
+    whole = fits and shape[1] == 3 and (shape[2] - 1) % TIME_STRIDE == shape[3] % stride == shape[4] % stride == 0
     if what == "encode" and whole:
-        return shape[3] // STRIDE, shape[4] // STRIDE, x.numel()
+        return shape[3] // stride, shape[4] // stride, x.numel()
     raise InputError(
-        f"a pool's VAE takes one clip, 16 x F x H x W to decode or 3 x (4n + 1) x 8H x 8W to encode; asked to "
-        f"{str(what)[:20]} {shape} of {x.dtype}"
+        f"a pool's Wan{source.version} VAE takes one clip, {design.channels} x F x H x W to decode or 3 x (4n + 1) x "
+        f"{stride}H x {stride}W to encode; asked to {str(what)[:20]} {shape} of {x.dtype}"
     )

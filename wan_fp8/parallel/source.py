@@ -51,7 +51,7 @@ class HandedSource:
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class VAESource:
-    """A Wan2.1 VAE on a disk that every worker can read, or one that the caller has in memory and hands over."""
+    """A Wan VAE on a disk that every worker can read, or one that the caller has in memory and hands over."""
 
     path: str = ""
     handed: str = ""
@@ -59,12 +59,14 @@ class VAESource:
     dtype: torch.dtype = torch.float32
     """What it is kept and computed in."""
     stamp: tuple[tuple[str, int, int], ...] = ()
+    version: str = "2.1"
+    """Its design, ``2.1`` or ``2.2``."""
 
     @classmethod
-    def of(cls, path: str | Path, dtype: torch.dtype = torch.float32) -> VAESource:
+    def of(cls, path: str | Path, dtype: torch.dtype = torch.float32, version: str = "2.1") -> VAESource:
         """The file or folder as it lies there now."""
         whole = os.path.abspath(path)
-        return cls(path=whole, dtype=dtype, stamp=_stamp(Path(whole)))
+        return cls(path=whole, dtype=dtype, stamp=_stamp(Path(whole)), version=version)
 
     @property
     def label(self) -> str:

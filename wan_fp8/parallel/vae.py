@@ -1,4 +1,4 @@
-"""The Wan2.1 VAE over several ranks: each has some rows of every frame, and all of them the same numbers as one.
+"""A VAE of either design over several ranks: each has some rows of every frame, all together the same numbers as one.
 
 A convolution reads one row beyond a rank's own; neighbours hand each other that row, and nothing else is sent but the
 keys and values of the one attention in the middle and, at the end, the result. Frames go through in groups, with the
@@ -19,11 +19,10 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from ..errors import InputError
-from ..models.vae import Conv, Down, FrameAttention, Residual, Up, WanVAE
+from ..models.vae import Conv, Down, FrameAttention, Residual, Up
+from ..models.vae22 import AnyVAE, DownLevel, UpLevel, average_blocks, fold_patches, repeat_blocks, unfold_patches
 from .exchange import gather
 
-STRIDE = 8
-"""Pixel rows to a latent row."""
 TIME_STRIDE = 4
 MOST_VALUES = 2**31
 """Of one activation: convolution kernels count in 32 bits."""
@@ -35,7 +34,7 @@ before, output, shortcut, and a kernel's own."""
 class SplitVAE:
     """Encodes and decodes with the weights of ``vae``, which every rank has."""
 
-    def __init__(self, vae: WanVAE, group: dist.ProcessGroup | None = None, most_values: int | None = None) -> None:
+    def __init__(self, vae: AnyVAE, group: dist.ProcessGroup | None = None, most_values: int | None = None) -> None:
         """
         Args:
             group: The ranks that share the rows; None: this one alone.
@@ -52,26 +51,25 @@ class SplitVAE:
         """Whether the group of frames that is running is the clip's first."""
 
     def encode(self, video_BCTHW: Tensor) -> Tensor:
-        """``WanVAE.encode`` of the whole clip, given to and returned on every rank.
+        """``AutoEncoder.encode`` of the whole clip, given to and returned on every rank.
 
         Raises:
             InputError: fewer latent rows than ranks.
         """
-        mine = self._rows(video_BCTHW.shape[3] // STRIDE, STRIDE)
+        stride = self.vae.stride
+        mine = self._rows(video_BCTHW.shape[3] // stride, stride)
         x = video_BCTHW[:, :, :, mine].permute(0, 2, 3, 4, 1)
         encoder = self.vae.encoder
 
         def run(frames: Tensor) -> Tensor:
-            y = self._head(
-                encoder.head, self._run(encoder.middle, self._run(encoder.downsamples, frames, encoder.conv1))
-            )
-            return self._conv(self.vae.conv1, y)
+            y = self._run(encoder.downsamples, self._folded(frames), encoder.conv1)
+            return self._conv(self.vae.conv1, self._head(encoder.head, self._run(encoder.middle, y)))
 
         moments = self._in_groups(x, TIME_STRIDE * self._group_length(x, 1), run)
-        return self._whole(moments, video_BCTHW.shape[3] // STRIDE, 1).permute(0, 4, 1, 2, 3).chunk(2, dim=1)[0]
+        return self._whole(moments, video_BCTHW.shape[3] // stride, 1).permute(0, 4, 1, 2, 3).chunk(2, dim=1)[0]
 
     def decode(self, latents_BCFHW: Tensor) -> Tensor:
-        """``WanVAE.decode`` of the whole clip, given to and returned on every rank.
+        """``AutoEncoder.decode`` of the whole clip, given to and returned on every rank.
 
         Raises:
             InputError: fewer latent rows than ranks.
@@ -82,10 +80,11 @@ class SplitVAE:
 
         def run(frames: Tensor) -> Tensor:
             x = self._run(decoder.middle, self._conv(self.vae.conv2, frames), decoder.conv1)
-            return self._head(decoder.head, self._run(decoder.upsamples, x))
+            y = self._head(decoder.head, self._run(decoder.upsamples, x))
+            return y if self.vae.patch == 1 else unfold_patches(y)
 
-        pixels = self._in_groups(z, self._group_length(z, STRIDE), run)
-        return self._whole(pixels, latents_BCFHW.shape[3], STRIDE).permute(0, 4, 1, 2, 3)
+        pixels = self._in_groups(z, self._group_length(z, self.vae.stride), run)
+        return self._whole(pixels, latents_BCFHW.shape[3], self.vae.stride).permute(0, 4, 1, 2, 3)
 
     # ---- frames ------------------------------------------------------------------------------------------------------
 
@@ -104,8 +103,8 @@ class SplitVAE:
         """Latent frames that go through together: as many as the rank with most rows can take, for all must take the
         same."""
         batch, _, _, columns, _ = x.shape
-        rows = STRIDE * max(self._counts(self._total))
-        one = values_of_a_frame(self.vae, batch, rows, columns * scale)
+        rows = self.vae.stride * max(self._counts(self._total))
+        one = values_of_a_frame(self.vae.widest, batch, rows, columns * scale)
         return max(1, min(MOST_VALUES, self.most_values or MOST_VALUES) // one)
 
     # ---- modules -----------------------------------------------------------------------------------------------------
@@ -123,8 +122,16 @@ class SplitVAE:
             return self._attention(module, x)
         if isinstance(module, Down):
             return self._down(module, x)
+        if isinstance(module, DownLevel):
+            return self._run(module.downsamples, x) + average_blocks(x, module.out_channels, module.time, module.space)
+        if isinstance(module, UpLevel):
+            y = self._run(module.upsamples, x)
+            return y if module.last else y + repeat_blocks(x, module.out_channels, module.time, 2, first=self._first)
         assert isinstance(module, Up), type(module)
         return self._up(module, x)
+
+    def _folded(self, frames: Tensor) -> Tensor:
+        return frames if self.vae.patch == 1 else fold_patches(frames)
 
     def _residual(self, module: Residual, x: Tensor) -> Tensor:
         parts, shortcut = module.residual, module.shortcut
@@ -225,13 +232,14 @@ class SplitVAE:
         return torch.cat([top, x, bottom] if above else [x, bottom], dim=2)
 
 
-def values_of_a_frame(vae: WanVAE, batch: int, rows: int, columns: int) -> int:
-    """Of one latent frame's widest activation, three taps of ``dim`` channels on its four pixel frames.
+def values_of_a_frame(widest: int, batch: int, rows: int, columns: int) -> int:
+    """Of one latent frame's widest activation, on its four pixel frames.
 
     Args:
+        widest: ``AutoEncoder.widest``.
         rows, columns: Pixels that one rank has.
     """
-    return batch * TIME_STRIDE * rows * columns * 3 * vae.spec.dim
+    return batch * TIME_STRIDE * rows * columns * widest
 
 
 def _convolve(conv: Conv, taps: list[Tensor]) -> Tensor:

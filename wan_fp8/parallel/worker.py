@@ -127,6 +127,7 @@ def _one(links: Hub | Member, serving: Serving, message: Message) -> None:
     found: Json = {}
     out: dict[str, Tensor] = {}
     error: Json | None = None
+    links.stage(f"taking a request to {message.kind}")
     try:
         if isinstance(links, Hub):
             listed = [_listed(name, value) for name, value in message.tensors.items()]
