@@ -6,6 +6,7 @@ import datetime
 import json
 import os
 import platform
+import shlex
 import statistics
 import sys
 import time
@@ -71,7 +72,7 @@ def write_results(path: str | Path, rows: list[dict[str, Any]], device: str = "c
         [
             f"torchrun --nproc-per-node {ranks}" if ranks > 1 else "python",
             Path(sys.argv[0]).resolve().relative_to(ROOT).as_posix(),
-            *arguments,
+            *map(shlex.quote, arguments),
         ]
     )
     result = {

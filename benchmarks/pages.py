@@ -3,8 +3,8 @@
     python benchmarks/pages.py
 
 Writes ``docs/benchmarks.md``, the plots beside it (SVG, readable on light and dark pages) and the tables between
-``<!-- begin NAME -->`` and ``<!-- end NAME -->`` of ``docs/choosing.md`` and ``docs/memory.md``. A test compares what
-is there with what this would write. The tables of memory need torch; nothing else does.
+``<!-- begin NAME -->`` and ``<!-- end NAME -->`` of ``choosing.md``, ``memory.md`` and ``quality.md`` there. A test
+compares what is there with what this would write. The tables of memory need torch; nothing else does.
 """
 
 from __future__ import annotations
@@ -249,6 +249,34 @@ says so where the feature is described.
 """
 
 
+def quality() -> str:
+    """What each setting does to the shipped checkpoint's videos: mean, and worst in brackets."""
+    result = load("quality_t2v-tiny_cpu.json")
+
+    def both(row: dict[str, Any], score: str, digits: int) -> str:
+        return f"{row[score]['mean']:.{digits}f} ({row[score]['worst']:.{digits}f})"
+
+    rows = [
+        [
+            f"`{row['setting']}`",
+            both(row, "psnr_db", 1),
+            both(row, "ssim", 3),
+            both(row, "latent_psnr_db", 1),
+            both(row, "worst_step_error", 2),
+            f"{row['passes_computed']:.0f} of {row['passes']}",
+        ]
+        for row in result["rows"]
+    ]
+    head = ["setting", "PSNR, dB", "SSIM", "of latents, dB", "largest error of a step", "passes computed"]
+    first = result["rows"][0]
+    facts = (
+        f"{first['model']}, {first['size']}, {first['frames']} frames, {first['steps']} steps with guidance, "
+        f"{len(first['videos'])} seeds, against {first['reference']}; mean and, in brackets, worst. On a CPU with "
+        f"PyTorch {result['versions']['torch']}, {result['date']}:\n\n```\n{result['command']}\n```\n\n"
+    )
+    return facts + table(head, rows)
+
+
 def filled(page: str, blocks: dict[str, str]) -> str:
     """A page with the text between its marks replaced.
 
@@ -267,7 +295,7 @@ def pages() -> dict[Path, str]:
     """Every file that this script writes, with its content."""
     made = {DOCS / "images" / name: text for name, text in plots().items()}
     made[DOCS / "benchmarks.md"] = benchmarks_page()
-    for name, block in (("choosing", choosing), ("memory", memory)):
+    for name, block in (("choosing", choosing), ("memory", memory), ("quality", quality)):
         path = DOCS / f"{name}.md"
         made[path] = filled(path.read_text(encoding="utf-8"), {name: block()})
     return made

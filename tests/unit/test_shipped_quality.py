@@ -15,8 +15,10 @@ PACK = Path(__file__).resolve().parents[2]
 CHECKPOINT = PACK / "checkpoints" / "Wan2.2-T2V-A14B-tiny"
 TABLE = PACK / "benchmarks" / "results" / "quality_t2v-tiny_cpu.json"
 SEEDS = range(2)
-FACTOR, MEAN = 32, 64.0
-MISTAKES = {"scale": "rowwise:reference", "means": "reference-fp8/0-0-0-0", "cache": "E012K2R20"}
+FACTOR = 32
+MISTAKES = {"scale": "rowwise:reference", "cache": "E012K2R20"}
+"""Missing mean removal costs this checkpoint 0.4 dB, less than its seeds differ: its values have hardly a mean. It is
+found on one whose values have (``test_quality_table.py``)."""
 
 
 @pytest.fixture(scope="module")
@@ -26,11 +28,10 @@ def table():
 
 @pytest.fixture(scope="module")
 def in_other_units(tmp_path_factory):
-    """The shipped checkpoint, the same function of its inputs, with weights that need a scale and values with a mean.
+    """The shipped checkpoint, the same function of its inputs, with weights that need a scale.
 
-    As it comes it needs neither: its weights lie within e4m3's own range. Queries and keys are normalised, so that
-    their size is free; what values are divided by, and a constant that all of them have, the output projection takes
-    back. Powers of two change no digit.
+    As it comes they need none: they lie within e4m3's own range. Queries and keys are normalised, so that their size is
+    free; what values are divided by, the output projection takes back. Powers of two change no digit.
     """
     folder = tmp_path_factory.mktemp("quality") / CHECKPOINT.name
     shutil.copytree(CHECKPOINT, folder)
@@ -38,11 +39,6 @@ def in_other_units(tmp_path_factory):
         weights = load_file(path)
         for name in [name for name in weights if name.endswith("_attn.o.weight")]:
             layer = name.removesuffix("o.weight")
-            if layer.endswith("self_attn."):
-                values = weights[f"{layer}v.bias"]
-                constant = torch.full_like(values, MEAN * float(weights[f"{layer}v.weight"].float().std()))
-                weights[f"{layer}v.bias"] = values + constant
-                weights[f"{layer}o.bias"] -= (weights[name].float() @ constant.float()).to(values.dtype)
             weights[name] *= FACTOR
             for part in "qkv":
                 weights[f"{layer}{part}.weight"] /= FACTOR
@@ -69,9 +65,9 @@ def run(bench, table, in_other_units):  # noqa: F811
 
 
 def test_nothing_got_worse(bench, run, table):  # noqa: F811
-    found = run(list(MISTAKES.values()))
+    found = run([*MISTAKES.values(), "reference-fp8/0-0-0-0"])
     assert bench[1].worse(found, table["rows"]) == []
-    assert found[-1]["passes_computed"] < found[-1]["passes"]
+    assert found[1]["passes_computed"] < found[1]["passes"]
 
 
 @pytest.mark.parametrize("mistake", MISTAKES)
