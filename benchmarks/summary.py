@@ -25,6 +25,8 @@ PLAIN = {
     "fused_kernels": (None, "auto"),
 }
 """Values that a row has to have, where it says anything of them."""
+NEEDED = {"forward_s", "peak_gib", "weights_gib"}
+"""What an entry is made of; rows of Animate and S2V tell of segments and have no such thing."""
 
 
 def entries() -> list[dict[str, Any]]:
@@ -33,7 +35,7 @@ def entries() -> list[dict[str, Any]]:
     results = {path: json.loads(path.read_text(encoding="utf-8")) for path in sorted(RESULTS.glob("dit_*.json"))}
     for path, result in sorted(results.items(), key=lambda item: (item[1]["date"], len(item[1]["rows"]))):
         for row in result["rows"]:
-            if "forward_s" not in row or any(row.get(name) not in allowed for name, allowed in PLAIN.items()):
+            if not row.keys() >= NEEDED or any(row.get(name) not in allowed for name, allowed in PLAIN.items()):
                 continue
             entry = {
                 "device": result["device"],
