@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -72,11 +72,21 @@ def relative(ours: Tensor, theirs: Tensor) -> float:
     return float((ours.double() - theirs.double()).norm() / theirs.double().norm())
 
 
-def eventually(condition: Callable[[], bool], what: str, seconds: float = 10.0) -> None:
+def eventually(condition: Callable[[], bool], what: str, seconds: float = 10.0, pids: Sequence[int] = ()) -> None:
+    """Wait; after ``seconds`` fail and say what these processes are at."""
     deadline = time.monotonic() + seconds
     while not condition():
-        assert time.monotonic() < deadline, what
+        assert time.monotonic() < deadline, "\n".join([what, *map(_described, pids)])
         time.sleep(0.02)
+
+
+def _described(pid: int) -> str:
+    try:
+        lines = Path(f"/proc/{pid}/status").read_text().splitlines()
+        tasks = [f"{task.name} {(task / 'wchan').read_text()}" for task in Path(f"/proc/{pid}/task").iterdir()]
+    except OSError as error:
+        return f"{pid}: {error}"
+    return f"{pid}: {[line for line in lines if line.startswith(('State', 'PPid', 'Sig', 'Thr'))]} waits: {tasks}"
 
 
 def alive(pid: int) -> bool:
