@@ -1,0 +1,52 @@
+"""Figures of quality in ``docs/magcache.md`` and ``docs/sparse.md`` against the results that they name."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+PACK = Path(__file__).resolve().parents[2]
+
+
+def rows(name: str) -> list[dict[str, Any]]:
+    found: list[dict[str, Any]] = json.loads((PACK / "benchmarks" / "results" / name).read_text())["rows"]
+    return found
+
+
+def test_step_caching() -> None:
+    page = (PACK / "docs" / "magcache.md").read_text(encoding="utf-8")
+    found = rows("cache_quality_t2v-tiny_cpu.json")
+    assert f"all {len(found)} settings there" in page
+    for cache, threshold, skips in (
+        ("MagCache", 0.12, 2), ("MagCache", 0.06, 2), ("EasyCache", 0.24, 2), ("EasyCache", 0.03, 2),
+        ("MagCache", 0.48, 4),
+    ):  # fmt: skip
+        by_reuse = {
+            row["reuse"]: row
+            for row in found
+            if (row["cache"], row["threshold"], row["max_skips"], row["phase"] or "in_phase")
+            == (cache, threshold, skips, "in_phase")
+        }
+        keep, linear = by_reuse["keep"], by_reuse["linear"]
+        line = (
+            f"| `{cache.lower()}` {threshold}, {skips} | {keep['passes_computed']:.0f} | {keep['psnr_db']:.1f} dB "
+            f"| {linear['psnr_db']:.1f} dB |"
+        )
+        assert line in page, line
+
+
+def test_sparse_attention() -> None:
+    page = (PACK / "docs" / "sparse.md").read_text(encoding="utf-8")
+    found = {row["setting"]: row for row in rows("sparse_quality_t2v-tiny_cpu.json")}
+    assert f"all {len(found)} rows there" in page
+    names = {
+        "safe": "preset `safe`", "balanced": "preset `balanced`", "fast": "preset `fast`",
+        "coverage 0.97": "`coverage` 0.97", "coverage 0.9": "`coverage` 0.9", "density 0.45": "`density` 0.45",
+        "chance 0.45": "45 % by chance",
+        "window 0.45": "`window` 0.45",
+    }  # fmt: skip
+    for name, shown in names.items():
+        row = found[name]
+        line = f"| {shown} | {row['sparsity']:.0%} | {row['dropped']:.1%} | {row['psnr_db']['mean']:.1f} dB |"
+        assert line.replace("%", " %") in page, line
