@@ -43,7 +43,7 @@ def test_sparse_attention() -> None:
     names = {
         "safe": "preset `safe`", "balanced": "preset `balanced`", "fast": "preset `fast`",
         "coverage 0.97": "`coverage` 0.97", "coverage 0.9": "`coverage` 0.9", "density 0.45": "`density` 0.45",
-        "chance 0.45": "45 % by chance",
+        "chance 0.45": "45% by chance",
         "window 0.45": "`window` 0.45",
     }  # fmt: skip
     for name, shown in names.items():
