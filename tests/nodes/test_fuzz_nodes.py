@@ -13,30 +13,20 @@ from typing import Any
 import nodes_kit
 import pytest
 from comfy_fixtures import PACK
+from fuzz_kit import cases
 from headless.convert import to_prompt
 from headless.errors import WorkflowError
-from hypothesis import HealthCheck, given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 
 pytestmark = pytest.mark.usefixtures("comfy_core")
 
-TIMES = int(os.environ.get("WAN_FP8_FUZZ", "1"))
 NAMES = st.lists(
     st.sampled_from(
         ["..", ".", "/", "\\", "a", "wan", " ", "\0", "C:", "~", "a" * 300, ".safetensors", "é", "\n", "%2e"]
     ),
     max_size=6,
 ).map("".join) | st.text(max_size=40)
-
-
-def cases(count: int) -> settings:
-    return settings(
-        max_examples=count * TIMES,
-        deadline=20_000,
-        derandomize=TIMES == 1,
-        database=None,
-        suppress_health_check=[HealthCheck.function_scoped_fixture, HealthCheck.too_slow],
-    )
 
 
 @pytest.fixture(scope="module")

@@ -1,4 +1,4 @@
-"""Figures of quality in ``docs/magcache.md`` and ``docs/sparse.md`` against the results that they name."""
+"""Figures of quality in ``docs/magcache.md``, ``docs/sparse.md`` and the README against the results that they name."""
 
 from __future__ import annotations
 
@@ -50,3 +50,20 @@ def test_sparse_attention() -> None:
         row = found[name]
         line = f"| {shown} | {row['sparsity']:.0%} | {row['dropped']:.1%} | {row['psnr_db']['mean']:.1f} dB |"
         assert line.replace("%", " %") in page, line
+
+
+def test_the_readme() -> None:
+    page = (PACK / "README.md").read_text(encoding="utf-8")
+    found = {row["setting"]: row["psnr_db"] for row in rows("quality_t2v-tiny_cpu.json")}
+    shown = {
+        "bf16 {} dB PSNR": "none",
+        "`rowwise` {}": "rowwise:reference",
+        "FP8 attention in its window {}": "reference-fp8",
+        "MagCache `E012K2R20` with half of the passes {}": "E012K2R20",
+        "all three {}": "rowwise:reference+reference-fp8+E012K2R20",
+    }  # fmt: skip
+    for text, setting in shown.items():
+        score = found[setting]
+        assert text.format(f"{score['mean']:.0f} ({score['worst']:.0f})") in page, (text, score)
+    sparse = {row["sparsity"]: row["layer_ms"] for row in rows("dit_i2v-a14b_1280x720_sparse_h200.json")}
+    assert f"from {sparse[None]:.0f} to {sparse[0.5]:.0f} ms on one H200" in page

@@ -8,7 +8,7 @@ import platform
 import shutil
 import sys
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
@@ -251,12 +251,10 @@ def run_expert(run: Run, name: str, budget: Budget, pool: LatentPool) -> None:
         state=run.state(name),
     )  # fmt: skip
     for task in run.pair:
-        package.write_weights(run.out / package.expert_file(task, name), as_task(weights, task))
+        package.write_weights(
+            run.out / package.expert_file(task, name), without_image(weights) if task == "t2v" else weights
+        )
     run.note(name, log, began, batch=run.batch, rate=stage.rate, noise_levels=[low, high], image=image)
-
-
-def as_task(weights: Mapping[str, torch.Tensor], task: str) -> Mapping[str, torch.Tensor]:
-    return without_image(weights) if task == "t2v" else weights
 
 
 def run_ti2v(run: Run, budget: Budget, pool: LatentPool) -> None:
