@@ -20,7 +20,7 @@ from torch import Tensor
 
 from wan_fp8.attention import ATTENTION, AttentionCore
 from wan_fp8.attention.core import register_backends
-from wan_fp8.kernels import attention_cast, low_rank, quantize, residual_norm, rms_rope
+from wan_fp8.kernels import attention_cast, low_rank, parts, quantize, residual_norm, rms_rope
 from wan_fp8.kernels.residual_norm import NormTable
 from wan_fp8.models import functional as wan
 
@@ -114,6 +114,16 @@ def fused_kernels(bandwidth: float) -> list[dict]:
             lambda t=turn: rms_rope.fused_(q, gain, t, head_dim=128, eps=1e-6),
             lambda t=turn: rms_rope.eager(q, gain, t, head_dim=128, eps=1e-6),
             4 * one,
+        )
+    for name, move, given in (
+        ("heads to 2 ranks", parts.cut, (q, 2)),
+        ("heads back from 2 ranks", parts.join, (q.view(1, 2, TOKENS, DIM // 2),)),
+    ):
+        row(
+            name,
+            lambda m=move, g=given: m(*g, head_dim=128, fused=True),
+            lambda m=move, g=given: m(*g, head_dim=128, fused=False),
+            2 * one,
         )
     qkv = [random(1, TOKENS, HEADS, 128, seed=5 + i) for i in range(3)]
     row(

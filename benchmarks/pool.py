@@ -210,7 +210,7 @@ def echo_seconds(model: RemoteWanModel, inputs: Inputs, runs: int) -> float:
     seconds = []
     for _ in range(runs):
         began = time.perf_counter()
-        connection.request("echo", {}, tensors, poll=lambda: None)
+        connection.request("echo", {"channels": model.spec.out_dim}, tensors, poll=lambda: None)
         seconds.append(time.perf_counter() - began)
     return statistics.median(seconds)
 

@@ -42,8 +42,9 @@ from wan_fp8.parallel.source import TextSource, VAESource
 from wan_fp8.parallel.vae import SplitVAE
 
 console = Console(width=160)
-TOLERANCE = {torch.float32: 1e-4, torch.bfloat16: 3e-2}
-"""Relative: kernels that sum in another order, through thirty layers, rounded to the type after each."""
+TOLERANCE = {torch.float32: 1e-3, torch.bfloat16: 3e-2}
+"""Relative: kernels that sum in another order, through thirty layers, rounded to the type after each (fp32 on a GPU: to
+TF32 in the convolutions, torch's default)."""
 
 
 def timed(run: Callable[[], Tensor], runs: int) -> tuple[Tensor, float]:

@@ -40,6 +40,7 @@ from wan_fp8.attention.sparse import _guarantee_triton as sparse_guarantee
 from wan_fp8.attention.sparse import _selection_triton as sparse_selection
 from wan_fp8.kernels import _attention_cast_triton as attention_cast
 from wan_fp8.kernels import _low_rank_triton as low_rank
+from wan_fp8.kernels import parts as layout
 from wan_fp8.kernels import residual_norm, rms_rope
 from wan_fp8.kernels._quantize_triton import launch_amax, launch_quantize
 from wan_fp8.kernels.quantize import E4M3, Cast, Granularity, QuantizedActivation
@@ -157,6 +158,14 @@ def rotate(dtype: torch.dtype, rope: bool = True, parts: int = 1, ordered: bool 
     x, gain = empty(1, TOKENS, DIM, dtype=dtype), empty(DIM, dtype=dtype)
     heads = empty(DIM // WIDTH, dtype=torch.int64) if ordered else None
     rms_rope.fused_(x, gain, angles, head_dim=WIDTH, eps=1e-6, parts=parts, heads=heads)
+
+
+def move(dtype: torch.dtype, ordered: bool, back: bool):
+    heads = empty(DIM // WIDTH, dtype=torch.int64) if ordered else None
+    if back:
+        layout.join(empty(1, 8, TOKENS, DIM // 8, dtype=dtype), heads, head_dim=WIDTH, fused=True)
+    else:
+        layout.cut(empty(1, TOKENS, DIM, dtype=dtype), 8, heads, head_dim=WIDTH, fused=True)
 
 
 def project(granularity: Granularity, rank: int, dtype: torch.dtype = BF16, dim: int = DIM):
@@ -283,6 +292,9 @@ def cases() -> Iterator[Case]:
         yield linear(
             f"rms and rope, 8 parts, ordered {dtype}", lambda d=dtype: rotate(d, parts=8, ordered=True), quick, EVERY
         )
+        for ordered, back in itertools.product((False, True), (False, True)):
+            what = f"{'join' if back else 'cut'}{', ordered' if ordered else ''} {dtype}"
+            yield linear(what, lambda d=dtype, o=ordered, b=back: move(d, o, b), quick if ordered else (), EVERY)
 
 
 # ---- compiling -------------------------------------------------------------------------------------------------------

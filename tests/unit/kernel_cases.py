@@ -17,7 +17,7 @@ from torch import Tensor
 if __name__ == "__main__":
     sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 
-from wan_fp8.kernels import attention_cast, low_rank, quantize, residual_norm, rms_rope
+from wan_fp8.kernels import attention_cast, low_rank, parts, quantize, residual_norm, rms_rope
 from wan_fp8.kernels.quantize import Cast, Granularity, QuantizedActivation
 from wan_fp8.kernels.residual_norm import NormTable
 from wan_fp8.models import functional as wan
@@ -144,6 +144,22 @@ def rms_norm_and_rope(device: torch.device, dtype: torch.dtype, fused: bool) -> 
                 moved.transpose(1, 2).flatten(2), exact.unflatten(2, (heads, 128))[:, :, order].flatten(2),
                 f"rms heads={heads} in the order {order}, {parts} parts",
             )  # fmt: skip
+
+
+def heads_to_ranks(device: torch.device, dtype: torch.dtype, fused: bool) -> None:
+    """Where every head of every token lies, said by a loop; and back again, to the same bits."""
+    for heads, ranks, batch, tokens in ((6, 2, 2, 5), (3, 3, 1, 7), (8, 4, 1, 1)):
+        x = values(batch, tokens, heads * 128, dtype=dtype, device=device, seed=10)
+        for order in (None, [(5 * n + 2) % heads if heads % 5 else heads - 1 - n for n in range(heads)]):
+            index = None if order is None else torch.tensor(order, device=device)
+            out = parts.cut(x, ranks, index, head_dim=128, fused=fused)
+            assert out.is_contiguous() and out.shape == (batch, ranks, tokens, heads // ranks * 128)
+            assert sorted(order or range(heads)) == list(range(heads))
+            for place, head in enumerate(order or range(heads)):
+                rank, slot = divmod(place, heads // ranks)
+                theirs = out[:, rank, :, slot * 128 : (slot + 1) * 128]
+                assert torch.equal(theirs, x[..., head * 128 : (head + 1) * 128]), f"head {head} of the order {order}"
+            assert torch.equal(parts.join(out, index, head_dim=128, fused=fused), x)
 
 
 def cast_for_fp8_attention(device: torch.device, dtype: torch.dtype, fused: bool) -> None:
@@ -309,6 +325,7 @@ CASES = [
     residual_and_norm,
     norm_of_a_large_mean,
     rms_norm_and_rope,
+    heads_to_ranks,
     cast_for_fp8_attention,
     scale_of_many_queries,
     quantised_activations,

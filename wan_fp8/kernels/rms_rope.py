@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from . import accumulate_dtype
+from .parts import cut
 
 
 def rms_norm(x: Tensor, weight: Tensor, *, eps: float) -> Tensor:
@@ -43,20 +44,7 @@ def eager(
     y = rms_norm(x_BSD, weight, eps=eps)
     if rope is not None:
         y = apply_rope(y.unflatten(-1, (-1, head_dim)), *rope).flatten(2)
-    return y if parts == 1 else in_parts(y, parts, heads)
-
-
-def in_parts(x_BSD: Tensor, parts: int, heads: Tensor | None = None) -> Tensor:
-    """[B, S, D] -> [B, P, S, D / P], contiguous: the heads that go to each of P ranks lie together.
-
-    Args:
-        heads: [N] int64, all heads in the order in which they lie then; None: as they are.
-    """
-    if heads is None:
-        return x_BSD.unflatten(2, (parts, -1)).transpose(1, 2).contiguous()
-    tokens = torch.arange(x_BSD.shape[1], device=x_BSD.device)
-    found = x_BSD.unflatten(2, (heads.shape[0], -1))[:, tokens[None, :, None], heads.view(parts, 1, -1)]
-    return found.flatten(3).contiguous()
+    return y if parts == 1 else cut(y, parts, heads, head_dim=head_dim)
 
 
 def fused_(
@@ -78,7 +66,7 @@ def fused_(
         rope: cosine and sine [S, E/2] fp32, or None to norm only (cross-attention).
         head_dim: E.
         eps: added to the mean square.
-        parts, heads: as ``in_parts`` has them; ``heads`` with ``parts`` only.
+        parts, heads: as ``parts.cut`` has them; ``heads`` with ``parts`` only.
     """
     import triton
 

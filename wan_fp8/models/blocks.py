@@ -18,6 +18,7 @@ from ..attention import AttentionCore, Step
 from ..attention.sparse import TokenOrder
 from ..compile import Compile, Run, run_plainly
 from ..kernels import residual_norm, rms_rope
+from ..kernels.parts import cut
 from ..kernels.quantize import Cast, QuantizedActivation
 from ..kernels.residual_norm import NormTable
 from .functional import RopeOptions
@@ -316,7 +317,8 @@ class SelfAttention(Attention):
         self, x_BSD: Tensor | QuantizedActivation, state: ForwardState, exchange: HeadExchange
     ) -> tuple[Tensor, Tensor, Tensor]:
         parts, heads = exchange.ranks, exchange.heads_of(self.inner_attention)
-        v = exchange.send(rms_rope.in_parts(self.v(x_BSD), parts, heads).unflatten(-1, (-1, self.head_dim)))
+        v = cut(self.v(x_BSD), parts, heads, head_dim=self.head_dim, fused=state.fused)
+        v = exchange.send(v.unflatten(-1, (-1, self.head_dim)))
         k = normed_heads(self.norm_k, self.k(x_BSD), state.rope, state, self.head_dim, self.eps, parts, heads)
         k = exchange.send(k)
         q = normed_heads(self.norm_q, self.q(x_BSD), state.rope, state, self.head_dim, self.eps, parts, heads)

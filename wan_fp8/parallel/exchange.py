@@ -13,6 +13,8 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
+from ..kernels.parts import join
+
 
 @dataclass(slots=True)
 class Traffic:
@@ -96,21 +98,20 @@ class HeadExchange:
         are."""
         return core.heads  # type: ignore[return-value]
 
-    def back(self, x_BSHE: Tensor, places: Tensor | None = None) -> Tensor:
+    def back(self, x_BSHE: Tensor, heads: Tensor | None = None, *, fused: bool = False) -> Tensor:
         """The way back, at once: [B, P * C, h, E] -> [B, C, N, E].
 
         Args:
-            places: [N] int64, where each head lies among those of all ranks, if they went in an order of their own.
+            heads: [N] int64, the order in which heads went to the ranks, if it was one of their own.
+            fused: put them side by side with the Triton kernel.
         """
         send = x_BSHE.contiguous().unflatten(1, (self.ranks, -1))
         received, works = all_to_all(send, self._group)
         self._under_way.append((works, send))
         self._traffic.heads += sent(send[:, 0], self.ranks)
         self.wait()
-        if places is None:
-            return received.transpose(1, 2).flatten(2, 3)
-        tokens, each = torch.arange(received.shape[2], device=received.device), received.shape[3]
-        return received[:, (places // each)[None], tokens[:, None], (places % each)[None]]
+        head_dim = received.shape[-1]
+        return join(received.flatten(3), heads, head_dim=head_dim, fused=fused).unflatten(-1, (-1, head_dim))
 
 
 def gather_rows(row: Tensor, group: dist.ProcessGroup, device: torch.device) -> list[Tensor]:

@@ -21,7 +21,7 @@ from ..attention.partial import part_of
 from ..attention.sparse.share import HeadShare, index_on
 from ..compile import run_plainly
 from ..errors import InputError
-from ..kernels.rms_rope import in_parts
+from ..kernels.parts import cut
 from ..models.blocks import ForwardOptions, ForwardState, Modulation
 from ..models.wan import StackFunction, WanModel
 from ..quant.linear import Quantization
@@ -46,6 +46,8 @@ class SequenceParallel:
         self.exchange = HeadExchange(groups.ulysses, traffic)
         self.sent_ahead = False
         """Whether the forward that is running does so."""
+        self.fused = False
+        """Whether its blocks run the Triton kernels."""
         self.overlap = True
         """Send each of q, k and v as soon as it is made."""
         self.balance = HeadBalance(self._cores, groups.ulysses)
@@ -77,6 +79,7 @@ class SequenceParallel:
         if self.groups.dims.ulysses > 1 and self.overlap and state.run is run_plainly:
             part.exchange = self.exchange
         self.sent_ahead = part.exchange is not None
+        self.fused = state.fused
         out, sent = gather(inner(tokens_BSD[:, mine].contiguous(), part), self.groups.sequence, 1)
         self.traffic.stream += sent
         return out
@@ -110,12 +113,9 @@ class ParallelCore(nn.Module):
         self.share = HeadShare.part(self.order, rank, ranks)
         self.heads: Tensor | None = None
         """[N] int64 ``order``."""
-        self.places: Tensor | None = None
-        """[N] int64: where each head stands in it."""
         if order is not None:
             assert device is not None
             self.heads = index_on(self.order, device)
-            self.places = index_on([self.order.index(head) for head in range(len(self.order))], device)
         if isinstance(self.core, AttentionCore):
             self.core.share = self.share
 
@@ -126,10 +126,11 @@ class ParallelCore(nn.Module):
         groups, traffic = self.split.groups, self.split.traffic
         q, k, v = q_BCNE, k_BCNE, v_BCNE
         if groups.dims.ulysses > 1:
-            exchange = self.split.exchange
+            exchange, width = self.split.exchange, q.shape[-1]
+            manner = {"head_dim": width, "fused": self.split.fused}
             if not self.split.sent_ahead:
                 v, k, q = (
-                    exchange.send(in_parts(x.flatten(2), exchange.ranks, self.heads).unflatten(-1, (-1, x.shape[-1])))
+                    exchange.send(cut(x.flatten(2), exchange.ranks, self.heads, **manner).unflatten(-1, (-1, width)))
                     for x in (v, k, q)
                 )
             exchange.wait()
@@ -145,7 +146,7 @@ class ParallelCore(nn.Module):
                 traffic.keys += sent
             out = self.core(q, k[:, :count], v[:, :count], setting, step)
         if groups.dims.ulysses > 1:
-            out = self.split.exchange.back(out, self.places)
+            out = self.split.exchange.back(out, self.heads, fused=self.split.fused)
         return out
 
 

@@ -41,6 +41,8 @@ MAX_DIMS = 8
 HELLO_LIMIT = 4096
 SHARED_FROM = 2**18
 """Bytes from which tensors go through shared memory, where both ends are on one host."""
+PINNED_UP_TO = 2**28
+"""Bytes of one message for which pinned pages are worth it, which stay: latents and texts, not weights."""
 ARENA_HEAD = 64
 WORD = struct.Struct("<Q")
 HANDSHAKE_SECONDS = 5.0
@@ -120,7 +122,7 @@ class Channel:
                 self._socket.sendall(header)
                 for value in () if shared else given.values():
                     if value.numel():
-                        self._socket.sendall(_bytes_of(value.to("cpu").contiguous()))
+                        self._socket.sendall(_bytes_of(on_host(value).contiguous()))
             except OSError as error:
                 raise Closed(f"the other side of the connection has gone ({error})") from None
             finally:
@@ -175,8 +177,9 @@ class Channel:
                 raise WireError("shared memory is announced that did not come")
             return Message(kind, fields, self._theirs.read(number, listed))
         tensors: dict[str, Tensor] = {}
+        pin = _worth_pinning(listed)
         for name, dtype, shape in listed:
-            value = torch.empty(shape, dtype=dtype)
+            value = torch.empty(shape, dtype=dtype, pin_memory=pin)
             if value.numel():
                 self._read(_bytes_of(value))
             tensors[name] = value
@@ -240,7 +243,7 @@ class Arena:
         self._written, first = number, ARENA_HEAD
         for value in tensors:
             count = _nbytes(value)
-            self._bytes[first : first + count].copy_(value.contiguous().reshape(-1).view(torch.uint8))
+            self._bytes[first : first + count].copy_(on_host(value).contiguous().reshape(-1).view(torch.uint8))
             first += _aligned(count)
 
     def read(self, number: int, listed: list[tuple[str, torch.dtype, list[int]]]) -> dict[str, Tensor]:
@@ -249,9 +252,9 @@ class Arena:
         Raises:
             WireError: more is announced than it holds.
         """
-        found, first = {}, ARENA_HEAD
+        found, first, pin = {}, ARENA_HEAD, _worth_pinning(listed)
         for name, dtype, shape in listed:
-            value = torch.empty(shape, dtype=dtype)
+            value = torch.empty(shape, dtype=dtype, pin_memory=pin)
             count = _nbytes(value)
             if first + count > self.size:
                 raise WireError("tensors are announced that the shared memory does not hold")
@@ -260,6 +263,23 @@ class Arena:
             first += _aligned(count)
         WORD.pack_into(self._memory, 0, number + 1)
         return found
+
+
+def on_host(value: Tensor) -> Tensor:
+    """A tensor in host memory; waited for."""
+    pin = value.device.type == "cuda" and 0 < _nbytes(value) <= PINNED_UP_TO
+    if not pin:
+        return value.to("cpu")
+    found = torch.empty(value.shape, dtype=value.dtype, pin_memory=True)
+    found.copy_(value, non_blocking=True)
+    torch.cuda.current_stream(value.device).synchronize()
+    return found
+
+
+def _worth_pinning(listed: list[tuple[str, torch.dtype, list[int]]]) -> bool:
+    """Whether what comes goes to a GPU of this process, ten times as fast from pinned memory."""
+    total = sum(math.prod(shape) * dtype.itemsize for _, dtype, shape in listed)
+    return torch.cuda.is_initialized() and total <= PINNED_UP_TO
 
 
 def _nbytes(value: Tensor) -> int:

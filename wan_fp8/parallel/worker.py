@@ -25,7 +25,7 @@ from ..errors import WanFP8Error
 from . import lifeline, outside
 from .links import Hub, Links, Member, Outcome, Place, failure_of
 from .serving import Serving
-from .wire import DTYPES, Channel, Json, Message
+from .wire import DTYPES, Channel, Json, Message, on_host
 
 COLLECTIVE_TIMEOUT = timedelta(minutes=30)
 LINK_BYTES = 2**27
@@ -137,7 +137,7 @@ def _one(links: Hub | Member, serving: Serving, message: Message) -> None:
         with torch.inference_mode(message.kind not in ("load", "merge", "weights")):
             tensors = spread(listed, message.tensors, serving.device)
             found, out = serving.run(message.kind, message.fields, tensors)
-            out = {name: value.to("cpu") for name, value in out.items()}
+            out = {name: on_host(value) for name, value in out.items()}
     except Exception as raised:
         error = failure_of(raised)
         if not isinstance(raised, WanFP8Error):
@@ -169,7 +169,7 @@ def spread(listed: list[Json], tensors: dict[str, Tensor], device: torch.device)
     whole = torch.empty(total, dtype=torch.uint8, device=device)
     for (first, size), entry in zip(ends, listed, strict=True):
         if entry["name"] in tensors:
-            whole[first : first + size] = tensors[entry["name"]].reshape(-1).view(torch.uint8).to(device)
+            whole[first : first + size].copy_(tensors[entry["name"]].reshape(-1).view(torch.uint8), non_blocking=True)
     if dist.get_world_size() > 1:
         dist.broadcast(whole, 0)
     return {
