@@ -127,11 +127,13 @@ class ParallelCore(nn.Module):
         q, k, v = q_BCNE, k_BCNE, v_BCNE
         if groups.dims.ulysses > 1:
             exchange, width = self.split.exchange, q.shape[-1]
-            manner = {"head_dim": width, "fused": self.split.fused}
+            fused = self.split.fused
             if not self.split.sent_ahead:
                 v, k, q = (
-                    exchange.send(cut(x.flatten(2), exchange.ranks, self.heads, **manner).unflatten(-1, (-1, width)))
-                    for x in (v, k, q)
+                    exchange.send(x.unflatten(-1, (-1, width)))
+                    for x in (
+                        cut(y.flatten(2), exchange.ranks, self.heads, head_dim=width, fused=fused) for y in (v, k, q)
+                    )
                 )
             exchange.wait()
         count = self.split.num_tokens
