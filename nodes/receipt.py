@@ -190,17 +190,22 @@ class Side:
     said: list[str] = field(default_factory=list)
     sparsity: list[dict[str, Any]] = field(default_factory=list)
     """What sparse attention did, an entry for each expert."""
+    caches: list[dict[str, Any]] = field(default_factory=list)
+    """Which steps a cache skipped, an entry for each expert."""
     marks: list[float] = field(default_factory=list)
 
     def sample(self, positive: Any, negative: Any, latent: dict[str, Tensor], settings: Settings) -> dict[str, Tensor]:
         """The run; it loads its models first."""
         heard = len(bridge.kept_words())
         pooled = any(bridge.is_remote(expert) for expert in self.experts)  # its memory is not this process's to measure
+        nets = [expert.model.diffusion_model for expert in self.experts]
+        for net in nets:  # an expert that no step belongs to would tell of an earlier run
+            net.cache_facts = ()
         with bridge.measured(torch.device("cpu" if pooled else self.experts[0].load_device)) as self.cost:
             result = run(self.experts, positive, negative, latent, settings, self._observe)
         self.said = bridge.kept_words()[heard:]
-        nets = [expert.model.diffusion_model for expert in self.experts]
         self.sparsity = [facts for net in nets for facts in getattr(net, "sparse_facts", ())]
+        self.caches = [facts for net in nets for facts in getattr(net, "cache_facts", ())]
         return result
 
     def _observe(self, step: int, clean: Tensor) -> None:
@@ -225,6 +230,7 @@ class Side:
             "peak_gib": None if self.cost.peak_gib is None else round(self.cost.peak_gib, 3),
             "kernels": [used for _, used in sorted(self.kernels.items())],
             "sparsity": self.sparsity,
+            "caches": self.caches,
             "said": [line for text in self.said for line in text.splitlines()],
         }
 
