@@ -311,7 +311,18 @@ def main(
     for scaling in recipes(recipe, backend, device, dtype):
         with torch.inference_mode():
             rows += measure(
-                model, size, frames, count, steps, names, reuse, attention, scaling, getattr(torch, dtype), device, repeats
+                model,
+                size,
+                frames,
+                count,
+                steps,
+                names,
+                reuse,
+                attention,
+                scaling,
+                getattr(torch, dtype),
+                device,
+                repeats,
             )
         show(rows)
         if json:

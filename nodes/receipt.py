@@ -48,7 +48,10 @@ class WanFP8QualityReceipt(io.ComfyNode):
             outputs=[
                 io.Latent.Output(display_name="latent", tooltip="Latents of the settings under test."),
                 io.Latent.Output(display_name="latent_reference", tooltip="Latents of the reference."),
-                io.Image.Output(display_name="plot", tooltip="Error of every step against the reference, and the steps that a cache skipped."),
+                io.Image.Output(
+                    display_name="plot",
+                    tooltip="Error of every step against the reference, and the steps that a cache skipped.",
+                ),
                 io.Image.Output(
                     display_name="strip",
                     tooltip="Frames of the reference, of the settings, and their difference; needs 'vae'.",

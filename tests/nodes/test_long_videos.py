@@ -231,7 +231,9 @@ def test_a_cache_starts_over_with_each_segment(loaded, task: str, caplog) -> Non
     assert sample(loaded, task, made, steps=STEPS, **more).isfinite().all()
     reports = [record.getMessage() for record in caplog.records if "passes computed" in record.getMessage()]
     assert len(reports) == 3, "one for each segment, and their sum"
-    assert "EasyCache, all 2 segments: " in reports.pop() and all("of 12 passes computed" in report and ", 0 skipped" not in report for report in reports)
+    assert "EasyCache, all 2 segments: " in reports.pop() and all(
+        "of 12 passes computed" in report and ", 0 skipped" not in report for report in reports
+    )
 
 
 def longer() -> dict[str, Any]:

@@ -145,7 +145,10 @@ def test_a_cache_says_what_it_skipped_and_the_schedule_is_drawn(t2v, monkeypatch
     assert facts["reference"]["models"][0]["cache"] == "none" and facts["reference"]["caches"] == []
     high, low = facts["setting"]["caches"]
     ran = sorted(set(seen))
-    for entry, mine in ((high, range(1, sum(_expert_steps(14)[0]) + 1)), (low, range(sum(_expert_steps(14)[0]) + 1, 15))):
+    for entry, mine in (
+        (high, range(1, sum(_expert_steps(14)[0]) + 1)),
+        (low, range(sum(_expert_steps(14)[0]) + 1, 15)),
+    ):
         computed, skipped = entry["steps_computed"], entry["steps_skipped"]
         assert computed["cond"] == computed["uncond"] == [step for step in ran if step in mine]
         assert skipped["cond"] == skipped["uncond"] == [step for step in mine if step not in ran]

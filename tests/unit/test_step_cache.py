@@ -153,9 +153,15 @@ def test_a_skipped_pass_is_input_plus_residual(name, reuse):
     report = cache_of(model).finish()
     assert report.skipped_passes == set(passes) and report.computed == 2 * STEPS - len(passes)
     facts = report.facts("high_noise")
-    assert facts["steps_skipped"] == {"cond": [4, 6, 7, 10], "uncond": [4, 6, 7, 10]} and facts["expert"] == "high_noise"
+    assert (
+        facts["steps_skipped"] == {"cond": [4, 6, 7, 10], "uncond": [4, 6, 7, 10]} and facts["expert"] == "high_noise"
+    )
     assert facts["steps_computed"] == {"cond": [1, 2, 3, 5, 8, 9], "uncond": [1, 2, 3, 5, 8, 9]}
-    assert (facts["passes_computed"], facts["passes_skipped"], facts["residuals_gib"]) == (12, 8, report.most_bytes / 2**30)
+    assert (facts["passes_computed"], facts["passes_skipped"], facts["residuals_gib"]) == (
+        12,
+        8,
+        report.most_bytes / 2**30,
+    )
 
 
 @dataclasses.dataclass(frozen=True)
@@ -281,7 +287,12 @@ def test_what_a_computed_pass_holds_beside_the_blocks_is_what_is_kept(reuse, bat
     def measure(*_) -> None:
         found = {}
         for tensor in gc.get_objects():
-            if type(tensor) is Tensor and tensor.dim() == 3 and tensor.shape[2] == model.spec.dim and not tensor.is_meta:
+            if (
+                type(tensor) is Tensor
+                and tensor.dim() == 3
+                and tensor.shape[2] == model.spec.dim
+                and not tensor.is_meta
+            ):
                 found[tensor.untyped_storage().data_ptr()] = tensor.untyped_storage().nbytes()
         held[cache_of(model) is not None].append(sum(found.values()))
 
