@@ -315,7 +315,8 @@ def core_row(name: str, size: str, frames: int, attention: str, dtype: torch.dty
     state = {}
     for key, meta in [*model.named_parameters(), *model.named_buffers()]:
         value = torch.randn(meta.shape, device=device, generator=generator)
-        state[key] = (value / max(1, meta[0].numel()) ** 0.5 if meta.ndim > 1 else 0.1 * value).to(dtype)
+        value = value / max(1, meta[0].numel()) ** 0.5 if meta.ndim > 1 else 0.1 * value
+        state[key] = value.to(meta.dtype)  # its own: core keeps the patch embedding in fp32, and gives it fp32
     model.load_state_dict(state, strict=False, assign=True)
     model = model.to_empty(device=device) if any(p.is_meta for p in model.parameters()) else model
     model = model.eval().requires_grad_(False)
