@@ -71,7 +71,7 @@ def test_page_and_figure(tmp_path: Path) -> None:
     results.write_text(json.dumps({"device": "a GPU", "date": "2026-01-01", "rows": rows()}))
     videos = []
     for gpus in (1, 2):
-        one = {"t5_s": 0.1, "vae_encode_s": 8 / gpus, "dit_s": 600 / gpus + 2, "vae_decode_s": 9 / gpus + 1}
+        one = {"t5_s": 0.1, "vae_encode_s": 8 / gpus, "dit_s": 600 / gpus + 2, "vae_decode_s": 8 / gpus + 1}
         videos.append({"row": "fp8", "world_size": gpus, "published_s_8_h100": 146.55} | one)
     headline = tmp_path / "headline.json"
     headline.write_text(json.dumps({"rows": videos}))
@@ -85,7 +85,7 @@ def test_page_and_figure(tmp_path: Path) -> None:
     text = page.read_text()
     assert text.startswith("before") and text.endswith("after\n") and "old" not in text
     assert text.count(scaling_model.BEGIN) == 1 and "| 64 |" in text
-    assert "| 80.22 | 146.55 |" in text  # 0.1 + 1 + 77 + 2.125
+    assert "| 80.10 | 146.55 |" in text  # 0.1 + 1 + 77 + 2
     drawn = ElementTree.fromstring(svg.read_text())
     assert drawn.tag.endswith("svg") and "64 GPU" in svg.read_text()
 
