@@ -36,9 +36,8 @@ import common
 import torch
 import typer
 from breakages import BREAKAGES, ENDLESS, broken
-from cache_quality import load_experts
 from dit import console
-from PIL import Image
+from experts import condition_of, load_experts
 from quality_table import HIGHER_IS_BETTER, aggregated, worse
 from rich.table import Table
 from torch import Tensor
@@ -61,21 +60,17 @@ from wan_fp8.caching import (
 )
 from wan_fp8.models.blocks import ForwardOptions
 from wan_fp8.models.specs import Task
-from wan_fp8.models.vae import WanVAE, denormalize_latents, load_vae, normalize_latents
+from wan_fp8.models.vae import WanVAE, denormalize_latents, load_vae
 from wan_fp8.models.wan import WanModel
 from wan_fp8.quality import Trajectory, finite, kernels_used, latent_scores, video_scores
 from wan_fp8.quant import RECIPES
 from wan_fp8.sampling import (
     DEFAULTS,
     NEGATIVE_PROMPT,
-    i2v_condition,
-    i2v_mask,
-    i2v_video,
     latent_shape,
     make_solver,
     plan_steps,
     sigmas,
-    stretch_image,
     timesteps,
 )
 
@@ -353,16 +348,6 @@ def make_jobs(checkpoint: str, prompts: Sequence[str], seeds: Sequence[int], sha
         for index in range(len(prompts))
         for seed in seeds
     ]
-
-
-def condition_of(vae: WanVAE, path: str, width: int, height: int, frames: int) -> Tensor:
-    """I2V's channels [1, 20, F, H, W] for a picture."""
-    pixels = torch.frombuffer(bytearray(Image.open(path).convert("RGB").tobytes()), dtype=torch.uint8)
-    size = Image.open(path).size
-    picture = stretch_image(pixels.view(size[1], size[0], 3).permute(2, 0, 1) / 255, width, height)
-    weight = next(vae.parameters())
-    latents = normalize_latents(vae.encode(i2v_video(picture, frames)[None].to(weight)).float().cpu())
-    return i2v_condition(i2v_mask(frames, height // 8, width // 8)[None], latents)
 
 
 def grouped(settings: Sequence[Setting]) -> Iterator[list[Setting]]:

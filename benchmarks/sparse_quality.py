@@ -2,7 +2,7 @@
 with chance and a fixed neighbourhood as the controls that a good policy must beat.
 
     python benchmarks/sparse_quality.py --checkpoint models/wan/Wan2.2-T2V-A14B-tiny --prompts prompts.txt \\
-        --size 96x64 --frames 17 --block-tokens 8 --json out.json
+        --size 144x96 --frames 17 --block-tokens 8 --json out.json
 
 Each run is held against the same seed and prompt with dense attention in the same precision. A clip of a small model
 has few tokens: ``--block-tokens`` makes the blocks smaller than the kernels' 128, which the eager paths allow, so that
@@ -23,9 +23,9 @@ from unittest import mock
 import common
 import torch
 import typer
-from cache_quality import load_experts
 from dit import console
-from quality import Job, Reference, Sampler, condition_of, frames_of, make_jobs, references, scored
+from experts import condition_of, load_experts
+from quality import Job, Reference, Sampler, frames_of, make_jobs, references, scored
 from quality_table import aggregated
 from rich.table import Table
 
