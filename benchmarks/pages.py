@@ -194,6 +194,8 @@ def two_gpus() -> str:
         if row["dtype"] == "bfloat16"
     ]
     part = parts["rows"][0]
+    faults = (RESULTS / "pool_faults_2x_h200.txt").read_text(encoding="utf-8")
+    killed = [float(seconds) for seconds in re.findall(r"^ok   SIGKILL of rank \d: named after (\S+) s$", faults, re.M)]
     return (
         f"I2V-A14B, 1280x720, 81 frames, `DelayedScaling`, FlashAttention 3, on {gpu} (torchrun, {result['date']}, "
         f"`benchmarks/results/dit_i2v-a14b_1280x720_2x_h200.json`):\n\n{table(head, layouts_rows())}\n"
@@ -202,9 +204,10 @@ def two_gpus() -> str:
         f"{loads[0]:.1f} s, later ones in {min(loads[1:]):.1f} to {max(loads[1:]):.1f} s; messages of a forward "
         f"{1000 * messages[0]:.0f} to {1000 * messages[-1]:.0f} ms, half of them below "
         f"{1000 * messages[len(messages) // 2]:.1f}; {min(spread):.2f} to {max(spread):.2f} times one GPU's speed, "
-        f"where messages weigh twenty times what they do with forty blocks. Errors against one GPU are at most "
-        f"{max(row['error'] for row in pool['rows']):.3f}, and 0 where guidance is not split. A killed worker was "
-        f"named after 0.3 s, no process and no GPU memory was left (`benchmarks/results/pool_faults_2x_h200.txt`).\n\n"
+        f"where messages weigh {40 // first['layers']} times what they do with 40 blocks. Errors against one GPU are at "
+        f"most {max(row['error'] for row in pool['rows']):.3f}, and 0 where guidance is not split. A killed worker was "
+        f"named after {max(killed):.1f} s, no process and no GPU memory was left "
+        f"(`benchmarks/results/pool_faults_2x_h200.txt`).\n\n"
         f"VAE in bf16, {part['size']}, {part['frames']} frames (`benchmarks/results/pool_parts_2x_h200.json`): "
         f"{'; '.join(named)}.\n"
     )
