@@ -5,10 +5,10 @@ computed passes.
         --recipe DelayedScaling --cache E012K2R20,E024K2R10 --json out.json
 
 The published schedule with guidance, UniPC, both experts of an A14B model (each of ``--layers`` blocks). ``pass_s`` is
-one forward without a cache, the median of ``--repeats`` rounds, a round being cond and uncond of every expert;
-``loop_ratio`` the seconds of the run over (computed passes times ``pass_s``), solver and skipped passes included: with
-fewer blocks than the model has, what is not in the blocks weighs more. ``peak_gib_without`` is the peak of these rounds,
-which leave in memory what a run without a cache has there, keys and values of both prompts in both experts among it.
+one forward without a cache, the median of ``--repeats`` rounds: cond and uncond of every expert. ``loop_ratio`` is the
+seconds of the run over (computed passes times ``pass_s``), solver and skipped passes included: with fewer blocks than
+the model has, what is not in the blocks weighs more. ``peak_gib_without`` is the peak of these rounds, which leave in
+memory what a run without a cache has there: keys and values of both prompts in both experts among it.
 Kernels are compiled before, in forwards of two blocks. ``--repeats 0`` saves the rounds of a whole model: ``pass_s`` is
 then ``computed_pass_s``, of the run itself. Random weights say nothing about quality.
 """

@@ -25,8 +25,8 @@ MOST_GAIN = 64
 
 
 def receipt_plot(facts: dict[str, Any]) -> Tensor:
-    """IMAGE [1, H, W, 3] in 0..1: relative error of the clean estimate at each step, on a logarithmic axis; below it the
-    steps that a cache computed and skipped."""
+    """IMAGE [1, H, W, 3] in 0..1: relative error of the clean estimate at each step, on a logarithmic axis; below it
+    the steps that a cache computed and skipped."""
     caches, steps = facts["setting"].get("caches") or [], facts["steps"]
     rows = _cache_rows(caches)
     height = HEIGHT + (ROW * len(rows) + 30 if rows else 0)

@@ -119,6 +119,6 @@ def sum_line(facts: Sequence[dict[str, Any]], parts: str) -> str:
     """
     computed, skipped = (sum(entry[f"passes_{name}"] for entry in facts) for name in ("computed", "skipped"))
     return (
-        f"{facts[0]['policy']}, all {len(facts)} {parts}: {computed} of {computed + skipped} passes computed, {skipped} "
-        f"skipped; about {sum(entry['seconds_saved'] for entry in facts):.3g} s saved"
+        f"{facts[0]['policy']}, all {len(facts)} {parts}: {computed} of {computed + skipped} passes computed, "
+        f"{skipped} skipped; about {sum(entry['seconds_saved'] for entry in facts):.3g} s saved"
     )

@@ -242,8 +242,7 @@ class StepCache:
         if kept is None:
             return
         stay = slice(1, None) if kept.steps[0] == self._step else slice(0, self.policy.depth - 1)
-        for values in (kept.steps, kept.sigmas, kept.residuals):
-            values[:] = values[stay]
+        kept.steps, kept.sigmas, kept.residuals = kept.steps[stay], kept.sigmas[stay], kept.residuals[stay]
         if not kept.steps:
             del self._kept[part.key]
 
