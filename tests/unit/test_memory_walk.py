@@ -24,7 +24,7 @@ from wan_fp8.models.passes import Conditioning, RunPosition
 from wan_fp8.quant.linear import Quantization
 
 MIB, GIB = 1 << 20, 1 << 30
-LAYERS = 6
+LAYERS = 4
 
 
 class OutOfMemory(Exception):
@@ -149,6 +149,7 @@ def hollow(monkeypatch):
     monkeypatch.setattr(AttentionCore, "forward", attend)
     monkeypatch.setattr(torch.nn.functional, "linear", lambda x, w, b=None: multiply(x, w, None, b))
     monkeypatch.setattr(torch.nn.functional, "conv3d", convolve)
+    monkeypatch.setattr(torch.nn.functional, "gelu", lambda x, approximate="none": torch.empty_like(x))
     with torch.inference_mode():
         yield
 
@@ -165,7 +166,7 @@ def model_of(recipe: str | None, layers: int = LAYERS):
         state[name] = torch.empty(meta.shape, dtype=torch.float8_e4m3fn if converted else torch.bfloat16)
         if converted:
             state[f"{layer}.weight_scale"] = torch.ones(meta.shape[0], 1)
-            net.get_submodule(layer).weight_scale = torch.nn.Parameter(torch.ones(()), requires_grad=False)
+            net.get_submodule(layer).weight_scale = torch.nn.Parameter(torch.ones(meta.shape[0], 1), requires_grad=False)
     net.load_state_dict(state, assign=True)
     return net.eval() if made is None else apply_recipe(net.eval(), made)
 
@@ -233,8 +234,8 @@ def test_a_card_that_is_full_of_weights_has_room_for_a_forward(hollow, size, rec
     weights = [parameter.nbytes for parameter in net.parameters()]
     rounding = rounding_bytes(weights)
     lowest = peak_of(events)
-    assert lowest <= told.total <= 1.4 * lowest + 64 * MIB, (lowest / GIB, told)
-    assert lowest >= told.text + max(told.blocks / OVERHEAD, told.time) * 0.98, "every term of it is needed"
+    assert lowest <= told.total <= 1.35 * lowest, (lowest / GIB, told)
+    assert lowest >= told.text + max(told.blocks, told.time) / OVERHEAD * 0.98, "every term of it is needed"
     for more in range(0, 1024, 64):
         memory = Allocator(sum(weights) + rounding + told.total + more * MIB)
         for weight in weights:
@@ -246,11 +247,11 @@ def test_a_cache_of_steps_keeps_what_is_told(hollow):
     shape, net = [1, 16, 5, 60, 104], model_of("rowwise", layers=2)
     plain = peak_of(forwards(net, shape, 2))
     schedule = (1.0, 0.9, 0.8, 0.7)
-    apply_magcache(net, MagCache(threshold=0.0, max_skips=0, ratios=(1.0,) * 8))
+    apply_magcache(net, MagCache(threshold=0.0, max_skips=0))
 
     def position(step, index):
         return RunPosition(
-            schedule=schedule, sigma=schedule[step], step=step, conditionings=(Conditioning(index, index),)
+            schedule=schedule, sigma=schedule[step], conditionings=(Conditioning(index, index),)
         )
 
     with_it = peak_of(forwards(net, shape, 2, position=position))
@@ -271,5 +272,5 @@ def test_text_is_kept_in_one_piece_for_each_kind(hollow):
 def test_a_small_picture_needs_the_time_projection():
     """0.6 GiB of fp32 weights, whatever the number of tokens."""
     needs = forward_needs(specs.T2V_A14B, [1, 16, 1, 32, 32], torch.bfloat16)
-    assert needs.time > needs.blocks and needs.time - 256 * 4 * 5120 == 6 * 4 * 5120**2
+    assert needs.time > needs.blocks and needs.time == int(OVERHEAD * (256 * 4 * 5120 + 6 * 4 * 5120**2))
     assert needs.total == needs.time + needs.text

@@ -75,7 +75,8 @@ class ForwardNeeds:
     blocks: int
     """The residual stream and the activations of a block, or the stream and both ends' patches; ``OVERHEAD`` included."""
     time: int
-    """Before the blocks: the stream, and the time projection's weight in fp32, 0.6 GiB at the width of A14B."""
+    """Before the blocks: the stream, and the time projection's weight in fp32, 0.6 GiB at the width of A14B; ``OVERHEAD``
+    included."""
     faces: int
     """Before the blocks: Animate's face video and encoder."""
     text: int
@@ -129,7 +130,7 @@ def forward_needs(
     rows_read = 512 + (IMAGE_ROWS if spec.task is Task.ANIMATE else 0)
     return ForwardNeeds(
         blocks=int(OVERHEAD * tokens * (stream + max(block, ends))),
-        time=tokens * stream + 4 * 6 * spec.dim**2,
+        time=int(OVERHEAD * (tokens * stream + 4 * 6 * spec.dim**2)),
         faces=FACE_BYTES if spec.task is Task.ANIMATE else 0,
         text=max(2, batch) * spec.num_layers * 2 * rows_read * spec.dim * width,
         residuals=kept_residuals * max(2, batch) * (tokens // batch) * spec.dim * width,
