@@ -36,6 +36,7 @@ from ...wan_fp8.models.specs import ModelSpec
 from ...wan_fp8.models.wan import WanModel, build_model, class_of
 from ...wan_fp8.quant.convert import share_recipe
 from .caching import prepare_cache, report_cache
+from .memory import explained
 from .core_weights import assign_weights, clean_weights, core_spec, has_fp8
 from .hosted_model import (
     HostedModel,
@@ -307,6 +308,11 @@ def _around_run(executor: Any, *args: Any, **kwargs: Any) -> Any:
         if net.is_remote:
             net.report_pool()
         return result
+    except comfy.model_management.OOM_EXCEPTION as error:
+        told = explained(error, net, patcher.load_device)
+        if told is None:
+            raise
+        raise told from error
     finally:
         net.forget_run()
         if settings.recording is not None:
@@ -372,7 +378,7 @@ def _make_shell_class(base: Any) -> type:
         lora, cache = net.settings_of_run.lora or net.lora, net.settings_of_run.cache
         matrices = 0 if lora is None else lora.device_bytes(compute)
         rounded = rounding_bytes(parameter.nbytes for parameter in net.parameters())
-        return matrices + rounded + activation_bytes(
+        return net.lacked + matrices + rounded + activation_bytes(
             net.spec,
             input_shape,
             compute,

@@ -15,6 +15,7 @@ from torch._C._profiler import _EventType
 
 from wan_fp8 import MagCache, Recipe, apply_magcache, apply_recipe, kernels
 from wan_fp8.attention import AttentionCore
+from wan_fp8.caching import Curve
 from wan_fp8.gemm.core import GemmRunner
 from wan_fp8.kernels import quantize, residual_norm, rms_rope
 from wan_fp8.models import specs, wan
@@ -25,6 +26,8 @@ from wan_fp8.quant.linear import Quantization
 
 MIB, GIB = 1 << 20, 1 << 30
 LAYERS = 4
+RESERVE = 400
+"""MiB that core keeps free on Linux: ``EXTRA_RESERVED_VRAM``."""
 
 
 class OutOfMemory(Exception):
@@ -149,7 +152,7 @@ def hollow(monkeypatch):
     monkeypatch.setattr(AttentionCore, "forward", attend)
     monkeypatch.setattr(torch.nn.functional, "linear", lambda x, w, b=None: multiply(x, w, None, b))
     monkeypatch.setattr(torch.nn.functional, "conv3d", convolve)
-    monkeypatch.setattr(torch.nn.functional, "gelu", lambda x, approximate="none": torch.empty_like(x))
+    monkeypatch.setattr(torch.nn.functional, "gelu", lambda x, approximate="none": x)  # on a GPU: the GEMM's
     with torch.inference_mode():
         yield
 
@@ -226,8 +229,9 @@ SIZES = {
 @pytest.mark.parametrize("recipe", [None, "rowwise"])
 @pytest.mark.parametrize("size", SIZES)
 def test_a_card_that_is_full_of_weights_has_room_for_a_forward(hollow, size, recipe):
-    """With what ``memory_required`` tells core and not a byte of core's own reserve, and with up to 1 GiB more: more room
-    is not always better for an allocator that leaves pieces."""
+    """With what ``memory_required`` tells core, half of what core keeps free besides (the rest is for streamed weights on
+    their way and the workspace of the GEMM library), and up to 1 GiB more: more room is not always better for an
+    allocator that leaves pieces."""
     (shape, prompts), net = SIZES[size], model_of(recipe)
     events = forwards(net, shape, prompts)
     told = forward_needs(net.spec, shape, torch.bfloat16, quantized=recipe is not None)
@@ -237,7 +241,7 @@ def test_a_card_that_is_full_of_weights_has_room_for_a_forward(hollow, size, rec
     assert lowest <= told.total <= 1.35 * lowest, (lowest / GIB, told)
     assert lowest >= told.text + max(told.blocks, told.time) / OVERHEAD * 0.98, "every term of it is needed"
     for more in range(0, 1024, 64):
-        memory = Allocator(sum(weights) + rounding + told.total + more * MIB)
+        memory = Allocator(sum(weights) + rounding + told.total + (RESERVE // 2 + more) * MIB)
         for weight in weights:
             memory.take(weight)
         replay(events, memory)
@@ -246,8 +250,9 @@ def test_a_card_that_is_full_of_weights_has_room_for_a_forward(hollow, size, rec
 def test_a_cache_of_steps_keeps_what_is_told(hollow):
     shape, net = [1, 16, 5, 60, 104], model_of("rowwise", layers=2)
     plain = peak_of(forwards(net, shape, 2))
-    schedule = (1.0, 0.9, 0.8, 0.7)
-    apply_magcache(net, MagCache(threshold=0.0, max_skips=0))
+    schedule = tuple(1 - step / 20 for step in range(21))
+    curve = Curve(name="a", task="t2v", sigmas=schedule[:20], cond=(1.0,) * 20, uncond=(1.0,) * 20, switch=None, source="b")
+    apply_magcache(net, MagCache(threshold=0.0, max_skips=0, curve=curve))
 
     def position(step, index):
         return RunPosition(
