@@ -153,7 +153,9 @@ def unload(device: str) -> None:
         torch.cuda.empty_cache()
 
 
-def hosted_rows(parts: list[str], device: str, tiny: bool, attention: str, recipe_name: str) -> Iterator[dict[str, Any]]:
+def hosted_rows(
+    parts: list[str], device: str, tiny: bool, attention: str, recipe_name: str
+) -> Iterator[dict[str, Any]]:
     """Everything that runs both experts inside ComfyUI, each row when it is measured."""
     hosted.import_core(device)
     quant, bridge = hosted.module("wan_fp8.quant"), hosted.module("nodes.bridge")
@@ -204,7 +206,7 @@ def hosted_rows(parts: list[str], device: str, tiny: bool, attention: str, recip
 
 
 def allocator_gib(device: str) -> dict[str, float]:
-    """The most that PyTorch's allocator had out and held, since the last run began; what it holds in pieces lies between."""
+    """The most that PyTorch's allocator had out, and held, since the last run began."""
     if device == "cpu":
         return {}
     kinds = {"peak_gib": torch.cuda.max_memory_allocated(), "reserved_gib": torch.cuda.max_memory_reserved()}
@@ -246,9 +248,7 @@ def switch_row(run: Run, size: str, more: dict[str, Any]) -> dict[str, Any]:
     }
 
 
-def card_row(
-    asked: dict[str, Any], run: Run, second: Run, resident: Run, moved: dict[str, float]
-) -> dict[str, Any]:
+def card_row(asked: dict[str, Any], run: Run, second: Run, resident: Run, moved: dict[str, float]) -> dict[str, Any]:
     """An emulated card against the whole one; the worse of two runs counts."""
     ratios = [(r.loads_s + STEPS * r.steady_step_s) / (STEPS * resident.steady_step_s) for r in (run, second)]
     gib, bar = asked["limit_gib"], asked["bar"]

@@ -36,7 +36,6 @@ from ...wan_fp8.models.specs import ModelSpec
 from ...wan_fp8.models.wan import WanModel, build_model, class_of
 from ...wan_fp8.quant.convert import share_recipe
 from .caching import prepare_cache, report_cache
-from .memory import explained
 from .core_weights import assign_weights, clean_weights, core_spec, has_fp8
 from .hosted_model import (
     HostedModel,
@@ -48,6 +47,7 @@ from .hosted_model import (
     refuse_live_lora,
     settings_of,
 )
+from .memory import explained
 from .pinning import forget_refused_pins, give_own_pages
 from .voice import say
 from .weights import place_loose_parameters
@@ -378,15 +378,20 @@ def _make_shell_class(base: Any) -> type:
         lora, cache = net.settings_of_run.lora or net.lora, net.settings_of_run.cache
         matrices = 0 if lora is None else lora.device_bytes(compute)
         rounded = rounding_bytes(parameter.nbytes for parameter in net.parameters())
-        return net.lacked + matrices + rounded + activation_bytes(
-            net.spec,
-            input_shape,
-            compute,
-            fused=fused,
-            low_precision_attention=quantised,
-            kept_residuals=0 if cache is None else cache.depth,
-            extra_tokens=extra_tokens(net.spec, cond_shapes),
-            quantized=net.quantization is not None,
+        return (
+            net.lacked
+            + matrices
+            + rounded
+            + activation_bytes(
+                net.spec,
+                input_shape,
+                compute,
+                fused=fused,
+                low_precision_attention=quantised,
+                kept_residuals=0 if cache is None else cache.depth,
+                extra_tokens=extra_tokens(net.spec, cond_shapes),
+                quantized=net.quantization is not None,
+            )
         )
 
     def state_dict_for_saving(self: Any, *args: Any, **kwargs: Any) -> dict[str, Tensor]:

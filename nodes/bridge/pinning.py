@@ -58,7 +58,8 @@ def pin_streamed(patcher: Any) -> None:
     still = [_bytes(parameter) for *_, parameter in _unpinned(patcher)] if left else []
     if still:
         log.warning(
-            "%d of %d weights (%.1f GiB) that stay in host memory could not be pinned (%s): moving them to the GPU is slower",
+            "%d of %d weights (%.1f GiB) that stay in host memory could not be pinned (%s): moving them to the GPU "
+            "is slower",
             len(still),
             len(left),
             sum(still) / 2**30,

@@ -40,7 +40,9 @@ def test_the_sentence_and_the_next_run(monkeypatch, gpu):
     model, shape = kit.own_model(), [1, 16, 2, 4, 4]
     plain, before, told = kit.ksample(model), kit.state_bytes(model), model.model.memory_required(shape)
     failing(monkeypatch, 1)
-    with pytest.raises(management.OOM_EXCEPTION, match=r"13\.8 of 16\.0 GiB held .*1\.0 GiB lay .*1\.5 GiB more") as caught:
+    with pytest.raises(
+        management.OOM_EXCEPTION, match=r"13\.8 of 16\.0 GiB held .*1\.0 GiB lay .*1\.5 GiB more"
+    ) as caught:
         kit.ksample(model)
     assert isinstance(caught.value.__cause__, torch.OutOfMemoryError) and "432.00" in str(caught.value.__cause__)
     net = model.model.diffusion_model
@@ -64,5 +66,5 @@ def test_other_errors_stay_what_they_are(monkeypatch, gpu):
 
     monkeypatch.setattr(management, "OOM_EXCEPTION", Exception)  # an old torch
     failing(monkeypatch, 1, RuntimeError("something else"))
-    with pytest.raises(RuntimeError, match="^something else$"):
+    with pytest.raises(RuntimeError, match=r"^something else$"):
         kit.ksample(kit.own_model())

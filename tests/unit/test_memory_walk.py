@@ -1,5 +1,5 @@
-"""What a forward needs, against a walk through it: the real model at the width of A14B, with kernels that only take memory,
-under the arithmetic of PyTorch's caching allocator on a card that is full."""
+"""What a forward needs, against a walk through it: the real model at the width of A14B, with kernels that only take
+memory, under the arithmetic of PyTorch's caching allocator on a card that is full."""
 
 from __future__ import annotations
 
@@ -35,7 +35,7 @@ class OutOfMemory(Exception):
 
 
 class Allocator:
-    """PyTorch's native one: segments of 2 or 20 MiB for small requests and of their own for large ones; the best fitting
+    """PyTorch's native one: segments of 2 or 20 MiB for small requests, of their own for large ones; the best fitting
     free block of the stream's; free neighbours are joined; whole free segments go back when there is no room."""
 
     def __init__(self, limit: float) -> None:
@@ -169,7 +169,9 @@ def model_of(recipe: str | None, layers: int = LAYERS):
         state[name] = torch.empty(meta.shape, dtype=torch.float8_e4m3fn if converted else torch.bfloat16)
         if converted:
             state[f"{layer}.weight_scale"] = torch.ones(meta.shape[0], 1)
-            net.get_submodule(layer).weight_scale = torch.nn.Parameter(torch.ones(meta.shape[0], 1), requires_grad=False)
+            net.get_submodule(layer).weight_scale = torch.nn.Parameter(
+                torch.ones(meta.shape[0], 1), requires_grad=False
+            )
     net.load_state_dict(state, assign=True)
     return net.eval() if made is None else apply_recipe(net.eval(), made)
 
@@ -216,7 +218,7 @@ def peak_of(events) -> int:
     return memory.peak
 
 
-# ---- what is told to the host -----------------------------------------------------------------------------------------
+# ---- what is told to the host --------------------------------------------------------------------------------------
 
 SIZES = {
     "832x480, 81 frames": ([1, 16, 21, 60, 104], 2),
@@ -229,8 +231,8 @@ SIZES = {
 @pytest.mark.parametrize("recipe", [None, "rowwise"])
 @pytest.mark.parametrize("size", SIZES)
 def test_a_card_that_is_full_of_weights_has_room_for_a_forward(hollow, size, recipe):
-    """With what ``memory_required`` tells core, half of what core keeps free besides (the rest is for streamed weights on
-    their way and the workspace of the GEMM library), and up to 1 GiB more: more room is not always better for an
+    """With what ``memory_required`` tells core, half of what core keeps free besides (the rest is for streamed weights
+    on their way and the workspace of the GEMM library), and up to 1 GiB more: more room is not always better for an
     allocator that leaves pieces."""
     (shape, prompts), net = SIZES[size], model_of(recipe)
     events = forwards(net, shape, prompts)
@@ -251,13 +253,13 @@ def test_a_cache_of_steps_keeps_what_is_told(hollow):
     shape, net = [1, 16, 5, 60, 104], model_of("rowwise", layers=2)
     plain = peak_of(forwards(net, shape, 2))
     schedule = tuple(1 - step / 20 for step in range(21))
-    curve = Curve(name="a", task="t2v", sigmas=schedule[:20], cond=(1.0,) * 20, uncond=(1.0,) * 20, switch=None, source="b")
+    curve = Curve(
+        name="a", task="t2v", sigmas=schedule[:20], cond=(1.0,) * 20, uncond=(1.0,) * 20, switch=None, source="b"
+    )
     apply_magcache(net, MagCache(threshold=0.0, max_skips=0, curve=curve))
 
     def position(step, index):
-        return RunPosition(
-            schedule=schedule, sigma=schedule[step], conditionings=(Conditioning(index, index),)
-        )
+        return RunPosition(schedule=schedule, sigma=schedule[step], conditionings=(Conditioning(index, index),))
 
     with_it = peak_of(forwards(net, shape, 2, position=position))
     told = [activation_bytes(net.spec, shape, torch.bfloat16, quantized=True, kept_residuals=n) for n in (0, 1)]

@@ -162,9 +162,7 @@ class TextContext:
     A block calls ``keys_values(block_index, compute)``; the first forward of a prompt computes, later ones look up.
     """
 
-    def __init__(
-        self, project: Callable[[], Tensor], store: KeptText | None, image_tokens: int = 0
-    ) -> None:
+    def __init__(self, project: Callable[[], Tensor], store: KeptText | None, image_tokens: int = 0) -> None:
         self._project = project
         self._store = store
         self._tokens: Tensor | None = None

@@ -14,9 +14,9 @@ import torch
 from .specs import ModelSpec, Task
 
 OVERHEAD = 1.3
-"""Rotary tables, workspaces of the GEMM library, and what PyTorch's allocator holds in pieces that fit nothing. The last is
-nearly all of it on a card that is full: a block's activations have five sizes, and the pieces that one leaves are too small
-for the next. tests/unit/test_memory_walk.py follows the allocator: 23 to 28 % at 832x480 and 1280x720, 81 frames."""
+"""Rotary tables, workspaces of the GEMM library, and what PyTorch's allocator holds in pieces that fit nothing: on a
+card that is full nearly all of it, since a block's activations have five sizes, and the pieces that one leaves are too
+small for the next. tests/unit/test_memory_walk.py follows the allocator."""
 SEGMENT, SHARED_SEGMENT = 2 << 20, 10 << 20
 """PyTorch's allocator asks CUDA for multiples of the first for every tensor above the second, and gives a remainder of
 1 MiB or less to nobody else."""
@@ -73,10 +73,9 @@ class ForwardNeeds:
     """Bytes beside the weights, by what they are for."""
 
     blocks: int
-    """The residual stream and the activations of a block, or the stream and both ends' patches; ``OVERHEAD`` included."""
+    """The residual stream and the activations of a block, or the stream and both ends' patches, times ``OVERHEAD``."""
     time: int
-    """Before the blocks: the stream, and the time projection's weight in fp32, 0.6 GiB at the width of A14B; ``OVERHEAD``
-    included."""
+    """Before the blocks: the stream, and the time projection's weight in fp32 (0.6 GiB in A14B), times ``OVERHEAD``."""
     faces: int
     """Before the blocks: Animate's face video and encoder."""
     text: int

@@ -31,7 +31,16 @@ from ..kernels.residual_norm import NormTable
 from ..precision import fp32_products
 from . import functional as wan
 from . import low_rank
-from .blocks import ForwardOptions, ForwardState, GELULinear, KeptText, Modulation, ResidualStream, TextContext, WanBlock
+from .blocks import (
+    ForwardOptions,
+    ForwardState,
+    GELULinear,
+    KeptText,
+    Modulation,
+    ResidualStream,
+    TextContext,
+    WanBlock,
+)
 from .by_tensor import ByTensor
 from .functional import RopeOptions
 from .layers import HIGH_PRECISION, Linear, PatchEmbedding
@@ -354,7 +363,9 @@ class WanModel(nn.Module):
 
         def room() -> KeptText:
             rows = [context.shape[1]] * 2 + [image_tokens] * (2 if image_tokens else 0)
-            shapes = [(len(self.blocks), len(context), count, self.spec.num_heads, self.spec.head_dim) for count in rows]
+            shapes = [
+                (len(self.blocks), len(context), count, self.spec.num_heads, self.spec.head_dim) for count in rows
+            ]
             return KeptText([torch.empty(s, dtype=self.compute_dtype, device=context.device) for s in shapes])
 
         blocks = self._text_cache.get(owners, room, also=(options.tf32,), name=options.text_key)
