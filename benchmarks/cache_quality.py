@@ -6,8 +6,7 @@ weights.
 
 The curve is measured on the first prompt, the others are scored: PSNR of the final latents against the same run with
 every pass computed, peak the range of those, averaged over prompts. One line of ``--prompts`` is one prompt.
-Image-to-video needs ``--condition``: a safetensors file with ``y`` [C, F, H, W], mask and latents of the picture as the
-model takes them (``wan_fp8.sampling.i2v_condition``). PSNR at equal passes says which policy is better on this model.
+Image-to-video needs ``--image``, the first frame. PSNR at equal passes says which policy is better on this model.
 """
 
 from __future__ import annotations
@@ -22,24 +21,17 @@ import torch
 import typer
 from cache import Run, Watch
 from dit import console, latent_grid
+from experts import condition_of, load_experts
 from rich.table import Table
-from safetensors.torch import load_file
 from torch import Tensor
 
-from wan_fp8 import load_text_encoder, load_transformer
+from wan_fp8 import load_text_encoder
 from wan_fp8.caching import REUSES, Curve, EasyCache, MagCache, Policy, Recording, Taylor, apply_cache, cache_of
-from wan_fp8.models.wan import WanModel
+from wan_fp8.models.specs import Task
+from wan_fp8.models.vae import load_vae
 from wan_fp8.sampling import NEGATIVE_PROMPT
 
 THRESHOLDS = (0.03, 0.06, 0.12, 0.24, 0.48)
-
-
-def load_experts(checkpoint: str, device: str, dtype: torch.dtype) -> list[WanModel]:
-    """Both experts of a folder that has two, else the one model."""
-    folder = Path(checkpoint)
-    two = any((folder / name).is_dir() for name in ("high_noise_model", "transformer_2"))
-    names = ("high_noise", "low_noise") if two else (None,)
-    return [load_transformer(checkpoint, expert=name, dtype=dtype, device=device) for name in names]
 
 
 def policies(curve: Curve, retention: float) -> Iterator[Policy]:
@@ -90,7 +82,7 @@ def main(
     frames: Annotated[int, typer.Option(help="Pixel frames, 4n+1.")] = 81,
     steps: Annotated[int, typer.Option(help="Sampling steps.")] = 40,
     retention: Annotated[float, typer.Option(help="Share of the steps at the start that is computed.")] = 0.2,
-    condition: Annotated[str, typer.Option(help="Image-to-video: a safetensors file with y.")] = "",
+    image: Annotated[str, typer.Option(help="Image-to-video: the first frame.")] = "",
     dtype: Annotated[str, typer.Option(help="bfloat16, float16 or float32.")] = "bfloat16",
     device: Annotated[str, typer.Option(help="cuda or cpu; empty picks.")] = "",
     json: Annotated[str, typer.Option(help="Where to write the results file.")] = "",
@@ -109,10 +101,13 @@ def main(
         width, height = (int(n) for n in size.split("x"))
         run = Run(models, latent_grid(models[0].spec, width, height, frames), steps, device, compute)
         run.prompts[1] = texts[-1:]
-        if condition:
-            run.given = load_file(condition)["y"][None].to(device, compute)
-        elif run.given.shape[1]:
-            raise typer.BadParameter(f"a {run.spec.task} model needs --condition, the picture as it takes it")
+        if bool(image) != (run.spec.task is Task.I2V):
+            wanted = "an --image" if run.spec.task is Task.I2V else "no --image"
+            raise typer.BadParameter(f"a {run.spec.task} model takes {wanted}")
+        if image:
+            vae = load_vae(checkpoint, torch.float32, device)
+            run.given = condition_of(vae, image, width, height, frames).to(device, compute)
+            del vae
         noises = [
             torch.randn(run.noise.shape, generator=torch.Generator().manual_seed(seed)).to(device)
             for seed in range(len(lines))

@@ -14,8 +14,8 @@ A setting is parts joined by ``+``:
     PRESET[:own]                 a MagCache preset with the published curve, or one measured on the first prompt; or
                                  easycache, taylor
 
-Rows carry mean, worst and spread over the videos, and every video's own scores. Frames are compared where the engine
-has the VAE (T2V and I2V); on random weights only times mean something. ``--against TABLE`` fails when a setting is
+Rows carry mean, worst and spread over the videos, and every video's own scores. On random weights only times mean
+something. ``--against TABLE`` fails when a setting is
 worse than in a committed results file by more than the seeds differ there; ``--break`` makes a mistake on purpose,
 which must then be found.
 """
@@ -36,9 +36,8 @@ import common
 import torch
 import typer
 from breakages import BREAKAGES, ENDLESS, broken
-from cache_quality import load_experts
 from dit import console
-from PIL import Image
+from experts import AnyVAE, condition_of, load_experts, load_its_vae
 from quality_table import HIGHER_IS_BETTER, aggregated, worse
 from rich.table import Table
 from torch import Tensor
@@ -61,21 +60,17 @@ from wan_fp8.caching import (
 )
 from wan_fp8.models.blocks import ForwardOptions
 from wan_fp8.models.specs import Task
-from wan_fp8.models.vae import WanVAE, denormalize_latents, load_vae, normalize_latents
+from wan_fp8.models.vae import denormalize_latents
 from wan_fp8.models.wan import WanModel
 from wan_fp8.quality import Trajectory, finite, kernels_used, latent_scores, video_scores
 from wan_fp8.quant import RECIPES
 from wan_fp8.sampling import (
     DEFAULTS,
     NEGATIVE_PROMPT,
-    i2v_condition,
-    i2v_mask,
-    i2v_video,
     latent_shape,
     make_solver,
     plan_steps,
     sigmas,
-    stretch_image,
     timesteps,
 )
 
@@ -250,16 +245,14 @@ class Reference:
     trajectory: Trajectory
 
 
-def frames_of(vae: WanVAE | None, latents: Tensor) -> Tensor | None:
+def frames_of(vae: AnyVAE, latents: Tensor) -> Tensor:
     """[T, 3, H, W] in 0..1 on the CPU."""
-    if vae is None:
-        return None
     weight = next(vae.parameters())
     video = vae.decode(denormalize_latents(latents.float()).to(weight)).float()
     return ((video[0] + 1) / 2).clamp(0, 1).transpose(0, 1).cpu()
 
 
-def references(sampler: Sampler, jobs: Sequence[Job], vae: WanVAE | None) -> list[Reference]:
+def references(sampler: Sampler, jobs: Sequence[Job], vae: AnyVAE) -> list[Reference]:
     """One run for each video."""
     found = []
     for job in jobs:
@@ -290,7 +283,7 @@ def measure(
     sampler: Sampler,
     jobs: Sequence[Job],
     exact: Sequence[Reference],
-    vae: WanVAE | None,
+    vae: AnyVAE,
     curve: Curve | None,
     mistake: str,
 ) -> dict[str, Any]:
@@ -353,16 +346,6 @@ def make_jobs(checkpoint: str, prompts: Sequence[str], seeds: Sequence[int], sha
         for index in range(len(prompts))
         for seed in seeds
     ]
-
-
-def condition_of(vae: WanVAE, path: str, width: int, height: int, frames: int) -> Tensor:
-    """I2V's channels [1, 20, F, H, W] for a picture."""
-    pixels = torch.frombuffer(bytearray(Image.open(path).convert("RGB").tobytes()), dtype=torch.uint8)
-    size = Image.open(path).size
-    picture = stretch_image(pixels.view(size[1], size[0], 3).permute(2, 0, 1) / 255, width, height)
-    weight = next(vae.parameters())
-    latents = normalize_latents(vae.encode(i2v_video(picture, frames)[None].to(weight)).float().cpu())
-    return i2v_condition(i2v_mask(frames, height // 8, width // 8)[None], latents)
 
 
 def grouped(settings: Sequence[Setting]) -> Iterator[list[Setting]]:
@@ -434,10 +417,10 @@ def measured_rows(
     sampler = Sampler(models=load_experts(checkpoint, device, precision), steps=0, device=device, dtype=precision)
     spec = sampler.models[0].spec
     sampler.steps = steps or DEFAULTS[spec.task].steps
-    vae = None if spec.task is Task.TI2V else load_vae(checkpoint, torch.float32, device)
+    vae = load_its_vae(checkpoint, spec, device)
     if (spec.task is Task.I2V) != bool(image):
         raise typer.BadParameter(f"a {spec.task} model takes {'an --image' if spec.task is Task.I2V else 'no --image'}")
-    condition = condition_of(vae, image, width, height, frames) if image and vae is not None else None
+    condition = condition_of(vae, image, width, height, frames) if image else None
     jobs = make_jobs(checkpoint, prompts, seeds, latent_shape(spec.task, width, height, frames))
     sampler.given = None if condition is None else condition.to(device, precision)
     exact = references(sampler, jobs, vae)

@@ -2,7 +2,7 @@
 with chance and a fixed neighbourhood as the controls that a good policy must beat.
 
     python benchmarks/sparse_quality.py --checkpoint models/wan/Wan2.2-T2V-A14B-tiny --prompts prompts.txt \\
-        --size 96x64 --frames 17 --block-tokens 8 --json out.json
+        --size 144x96 --frames 17 --block-tokens 8 --json out.json
 
 Each run is held against the same seed and prompt with dense attention in the same precision. A clip of a small model
 has few tokens: ``--block-tokens`` makes the blocks smaller than the kernels' 128, which the eager paths allow, so that
@@ -23,9 +23,9 @@ from unittest import mock
 import common
 import torch
 import typer
-from cache_quality import load_experts
 from dit import console
-from quality import Job, Reference, Sampler, condition_of, frames_of, make_jobs, references, scored
+from experts import AnyVAE, condition_of, load_experts, load_its_vae
+from quality import Job, Reference, Sampler, frames_of, make_jobs, references, scored
 from quality_table import aggregated
 from rich.table import Table
 
@@ -35,8 +35,6 @@ from wan_fp8.attention.sparse import BLOCK, Calibration, guarantee, order, prese
 from wan_fp8.attention.sparse.backends import masked
 from wan_fp8.attention.sparse.policies import Asked, Choice, window
 from wan_fp8.attention.sparse.report import SparseReport
-from wan_fp8.models.specs import Task
-from wan_fp8.models.vae import WanVAE, load_vae
 from wan_fp8.sampling import DEFAULTS, latent_shape
 
 CONTROLS = ("window", "chance")
@@ -84,7 +82,7 @@ def settings(densities: list[float], coverages: list[float], skip: tuple[float, 
 
 
 def measure(
-    name: str, sparsity: Sparsity, sampler: Sampler, jobs: list[Job], exact: list[Reference], vae: WanVAE | None
+    name: str, sparsity: Sparsity, sampler: Sampler, jobs: list[Job], exact: list[Reference], vae: AnyVAE
 ) -> tuple[dict[str, Any], list[SparseReport]]:
     """One row, and what the last video's run reports."""
     for model in sampler.models:
@@ -178,8 +176,8 @@ def main(
         sampler = Sampler(models=load_experts(checkpoint, device, dtype), steps=steps, device=device, dtype=dtype)
         spec = sampler.models[0].spec
         sampler.steps = steps or DEFAULTS[spec.task].steps
-        vae = None if spec.task is Task.TI2V else load_vae(checkpoint, torch.float32, device)
-        if image and vae is not None:
+        vae = load_its_vae(checkpoint, spec, device)
+        if image:
             sampler.given = condition_of(vae, image, width, height, frames).to(device, dtype)
         shape = latent_shape(spec.task, width, height, frames)
         jobs = make_jobs(checkpoint, lines, range(seeds), shape)
