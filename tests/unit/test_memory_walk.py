@@ -25,7 +25,7 @@ from wan_fp8.models.passes import Conditioning, RunPosition
 from wan_fp8.quant.linear import Quantization
 
 MIB, GIB = 1 << 20, 1 << 30
-LAYERS = 4
+LAYERS = 3
 RESERVE = 400
 """MiB that core keeps free on Linux: ``EXTRA_RESERVED_VRAM``."""
 
@@ -228,8 +228,7 @@ SIZES = {
 }
 
 
-@pytest.mark.parametrize("recipe", [None, "rowwise"])
-@pytest.mark.parametrize("size", SIZES)
+@pytest.mark.parametrize(("size", "recipe"), [*((size, "rowwise") for size in SIZES), ("832x480, 17 frames", None)])
 def test_a_card_that_is_full_of_weights_has_room_for_a_forward(hollow, size, recipe):
     """With what ``memory_required`` tells core, half of what core keeps free besides (the rest is for streamed weights
     on their way and the workspace of the GEMM library), and up to 1 GiB more: more room is not always better for an
@@ -242,7 +241,7 @@ def test_a_card_that_is_full_of_weights_has_room_for_a_forward(hollow, size, rec
     lowest = peak_of(events)
     assert lowest <= told.total <= 1.35 * lowest, (lowest / GIB, told)
     assert lowest >= told.text + max(told.blocks, told.time) / OVERHEAD * 0.98, "every term of it is needed"
-    for more in range(0, 1024, 64):
+    for more in range(0, 1024, 128):
         memory = Allocator(sum(weights) + rounding + told.total + (RESERVE // 2 + more) * MIB)
         for weight in weights:
             memory.take(weight)
