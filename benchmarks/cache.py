@@ -5,12 +5,12 @@ computed passes.
         --recipe DelayedScaling --cache E012K2R20,E024K2R10 --json out.json
 
 The published schedule with guidance, UniPC, both experts of an A14B model (each of ``--layers`` blocks). ``pass_s`` is
-one forward without a cache, the median of ``--repeats`` rounds: cond and uncond of every expert. ``loop_ratio`` is the
-seconds of the run over (computed passes times ``pass_s``), solver and skipped passes included: with fewer blocks than
-the model has, what is not in the blocks weighs more. ``peak_gib_without`` is the peak of these rounds, which leave in
-memory what a run without a cache has there: keys and values of both prompts in both experts among it.
-Kernels are compiled before, in forwards of two blocks. ``--repeats 0`` saves the rounds of a whole model: ``pass_s`` is
-then ``computed_pass_s``, of the run itself. Random weights say nothing about quality.
+one forward without a cache, the median of ``--repeats``. ``loop_ratio`` is the seconds of the run over (computed
+passes times ``pass_s``), solver and skipped passes included: with fewer blocks than the model has, what is not in the
+blocks weighs more. ``peak_gib_without`` is the peak of cond and uncond in both experts, which come first and leave in
+memory what a run without a cache has there: keys and values of both prompts among it.
+Kernels are compiled before, in forwards of two blocks. ``--repeats 0`` saves these forwards of a whole model: ``pass_s``
+is then ``computed_pass_s``, of the run itself. Random weights say nothing about quality.
 """
 
 from __future__ import annotations
@@ -198,15 +198,18 @@ def measure(
         run.forward(model, run.noise, 0, COND, (0, run.switch))
         model.blocks = blocks
         model.begin_run()
-    alone: list[float] = []
 
-    def rounds() -> None:
-        for model in models * repeats:
+    def each_once() -> None:
+        for model in models:
             for conditioning in (UNCOND, COND):
-                call = lambda m=model, c=conditioning: run.forward(m, run.noise, 0, c, (0, run.switch))  # noqa: E731
-                alone.extend(common.milliseconds(call, device, repeats=1, warmup=0))
+                run.forward(model, run.noise, 0, conditioning, (0, run.switch))
 
-    without = peak_gib(device, rounds) if repeats else None
+    without, alone = None, []
+    if repeats:
+        without = peak_gib(device, each_once)
+        alone = common.milliseconds(
+            lambda: run.forward(models[0], run.noise, 0, COND, (0, run.switch)), device, repeats=repeats, warmup=0
+        )
     activation = tokens * spec.dim * torch.empty((), dtype=dtype).element_size()
     rows = []
     for name in caches:
@@ -293,7 +296,7 @@ def main(
     backend: Annotated[str, typer.Option(help="Who multiplies in FP8.")] = "auto",
     dtype: Annotated[str, typer.Option(help="bfloat16, float16 or float32.")] = "bfloat16",
     device: Annotated[str, typer.Option(help="cuda or cpu; empty picks.")] = "",
-    repeats: Annotated[int, typer.Option(help="Rounds of passes without a cache; 0: the run's own are taken.")] = 3,
+    repeats: Annotated[int, typer.Option(help="Passes timed without a cache; 0: the run's own are taken.")] = 5,
     json: Annotated[str, typer.Option(help="Where to write the results file.")] = "",
 ) -> None:
     """Time a whole sampling run with a cache of steps on random weights."""
