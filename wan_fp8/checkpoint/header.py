@@ -96,8 +96,8 @@ def refuse_format(path: Path, form: str) -> CheckpointError:
         "is a PyTorch pickle under a wrong name, not safetensors; pickles are accepted as .pth and only if they hold "
         "plain tensors: download the model's .safetensors file"
     )
-    allowed = "this loader takes .safetensors, and .pth files of plain tensors"
-    return CheckpointError(f"{path.name} {reasons.get(form, f'is no tensor file ({size} bytes); {allowed}')}")
+    other = f"is no tensor file ({size} bytes); this loader takes .safetensors, and .pth files of plain tensors"
+    return CheckpointError(f"{path.name} {reasons.get(form, other)}")
 
 
 def open_binary(path: Path) -> BinaryIO:
