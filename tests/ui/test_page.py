@@ -182,8 +182,10 @@ def test_cancelling_answers_at_once_and_stops_the_run(editor: tuple[str, Editor]
         " const { api } = await import('/scripts/api.js'); window.shown = []; window.steps = 0;"
         " const show = board.show;"
         " board.show = function (node, text) { window.shown.push(text); show.call(this, node, text); };"
-        " api.addEventListener('wan_fp8.status', async () => { if (++window.steps !== 2) return;"
+        " api.addEventListener('wan_fp8.status', async (event) => { if (++window.steps !== 2) return;"
         " const answer = app.extensionManager.command.execute('WanFP8.Cancel');"
+        # the step that was under way ends a little later
+        " api.dispatchEvent(new CustomEvent('wan_fp8.status', { detail: event.detail }));"
         " window.answer = [...board.lines.values()]; await answer; });"
         " api.addEventListener('execution_interrupted', () => { delete board.show; }, { once: true }); }"
     )
