@@ -20,6 +20,7 @@ RESULTS = ROOT / "benchmarks" / "results"
 if str(ROOT) not in sys.path:  # scripts run from a clone; the pack is not an installed package
     sys.path.insert(0, str(ROOT))
 
+BEGAN = time.perf_counter()
 _ARGUMENTS = sys.argv[1:]  # as given: a script may have to hide them from a library that parses the command line
 
 _PACKAGES = (
@@ -30,6 +31,7 @@ _PACKAGES = (
     "diffusers",
     "transformer_engine",
     "fa3-fwd",
+    "flash-attn-4",
     "comfy-kitchen",
 )
 
@@ -87,8 +89,56 @@ def write_results(path: str | Path, rows: list[dict[str, Any]], device: str = "c
     path.write_text(json.dumps(result, indent=1) + "\n")
 
 
-def milliseconds(function: Callable[[], Any], device: str, *, repeats: int = 5, warmup: int = 2) -> list[float]:
-    """Time of each run in ms: CUDA events on a GPU, the wall clock elsewhere."""
+class Phases:
+    """What a benchmark is doing, on stderr as it begins, and at the end of a row how long each of it took. A row that
+    does not come in time has then said where the time went. Silent on ranks that print nothing."""
+
+    def __init__(self, *, silent: bool = False) -> None:
+        self.silent = silent
+        self._seconds: dict[str, float] = {}
+        self._now: tuple[str, float] | None = None
+
+    def __call__(self, short: str, what: str = "") -> None:
+        """Begin a phase, of the name ``short``; ``what`` says more of it."""
+        self._end()
+        self._now = short, time.perf_counter()
+        self._say(what or short)
+
+    def done(self, what: str = "row complete") -> None:
+        """End a row: seconds by phase."""
+        self._end()
+        self._say("; ".join([what, *(f"{name} {seconds:.1f} s" for name, seconds in self._seconds.items())]))
+        self._seconds.clear()
+
+    def _end(self) -> None:
+        if "torch" in sys.modules:
+            import torch
+
+            if torch.cuda.is_initialized():  # what a phase queued is its own
+                torch.cuda.synchronize()
+        if self._now is not None:
+            name, began = self._now
+            self._seconds[name] = self._seconds.get(name, 0.0) + time.perf_counter() - began
+            self._now = None
+
+    def _say(self, what: str) -> None:
+        if not self.silent:
+            print(f"[{time.perf_counter() - BEGAN:6.1f} s] {what}", file=sys.stderr, flush=True)
+
+
+BEHIND_CYCLES = 30_000_000
+"""Some 15 ms of a GPU's clock: longer than the host takes to launch a hundred kernels."""
+
+
+def milliseconds(
+    function: Callable[[], Any], device: str, *, repeats: int = 5, warmup: int = 2, behind: bool = False
+) -> list[float]:
+    """Time of each run in ms: CUDA events on a GPU, the wall clock elsewhere.
+
+    Args:
+        behind: on a GPU that is busy until everything is launched, as inside a forward, where the host runs ahead:
+            many small kernels take what they take, not what launching them takes.
+    """
     for _ in range(warmup):
         function()
     times = []
@@ -98,6 +148,8 @@ def milliseconds(function: Callable[[], Any], device: str, *, repeats: int = 5, 
         for _ in range(repeats):
             start, end = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
             torch.cuda.synchronize()
+            if behind:
+                torch.cuda._sleep(BEHIND_CYCLES)
             start.record()
             function()
             end.record()

@@ -165,7 +165,11 @@ def cost_rows(qkv: list[Tensor], order: TokenOrder, device: str, repeats: int) -
         "measuring and learning": look,
     }
     for name, call in calls.items():
-        yield {"what": "cost", "part": name, "ms": round(common.median_ms(call, device, repeats=max(repeats, 10)), 4)}
+        timed = {
+            key: round(common.median_ms(call, device, repeats=max(repeats, 10), behind=behind), 4)
+            for key, behind in (("ms", True), ("launched_alone_ms", False))
+        }
+        yield {"what": "cost", "part": name, **timed}
 
 
 def exact_part(q: Tensor, k: Tensor, v: Tensor, mask: Tensor, block: int) -> tuple[Tensor, Tensor]:

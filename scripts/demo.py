@@ -25,7 +25,7 @@ CHECKPOINT = "Wan2.2-T2V-A14B-tiny"
 WORKFLOW = host.PACK / "workflows" / "t2v_a14b.json"
 SOURCE = host.PACK / "checkpoints" / CHECKPOINT
 PROMPT = "a red ball rolls to the right"
-SETTINGS = (f"checkpoint={CHECKPOINT}", f"prompt={PROMPT}", "width=96", "height=64", "length=17")
+SETTINGS = (f"checkpoint={CHECKPOINT}", f"prompt={PROMPT}", "width=144", "height=96", "length=17")
 """The size that the checkpoint was trained at. Steps, guidance and solver are the workflow's: the published ones."""
 
 

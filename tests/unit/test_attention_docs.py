@@ -114,7 +114,7 @@ def test_sparse_blocks_are_the_measured_ones() -> None:
     blocks = {row["sparsity"]: row for row in rows("dit_i2v-a14b_1280x720_sparse_h200.json")}
     dense = blocks[None]["layer_ms"]
     assert f"| all | {dense:.1f} | |" in page
-    for name, share in (("half", 0.5), ("45 %", 0.45)):
+    for name, share in (("half", 0.5), ("45 %", 0.45), ("a quarter", 0.25)):
         took = blocks[share]["layer_ms"]
         assert blocks[share]["sparse_backend"] == "fa4"
         assert f"| {name} | {took:.1f} | {100 * took / dense:.0f} % |" in page

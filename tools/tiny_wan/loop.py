@@ -137,10 +137,16 @@ class Trainer:
         self._offset = 0.0
 
     def steps(self) -> Iterator[tuple[int, float]]:
-        """Step numbers and the share of the budget that is used; the caller trains one batch at each."""
+        """Step numbers and the share of the budget that is used; the caller trains one batch at each.
+
+        Minutes count from the step at which kernels are chosen, and compiled: that takes as long as it takes.
+        """
         began = time.perf_counter() - self._offset
         step = self.first_step
         while not stopping():
+            if step == self.first_step + PLAIN_STEPS:
+                self._finish()
+                began = time.perf_counter() - self._offset
             seconds = time.perf_counter() - began
             used = seconds / (60 * self.budget.minutes)
             if self.budget.steps is not None:
@@ -151,6 +157,11 @@ class Trainer:
             yield step, used
             step += 1
         self.log.steps, self.log.seconds = step, time.perf_counter() - began
+
+    def _finish(self) -> None:
+        """Wait for the device."""
+        if self.parameters[0].is_cuda:
+            torch.cuda.synchronize()
 
     def learn(self, compute: Compute, inputs: tuple[Tensor, ...], step: int, used: float, extra: str = "") -> None:
         """Backward, clip, one optimizer step, one update of the average.

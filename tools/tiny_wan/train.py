@@ -17,6 +17,9 @@ on what the earlier ones left in ``--out``. A stage that was stopped (SIGTERM) g
 ``all --start-from FOLDER`` keeps VAE and text encoder of an earlier training or of a checkpoint, and trains its experts
 further (of an earlier training only), or new ones. On a CPU add ``--device cpu --dtype bf16 --compile
 --clips 6144 --vae-batch 6 --batch 64``: a quarter of an hour for a VAE on two cores, hours for transformers.
+
+On a GPU ``--compile`` nearly triples a transformer's steps a second (H200), after a minute of compiling at first and
+half of one at each further stage, which ``--minutes`` do not count.
 """
 
 from __future__ import annotations
