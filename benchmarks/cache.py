@@ -9,8 +9,8 @@ one forward without a cache, the median of ``--repeats``. ``loop_ratio`` is the 
 passes times ``pass_s``), solver and skipped passes included: with fewer blocks than the model has, what is not in the
 blocks weighs more. ``peak_gib_without`` is the peak of cond and uncond in both experts, which come first and leave in
 memory what a run without a cache has there: keys and values of both prompts among it.
-Kernels are compiled before, in forwards of two blocks. ``--repeats 0`` saves these forwards of a whole model: ``pass_s``
-is then ``computed_pass_s``, of the run itself. Random weights say nothing about quality.
+Kernels are compiled before, in forwards of two blocks. ``--repeats 0`` saves these forwards of a whole model:
+``pass_s`` is then ``computed_pass_s``, of the run itself. Random weights say nothing about quality.
 """
 
 from __future__ import annotations
