@@ -5,9 +5,12 @@ computed passes.
         --recipe DelayedScaling --cache E012K2R20,E024K2R10 --json out.json
 
 The published schedule with guidance, UniPC, both experts of an A14B model (each of ``--layers`` blocks). ``pass_s`` is
-one forward without a cache, the median of five; ``loop_ratio`` the seconds of the run over (computed passes times
-``pass_s``), solver and skipped passes included: with fewer blocks than the model has, what is not in the blocks weighs
-more. Random weights say nothing about quality.
+one forward without a cache, the median of ``--repeats``. ``loop_ratio`` is the seconds of the run over (computed
+passes times ``pass_s``), solver and skipped passes included: with fewer blocks than the model has, what is not in the
+blocks weighs more. ``peak_gib_without`` is the peak of cond and uncond in both experts, which come first and leave in
+memory what a run without a cache has there: keys and values of both prompts among it.
+Kernels are compiled before, in forwards of two blocks. ``--repeats 0`` saves these forwards of a whole model:
+``pass_s`` is then ``computed_pass_s``, of the run itself. Random weights say nothing about quality.
 """
 
 from __future__ import annotations
@@ -20,7 +23,7 @@ from typing import Annotated
 import common
 import torch
 import typer
-from dit import MODELS, console, latent_grid, open_window, random_model, recipes, settle
+from dit import MODELS, console, latent_grid, open_window, random_model, recipes
 from rich.table import Table
 from torch import Tensor
 
@@ -43,6 +46,7 @@ from wan_fp8.models.wan import WanModel
 from wan_fp8.sampling import DEFAULTS, UniPC, high_noise_steps, sigmas, timesteps
 
 TEXT_TOKENS = 512
+WARM_BLOCKS = 2
 COND, UNCOND = Conditioning("cond", 0), Conditioning("uncond", 1)
 
 
@@ -102,6 +106,8 @@ class Run:
         began = time.perf_counter()
         for step in range(self.steps):
             high = step < self.switch
+            if step == self.switch and (cache := cache_of(self.models[0])) is not None:
+                cache.release()  # as a host does between the experts
             model = self.models[0 if high else -1]
             share = (0, self.switch) if high else (self.switch, self.steps)
             uncond, cond = (
@@ -172,6 +178,7 @@ def measure(
     recipe: Recipe | None,
     dtype: torch.dtype,
     device: str,
+    repeats: int,
 ) -> list[dict]:
     """One row for each cache."""
     spec = MODELS[model_name]
@@ -186,14 +193,23 @@ def measure(
         models.append(model if recipe is None else apply_recipe(model, recipe))
     run = Run(models, grid, steps or DEFAULTS[spec.task].steps, device, dtype)
 
-    def one_pass() -> Tensor:
-        return run.forward(models[0], run.noise, 0, COND, (0, run.switch))
+    for model in models:
+        blocks, model.blocks = model.blocks, model.blocks[:WARM_BLOCKS]
+        run.forward(model, run.noise, 0, COND, (0, run.switch))
+        model.blocks = blocks
+        model.begin_run()
 
-    one_pass()
-    if device.startswith("cuda"):
-        settle(one_pass)
-    pass_ms = statistics.median(common.milliseconds(one_pass, device))
-    without = peak_gib(device, one_pass)
+    def each_once() -> None:
+        for model in models:
+            for conditioning in (UNCOND, COND):
+                run.forward(model, run.noise, 0, conditioning, (0, run.switch))
+
+    without, alone = None, []
+    if repeats:
+        without = peak_gib(device, each_once)
+        alone = common.milliseconds(
+            lambda: run.forward(models[0], run.noise, 0, COND, (0, run.switch)), device, repeats=repeats, warmup=0
+        )
     activation = tokens * spec.dim * torch.empty((), dtype=dtype).element_size()
     rows = []
     for name in caches:
@@ -209,6 +225,7 @@ def measure(
         peak = peak_gib(device, sampled)
         reports = [cache.finish() for cache in map(cache_of, models) if cache is not None]
         computed, skipped = watch.times(False), watch.times(True)
+        pass_ms = statistics.median(alone or computed)
         assert sum(r.computed for r in reports) in (0, len(computed)) and sum(r.skipped for r in reports) == len(
             skipped
         )
@@ -234,6 +251,7 @@ def measure(
                 "passes_computed": len(computed),
                 "passes_skipped": len(skipped),
                 "skipped_by_expert": [report.skipped for report in reports],
+                "repeats": repeats,
                 "pass_s": round(pass_ms / 1000, 5),
                 "computed_pass_s": round(statistics.median(computed) / 1000, 5),
                 "skipped_pass_ms": round(statistics.median(skipped), 3) if skipped else None,
@@ -278,6 +296,7 @@ def main(
     backend: Annotated[str, typer.Option(help="Who multiplies in FP8.")] = "auto",
     dtype: Annotated[str, typer.Option(help="bfloat16, float16 or float32.")] = "bfloat16",
     device: Annotated[str, typer.Option(help="cuda or cpu; empty picks.")] = "",
+    repeats: Annotated[int, typer.Option(help="Passes timed without a cache; 0: the run's own are taken.")] = 5,
     json: Annotated[str, typer.Option(help="Where to write the results file.")] = "",
 ) -> None:
     """Time a whole sampling run with a cache of steps on random weights."""
@@ -295,7 +314,18 @@ def main(
     for scaling in recipes(recipe, backend, device, dtype):
         with torch.inference_mode():
             rows += measure(
-                model, size, frames, count, steps, names, reuse, attention, scaling, getattr(torch, dtype), device
+                model,
+                size,
+                frames,
+                count,
+                steps,
+                names,
+                reuse,
+                attention,
+                scaling,
+                getattr(torch, dtype),
+                device,
+                repeats,
             )
         show(rows)
         if json:

@@ -34,11 +34,12 @@ class WanFP8MagCache(io.ComfyNode):
             node_id="WanFP8MagCache",
             display_name="Wan2.2 MagCache",
             category=SETTINGS,
-            is_experimental=True,  # its quality has been measured by nobody yet
-            description="Skips passes of a Wan2.2 MODEL whose residual has hardly changed since an earlier step, and "
-            "adds the earlier one instead: MagCache with the published curves, resampled by noise level for any "
-            "number of steps, shift and solver, or with a curve measured on your own model. The sampler's node shows "
-            "how many passes were skipped, the time saved and an estimate of the error.",
+            is_experimental=True,  # quality: on the shipped tiny checkpoint (docs/quality.md), on no released one
+            description="Skips passes of a Wan2.2 MODEL of any task whose residual has hardly changed since an earlier "
+            "step, and adds the earlier one instead: MagCache with the published curves, resampled by noise level for "
+            "any number of steps, shift and solver, or with a curve measured on your own model (Animate and S2V have "
+            "no published one). The sampler's node shows how many passes were skipped, the time saved and an estimate "
+            "of the error.",
             search_aliases=["magcache", "teacache", "easycache", "step cache", "speed up", "skip steps"],
             inputs=[
                 model_input(
@@ -192,9 +193,9 @@ class WanFP8MagCacheCalibrate(io.ComfyNode):
             display_name="Wan2.2 Calibrate MagCache",
             category=SETTINGS,
             is_experimental=True,
-            description="Measures how the residual of your own model, with its LoRAs, sampler and steps, shrinks from "
-            "step to step, while it samples a normal video. Put it where Wan2.2 MagCache would be, and Wan2.2 Save "
-            "MagCache Curve after the sampler; afterwards Wan2.2 MagCache finds the curve by itself.",
+            description="Measures how the residual of your own model, of any task, with its LoRAs, sampler and steps, "
+            "shrinks from step to step, while it samples a normal video. Put it where Wan2.2 MagCache would be, and "
+            "Wan2.2 Save MagCache Curve after the sampler; afterwards Wan2.2 MagCache finds the curve by itself.",
             search_aliases=["magcache", "calibrate", "step cache"],
             inputs=[
                 model_input(

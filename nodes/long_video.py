@@ -15,6 +15,7 @@ import torch
 from comfy_api.latest import InputImpl, Types
 from torch import Tensor
 
+from ..wan_fp8.caching import sum_line
 from ..wan_fp8.errors import BackendUnavailableError, InputError
 from ..wan_fp8.models.specs import Task
 from . import bridge, conditions
@@ -123,6 +124,7 @@ class SegmentSampler:
         self._device = "cuda" if settings.noise == NOISE_CUDA else "cpu"
         self._noise_dtype = noise_dtype if self._device == "cuda" else torch.float32
         self._generator = torch.Generator(self._device)
+        self._cache_facts: list[dict[str, Any]] = []
         self.reseed(settings.seed)
 
     @property
@@ -175,6 +177,9 @@ class SegmentSampler:
             noise=noise,
             progress=bridge.Progress(index * steps, count * steps, hidden),
         )
+        self._cache_facts += self.model.model.diffusion_model.cache_facts
+        if 1 < count == index + 1 and self._cache_facts:
+            bridge.say(sum_line(self._cache_facts, "segments"), keep=True)
         return output["samples"]
 
 

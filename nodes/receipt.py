@@ -48,7 +48,10 @@ class WanFP8QualityReceipt(io.ComfyNode):
             outputs=[
                 io.Latent.Output(display_name="latent", tooltip="Latents of the settings under test."),
                 io.Latent.Output(display_name="latent_reference", tooltip="Latents of the reference."),
-                io.Image.Output(display_name="plot", tooltip="Error of every step against the reference."),
+                io.Image.Output(
+                    display_name="plot",
+                    tooltip="Error of every step against the reference, and the steps that a cache skipped.",
+                ),
                 io.Image.Output(
                     display_name="strip",
                     tooltip="Frames of the reference, of the settings, and their difference; needs 'vae'.",
@@ -190,17 +193,22 @@ class Side:
     said: list[str] = field(default_factory=list)
     sparsity: list[dict[str, Any]] = field(default_factory=list)
     """What sparse attention did, an entry for each expert."""
+    caches: list[dict[str, Any]] = field(default_factory=list)
+    """Which steps a cache skipped, an entry for each expert."""
     marks: list[float] = field(default_factory=list)
 
     def sample(self, positive: Any, negative: Any, latent: dict[str, Tensor], settings: Settings) -> dict[str, Tensor]:
         """The run; it loads its models first."""
         heard = len(bridge.kept_words())
         pooled = any(bridge.is_remote(expert) for expert in self.experts)  # its memory is not this process's to measure
+        nets = [expert.model.diffusion_model for expert in self.experts]
+        for net in nets:  # an expert that no step belongs to would tell of an earlier run
+            net.cache_facts = ()
         with bridge.measured(torch.device("cpu" if pooled else self.experts[0].load_device)) as self.cost:
             result = run(self.experts, positive, negative, latent, settings, self._observe)
         self.said = bridge.kept_words()[heard:]
-        nets = [expert.model.diffusion_model for expert in self.experts]
         self.sparsity = [facts for net in nets for facts in getattr(net, "sparse_facts", ())]
+        self.caches = [facts for net in nets for facts in getattr(net, "cache_facts", ())]
         return result
 
     def _observe(self, step: int, clean: Tensor) -> None:
@@ -225,6 +233,7 @@ class Side:
             "peak_gib": None if self.cost.peak_gib is None else round(self.cost.peak_gib, 3),
             "kernels": [used for _, used in sorted(self.kernels.items())],
             "sparsity": self.sparsity,
+            "caches": self.caches,
             "said": [line for text in self.said for line in text.splitlines()],
         }
 

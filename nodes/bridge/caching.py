@@ -71,11 +71,14 @@ def prepare_cache(patcher: Any, net: HostedModel, sigmas: Tensor) -> None:
 
 
 def report_cache(net: HostedModel) -> None:
-    """Tell the user what a cache of steps did in the run that ends."""
+    """Tell the user what a cache of steps did in the run that ends, and keep it for a receipt."""
+    told = []
     for cache in net.caches.values():
         report = cache.finish()
         if report.computed + report.skipped:
             say("\n".join(report.lines(WHO.get(cache.expert or "", ""))), keep=True)
+            told.append(report.facts(cache.expert))
+    net.cache_facts = tuple(told)
 
 
 def fingerprint(patcher: Any) -> str:

@@ -377,6 +377,8 @@ def _make_shell_class(base: Any) -> type:
         quantised = attention is not None and not attention.is_exact
         lora, cache = net.settings_of_run.lora or net.lora, net.settings_of_run.cache
         matrices = 0 if lora is None else lora.device_bytes(compute)
+        recording = net.settings_of_run.recording is not None  # it copies the tokens before the blocks, as a cache does
+        kept = int(recording) if cache is None else cache.depth
         rounded = rounding_bytes(parameter.nbytes for parameter in net.parameters())
         return (
             net.lacked
@@ -388,7 +390,7 @@ def _make_shell_class(base: Any) -> type:
                 compute,
                 fused=fused,
                 low_precision_attention=quantised,
-                kept_residuals=0 if cache is None else cache.depth,
+                kept_residuals=kept,
                 extra_tokens=extra_tokens(net.spec, cond_shapes),
                 quantized=net.quantization is not None,
             )

@@ -95,6 +95,9 @@ class HostedModel(WanModel):
     sparse_facts: tuple[dict[str, Any], ...] = ()
     """What sparse attention did in the last run that ended, for a receipt."""
 
+    cache_facts: tuple[dict[str, Any], ...] = ()
+    """What a cache of steps did in it, likewise; an entry for each setting that ran."""
+
     _shell: weakref.ref[nn.Module] | None = None
     _prompts: OrderedDict[Hashable, Tensor]
 

@@ -152,6 +152,7 @@ def test_a_cache_skips_the_same_passes_and_says_so(checkpoints: dict[str, Path],
         there, mine = (cache_of(model).report for model in (many, one))
         assert there.skipped == mine.skipped > 0 and there.computed == mine.computed
         assert there.skipped_passes == mine.skipped_passes and there.steps == mine.steps
+        assert there.computed_passes == mine.computed_passes != set()
         assert there.worst_error == pytest.approx(mine.worst_error) and there.most_bytes > 0
         assert len(there.lines()) == len(mine.lines())
         for model in (one, many):

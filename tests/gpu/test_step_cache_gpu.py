@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
+import warnings
+
 import pytest
 import torch
 from test_model_parity import TINY
 from test_step_cache import COND, SCHEDULE, STEPS, UNCOND, ByHand, Listed, at, both, prompts, tiny_model
 
 import wan_fp8
-from wan_fp8.caching import apply_cache, cache_of
+from wan_fp8.caching import EasyCache, apply_cache, cache_of
 from wan_fp8.models.wan import WanModel
 from wan_fp8.sampling import Euler
 
@@ -78,3 +80,26 @@ def test_the_host_does_not_wait():
     finally:
         torch.cuda.set_sync_debug_mode("default")
     assert cache_of(model).finish().skipped == 1
+
+
+def test_easycache_waits_once_for_a_step_that_may_be_skipped():
+    """Cond and uncond together; first steps and the last one are computed in any case, and nothing is read there."""
+    model = apply_cache(tiny_model("t2v", torch.bfloat16).cuda(), EasyCache(threshold=0.25, max_skips=2, retention=0.3))
+    x = torch.randn(1, TINY["t2v"].in_dim, 3, 12, 16, device="cuda", dtype=torch.bfloat16)
+    text = [prompt.cuda().bfloat16() for prompt in prompts()]
+    times = [torch.full((1,), 1000 * SCHEDULE[step], device="cuda") for step in range(STEPS)]
+    given, waits = [x * (1 - 0.02 * step) for step in range(STEPS)], []
+    for conditioning in (COND, UNCOND):  # kernels are compiled, keys and values of the text known
+        model(given[0], times[0], text[conditioning.kind], options=at(0, conditioning))
+    for step in range(STEPS):
+        torch.cuda.set_sync_debug_mode("warn")
+        try:
+            with warnings.catch_warnings(record=True) as caught:
+                warnings.simplefilter("always")
+                for conditioning in (COND, UNCOND):
+                    model(given[step], times[step], text[conditioning.kind], options=at(step, conditioning))
+        finally:
+            torch.cuda.set_sync_debug_mode("default")
+        waits.append(sum("synchronizing" in str(warning.message) for warning in caught))
+    assert waits == [0] * 3 + [1] * (STEPS - 4) + [0]
+    assert cache_of(model).finish().skipped > 0

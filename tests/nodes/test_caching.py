@@ -327,6 +327,12 @@ def test_the_memory_of_residuals_is_asked_for(t2v):
     net.settings_of_run = bridge().settings_of(with_cache)
     tokens, width = 2 * 2 * 2, net.spec.dim
     assert with_cache.model.memory_required(shape) - before == 2 * tokens * width * 4
+    net.settings_of_run = bridge().settings_of(cached(t2v[0], reuse="linear"))
+    assert with_cache.model.memory_required(shape) - before == 4 * tokens * width * 4
+    net.settings_of_run = bridge().settings_of(call("WanFP8MagCacheCalibrate", model=t2v[0]).args[0])
+    assert with_cache.model.memory_required(shape) - before == 2 * tokens * width * 4, (
+        "a copy of the tokens, both at once"
+    )
     net.settings_of_run = bridge().settings_of(plain)
 
 

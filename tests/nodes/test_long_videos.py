@@ -4,6 +4,7 @@ of their own, and core's context windows refused or honoured."""
 from __future__ import annotations
 
 import contextlib
+import re
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -175,25 +176,48 @@ def curves(tmp_path: Path, monkeypatch) -> Iterator[Path]:
     folder_paths.filename_list_cache.pop("wan_magcache", None)
 
 
-@pytest.mark.usefixtures("curves")
 @pytest.mark.parametrize("task", TASKS)
-def test_a_cache_needs_a_curve_of_its_own_and_finds_it(loaded, task: str, caplog) -> None:
+def test_a_cache_needs_a_curve_of_its_own(loaded, task: str) -> None:
     errors = nodes_kit.module("wan_fp8.errors")
-    model = loaded[task]["model"]
     with pytest.raises(errors.InputError, match=rf"no curve has been published for {task} models.*Calibrate"):
-        call("WanFP8MagCache", model=model)
+        call("WanFP8MagCache", model=loaded[task]["model"])
+
+
+@pytest.mark.parametrize(("task", "segments"), [("animate", 1), ("animate", 2), ("s2v", 2)])
+def test_calibrate_save_find_and_skip(loaded, curves: Path, task: str, segments: int, caplog) -> None:
+    """Each segment skips what the engine's rule makes of the saved curve; a video of several ends with their sum."""
+    caching, sampling = nodes_kit.module("wan_fp8.caching"), nodes_kit.module("wan_fp8.sampling")
+    specs = nodes_kit.module("wan_fp8.models.specs")
+    model = loaded[task]["model"]
     measuring = call("WanFP8MagCacheCalibrate", model=model).args[0]
     node = {"animate": "WanFP8SampleAnimate", "s2v": "WanFP8SampleS2V"}[task]
-    given = {**loaded[task], "steps": STEPS, "guidance": 2.0, "model": measuring}
-    output = call(node, **given)
+    more: dict[str, Any] = {"animate": {"length": 4 * segments + 1}, "s2v": {"audio_features": longer()}}[task]
+    given = {**loaded[task], **more, "steps": STEPS, "guidance": 2.0}
+    output = call(node, **{**given, "model": measuring})
     saved = call("WanFP8MagCacheSave", model=measuring, latent=output.args[1], name="mine")
     assert "curve of 12 steps written" in saved.ui.value
-    made = call("WanFP8MagCache", model=model, preset="custom", threshold=2.0, max_skips=2, retention=0.2).args[0]
+    numbers = {"threshold": 2.0, "max_skips": 2, "retention": 0.2}
+    found = call("WanFP8MagCache", model=model, preset="custom", **numbers)
+    assert "curve: mine, measured on this model" in found.ui.value
     caplog.set_level("INFO", logger="wan_fp8")
-    cached = call(node, **{**given, "model": made}).args[1]["samples"]
-    reports = [record.getMessage() for record in caplog.records if "passes computed" in record.getMessage()]
-    assert len(reports) == 1 and "of 24 passes computed" in reports[0] and ", 0 skipped" not in reports[0]
-    assert 0 < distance(cached, output.args[1]["samples"]) < 1
+    cached = call(node, **{**given, "model": found.args[0]})
+    pattern = r"MagCache(.*?): (\d+) of (\d+) passes computed, (\d+) skipped"
+    matches = [re.match(pattern, record.getMessage()) for record in caplog.records]
+    told = [(match[1], *map(int, match.groups()[1:])) for match in matches if match]
+    curve = caching.load_curve(curves / "mine.json")
+    plan = caching.RunPlan(
+        spec=specs.SPECS[{"animate": "animate-14B", "s2v": "s2v-14B"}[task]],
+        schedule=tuple(sampling.sigmas(STEPS, sampling.DEFAULTS[specs.Task(task)].shift, "unipc").float().tolist()),
+        first=0, end=STEPS,
+    )  # fmt: skip
+    skipped = len(caching.MagCache(**numbers, curve=curve).start(plan).decisions)
+    assert skipped >= 8
+    expected = [("", 2 * STEPS - skipped, 2 * STEPS, skipped)] * segments
+    if segments > 1:
+        expected.append((f", all {segments} segments", *(segments * count for count in expected[0][1:])))
+    assert told == expected
+    assert 0 < distance(cached.args[1]["samples"], output.args[1]["samples"]) < 1
+    assert cached.args[0].shape == output.args[0].shape
 
 
 @pytest.mark.parametrize("task", TASKS)
@@ -206,8 +230,10 @@ def test_a_cache_starts_over_with_each_segment(loaded, task: str, caplog) -> Non
     more: dict[str, Any] = {"length": 9} if task == "animate" else {"audio_features": longer()}
     assert sample(loaded, task, made, steps=STEPS, **more).isfinite().all()
     reports = [record.getMessage() for record in caplog.records if "passes computed" in record.getMessage()]
-    assert len(reports) == 2
-    assert all("of 12 passes computed" in report and ", 0 skipped" not in report for report in reports)
+    assert len(reports) == 3, "one for each segment, and their sum"
+    assert "EasyCache, all 2 segments: " in reports.pop() and all(
+        "of 12 passes computed" in report and ", 0 skipped" not in report for report in reports
+    )
 
 
 def longer() -> dict[str, Any]:

@@ -123,11 +123,63 @@ def _expert_steps(steps):
     return high, [not flag for flag in high]
 
 
-def test_a_cache_says_what_it_skipped(t2v):
-    models = call("WanFP8MagCache", model=t2v[0], model_low=t2v[1], policy="easycache", preset="custom", threshold=9.0)
-    _, facts = receipt(*models.args, steps=12)
-    assert not facts["latent"]["identical"] and "EasyCache" in facts["setting"]["models"][0]["cache"]
-    assert facts["reference"]["models"][0]["cache"] == "none"
+def near(plot, colour) -> torch.Tensor:
+    """[H, W] where a plot has this colour."""
+    return (plot[0] - torch.tensor(colour) / 255).abs().amax(-1) < 1e-3
+
+
+def test_a_cache_says_what_it_skipped_and_the_schedule_is_drawn(t2v, monkeypatch):
+    models = call("WanFP8MagCache", model=t2v[0], model_low=t2v[1], policy="taylor", preset="custom", max_skips=1)
+    blocks, seen = nodes_kit.module("wan_fp8.models.blocks").WanBlock, []
+    forward = blocks.forward
+
+    def counted(self, stream, state):
+        position = state.options.position
+        if self.index == 0 and position is not None:
+            seen.append(position.step + 1)
+        return forward(self, stream, state)
+
+    monkeypatch.setattr(blocks, "forward", counted)
+    out, facts = receipt(*models.args, steps=14)
+    assert not facts["latent"]["identical"] and "Taylor" in facts["setting"]["models"][0]["cache"]
+    assert facts["reference"]["models"][0]["cache"] == "none" and facts["reference"]["caches"] == []
+    high, low = facts["setting"]["caches"]
+    ran = sorted(set(seen))
+    for entry, mine in (
+        (high, range(1, sum(_expert_steps(14)[0]) + 1)),
+        (low, range(sum(_expert_steps(14)[0]) + 1, 15)),
+    ):
+        computed, skipped = entry["steps_computed"], entry["steps_skipped"]
+        assert computed["cond"] == computed["uncond"] == [step for step in ran if step in mine]
+        assert skipped["cond"] == skipped["uncond"] == [step for step in mine if step not in ran]
+        counts = (2 * len(computed["cond"]), 2 * len(skipped["cond"]))
+        assert (entry["passes_computed"], entry["passes_skipped"]) == counts and counts[1] > 0
+    image = nodes_kit.module("nodes.receipt_image")
+    width = (image.WIDTH - image.LEFT - image.RIGHT) / 14
+    row = slice(image.BOTTOM + image.MARKS + 4, image.BOTTOM + image.MARKS + image.MARK - 4)
+    skipped = near(out.args[2], image.SKIPPED)[row].all(0)
+    for step in range(1, 15):
+        middle = skipped[int(image.LEFT + (step - 0.9) * width) : int(image.LEFT + (step - 0.1) * width)]
+        assert bool(middle.all() if step not in ran else not middle.any()), step
+    at = round(image.LEFT + max(high["steps_computed"]["cond"][-1], high["steps_skipped"]["cond"][-1]) * width)
+    assert near(out.args[2], image.SWITCH)[row, at - 2 : at + 3].any(1).all(), "the experts' boundary crosses the marks"
+    without = image.receipt_plot({**facts, "setting": {**facts["setting"], "caches": []}})
+    assert without.shape[1] == image.HEIGHT < out.args[2].shape[1] and not near(without, image.SKIPPED).any()
+
+
+def test_conditionings_that_skip_apart_have_a_row_each_and_equal_latents_keep_them(t2v):
+    image = nodes_kit.module("nodes.receipt_image")
+    _, facts = receipt(*t2v)
+    entry = {"expert": "high_noise", "policy": "MagCache", "passes_computed": 5, "passes_skipped": 3}
+    steps = {"steps_computed": {"cond": [1, 2], "uncond": [1, 2, 4]}, "steps_skipped": {"cond": [3, 4], "uncond": [3]}}
+    plot = image.receipt_plot({**facts, "setting": {**facts["setting"], "caches": [{**entry, **steps}]}})
+    assert facts["latent"]["identical"] and plot.shape[1] == image.HEIGHT + 2 * image.ROW + 30
+    width = (image.WIDTH - image.LEFT - image.RIGHT) / 4
+    for number, expected in enumerate(([0, 0, 1, 1], [0, 0, 1, 0])):
+        top = image.BOTTOM + image.MARKS + number * image.ROW
+        row = near(plot, image.SKIPPED)[top + image.MARK // 2]
+        assert [bool(row[int(image.LEFT + (step + 0.5) * width)]) for step in range(4)] == [bool(e) for e in expected]
+    assert not near(plot, image.SWITCH).any(), "one expert, no boundary"
 
 
 def test_sparse_attention_is_told_and_drawn(t2v, monkeypatch):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import gc
 from collections import Counter
 from itertools import pairwise
 from typing import ClassVar
@@ -11,6 +12,7 @@ import pytest
 import torch
 from test_model_parity import inputs, relative, tiny_model
 from torch import Tensor
+from torch.overrides import TorchFunctionMode
 
 import wan_fp8
 from wan_fp8.caching import (
@@ -150,6 +152,16 @@ def test_a_skipped_pass_is_input_plus_residual(name, reuse):
     assert relative(ours, expected) > 1e-3, "something was skipped"
     report = cache_of(model).finish()
     assert report.skipped_passes == set(passes) and report.computed == 2 * STEPS - len(passes)
+    facts = report.facts("high_noise")
+    assert (
+        facts["steps_skipped"] == {"cond": [4, 6, 7, 10], "uncond": [4, 6, 7, 10]} and facts["expert"] == "high_noise"
+    )
+    assert facts["steps_computed"] == {"cond": [1, 2, 3, 5, 8, 9], "uncond": [1, 2, 3, 5, 8, 9]}
+    assert (facts["passes_computed"], facts["passes_skipped"], facts["residuals_gib"]) == (
+        12,
+        8,
+        report.most_bytes / 2**30,
+    )
 
 
 @dataclasses.dataclass(frozen=True)
@@ -245,7 +257,7 @@ def test_residuals_take_one_activation_of_the_compute_type_each(reuse, most):
     loop(model, "t2v")
     cache = cache_of(model)
     assert cache.bytes() == most * 2 * tokens * model.spec.dim * 2
-    assert cache.finish().most_bytes <= (most + 1) * 2 * tokens * model.spec.dim * 2
+    assert cache.finish().most_bytes == most * 2 * tokens * model.spec.dim * 2
     model.begin_run()
     assert cache.bytes() == 0
 
@@ -260,6 +272,47 @@ def test_a_residual_is_freed_before_the_next_one_is_made():
         model(x, timestep(model, step), text, options=at(step, COND))
     handle.remove()
     assert seen == [0, 0, 0]
+
+
+@pytest.mark.parametrize("reuse", ["keep", "linear"])
+@pytest.mark.parametrize("batched", [False, True])
+def test_what_a_computed_pass_holds_beside_the_blocks_is_what_is_kept(reuse, batched):
+    """While blocks run: one activation of the compute type for each residual that is kept, the one that is being made
+    among them; no other copy of the tokens before the first block."""
+    model = apply_cache(tiny_model("t2v", torch.bfloat16), Listed(passes=both(4, 7), reuse=reuse))
+    x, _ = inputs("t2v")
+    activation = x[0, 0].numel() // 4 * model.spec.dim * torch.bfloat16.itemsize
+    held: dict[bool, list[int]] = {True: [], False: []}
+
+    def measure(*_) -> None:
+        found = {}
+        for tensor in gc.get_objects():
+            if (
+                type(tensor) is Tensor
+                and tensor.dim() == 3
+                and tensor.shape[2] == model.spec.dim
+                and not tensor.is_meta
+            ):
+                found[tensor.untyped_storage().data_ptr()] = tensor.untyped_storage().nbytes()
+        held[cache_of(model) is not None].append(sum(found.values()))
+
+    handle = model.blocks[-1].register_forward_pre_hook(measure)
+    for _ in range(2):
+        loop(model, "t2v", batched=batched)
+        remove_magcache(model).begin_run()
+    handle.remove()
+    plain, cached = (max(held[with_cache]) for with_cache in (False, True))
+    assert plain > 0
+    assert cached - plain == (2 if reuse == "linear" else 1) * 2 * activation
+
+
+def test_an_expert_that_is_done_frees_what_it_kept_and_still_reports():
+    model = apply_cache(tiny_model("t2v"), Listed(passes=both(4)))
+    loop(model, "t2v", last=6)
+    cache = cache_of(model)
+    assert cache.bytes() > 0
+    cache.release()
+    assert cache.bytes() == 0 and cache.finish().skipped == 2
 
 
 def test_windows_that_move_do_not_pile_up():
@@ -536,6 +589,48 @@ def test_easycache_by_hand():
         model(latents[step], timestep(model, step), text, options=at(step, COND))
     assert sorted(c // 2 for c in cache_of(model).finish().skipped_passes) == expected
     assert 2 <= len(expected) < STEPS - 3
+
+
+class HostReads(TorchFunctionMode):
+    """Counts what makes the host wait for a device: values that are read, one or many at once."""
+
+    READS = frozenset(
+        {Tensor.__float__, Tensor.__bool__, Tensor.__int__, Tensor.__index__, Tensor.item, Tensor.tolist, Tensor.cpu}
+        | {Tensor.numpy, Tensor.nonzero, torch.equal, torch.allclose}
+    )
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.count = 0
+
+    def __torch_function__(self, func, types, args=(), kwargs=None):
+        self.count += func in self.READS
+        return func(*args, **(kwargs or {}))
+
+
+@pytest.mark.parametrize("batched", [False, True])
+def test_easycache_waits_for_the_device_once_for_a_step_that_may_be_skipped(batched):
+    """Both conditionings together, in one batch or two; nothing is read at steps that are computed in any case."""
+    model = apply_cache(tiny_model("t2v"), EasyCache(threshold=0.25, max_skips=2, retention=0.3))
+    with HostReads() as reads:
+        assert bool(torch.ones(1)) and float(torch.ones(1)) and torch.ones(1).tolist() and reads.count == 3
+    x, _ = inputs("t2v")
+    text, counts = torch.cat([*prompts()]), []
+    for step in range(STEPS):
+        given, now = x * (1 - 0.02 * step), timestep(model, step)
+        with HostReads() as reads:
+            if batched:
+                model(torch.cat([given, given]), now.repeat(2), text, options=at(step, COND, UNCOND))
+            else:
+                for row, conditioning in enumerate((COND, UNCOND)):
+                    model(given, now, text[row : row + 1], options=at(step, conditioning))
+        counts.append(reads.count)
+    plain = tiny_model("t2v")
+    with HostReads() as reads:
+        plain(x, timestep(plain, 0), text[:1], options=at(0, COND))
+    assert reads.count == 0, "what the model itself reads would hide in the counts"
+    assert counts == [0] * 3 + [1] * (STEPS - 4) + [0]
+    assert 0 < cache_of(model).finish().skipped < 2 * (STEPS - 4)
 
 
 # ---- measuring a curve ---------------------------------------------------------------------------------------------

@@ -9,7 +9,7 @@ from .easycache import EasyCache
 from .magcache import PHASES, PRESETS, MagCache
 from .policy import REUSES, Decision, Policy, RunPlan, Tracker
 from .recording import Recording
-from .report import CacheReport
+from .report import CacheReport, sum_line
 from .rule import skipped_passes
 from .step_cache import Model, StepCache, apply_cache, cache_of
 from .taylor import Taylor
@@ -42,6 +42,7 @@ __all__ = [
     "remove_magcache",
     "save_curve",
     "skipped_passes",
+    "sum_line",
 ]
 
 POLICIES: dict[str, type[Policy]] = {"magcache": MagCache, "easycache": EasyCache, "taylor": Taylor}

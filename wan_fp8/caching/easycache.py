@@ -2,7 +2,8 @@
 
 The estimate is measured in the run itself, so no curve is needed: how fast the output moves when the input does, at
 the last two computed steps, times how far the input has moved since. Input and output are the tokens before and
-after all blocks; every ``STRIDE``-th of them is looked at. The first conditioning of a step decides for all.
+after all blocks; every ``STRIDE``-th of them is looked at. The first conditioning of a step decides for all. What was
+measured stays on the device until a decision needs it, so that the host waits once for each step that may be skipped.
 """
 
 from __future__ import annotations
@@ -44,8 +45,8 @@ class EasyTracker(Tracker):
         self.output: Tensor | None = None
         self.input: Tensor | None = None
         """Of its last computed step."""
-        self.rate: float | None = None
-        """Change of the output over change of the input."""
+        self.changes: tuple[Tensor, Tensor] | None = None
+        """Of input and output between its last two computed steps: scalars on the device."""
         self.error, self.count = 0.0, 0
 
     def decide(self, step: int, kind: int, key: Hashable, tokens_BSD: Tensor, kinds: frozenset[int]) -> Decision:
@@ -59,9 +60,12 @@ class EasyTracker(Tracker):
         now = _sample(tokens_BSD)
         moved = None if self.seen is None or self.seen.shape != now.shape else (now - self.seen).abs().mean()
         self.seen = now
-        if moved is None or self.rate is None or self.output is None or not self.earliest <= step < self.last:
+        if moved is None or self.changes is None or self.output is None or not self.earliest <= step < self.last:
             return COMPUTE
-        self.error += self.rate * float(moved / self.output.abs().mean())
+        entered, left, share = torch.stack([*self.changes, moved / self.output.abs().mean()]).tolist()  # one transfer
+        if entered <= 0:
+            return COMPUTE
+        self.error += left / entered * share
         self.count += 1
         if self.error < self.setting.threshold and self.count <= self.setting.max_skips:
             return Decision(True, error=self.error)
@@ -74,8 +78,7 @@ class EasyTracker(Tracker):
             return
         entered, left = _sample(before_BSD), _sample(after_BSD)
         if self.input is not None and self.output is not None and self.input.shape == entered.shape:
-            moved = float((entered - self.input).abs().mean())
-            self.rate = float((left - self.output).abs().mean()) / moved if moved > 0 else None
+            self.changes = (entered - self.input).abs().mean(), (left - self.output).abs().mean()
         self.input, self.output = entered, left
 
 

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import statistics
+from collections.abc import Sequence
 from dataclasses import dataclass, field
+from typing import Any
 
 from .policy import Decision, Policy
 
@@ -18,6 +20,8 @@ class CacheReport:
     steps: set[int] = field(default_factory=set)
     skipped_passes: set[int] = field(default_factory=set)
     """``2 * step + (0 cond, 1 uncond)``, steps counted in the schedule that the model was told."""
+    computed_passes: set[int] = field(default_factory=set)
+    """Likewise. A pass of which one window was computed and another skipped is in both."""
     refused: int = 0
     """Passes that the policy would have skipped, and could not: there was no residual of the last computed step, or the
     other conditioning of the batch had to be computed and the batch could not be divided."""
@@ -38,6 +42,7 @@ class CacheReport:
         self.steps.add(step)
         if not decision.skip:
             self.computed += 1
+            self.computed_passes.add(2 * step + (kind > 0))
             self.refused += decision.refused
             self._before[kind] = 0.0
             if decision.outside:
@@ -58,6 +63,29 @@ class CacheReport:
     def seconds_saved(self) -> float:
         """What the skipped passes would have taken in the blocks."""
         return self.skipped * self.seconds_of_pass
+
+    def facts(self, expert: str | None = None) -> dict[str, Any]:
+        """The same as plain data, for a receipt. Steps count from 1, in the schedule that the model was told."""
+
+        def steps(passes: set[int]) -> dict[str, list[int]]:
+            found = {"cond": 0, "uncond": 1}
+            return {name: sorted(c // 2 + 1 for c in passes if c % 2 == kind) for name, kind in found.items()}
+
+        return {
+            "expert": expert,
+            "policy": self.policy.name,
+            "passes_computed": self.computed,
+            "passes_skipped": self.skipped,
+            "passes_refused": self.refused,
+            "steps_computed": steps(self.computed_passes),
+            "steps_skipped": steps(self.skipped_passes),
+            "steps_outside": sorted(step + 1 for step in self.outside),
+            "worst_error": self.worst_error,
+            "total_error": self.total_error,
+            "seconds_of_pass": self.seconds_of_pass,
+            "seconds_saved": self.seconds_saved,
+            "residuals_gib": self.most_bytes / 2**30,
+        }
 
     def lines(self, who: str = "") -> list[str]:
         """The same in one to three sentences."""
@@ -80,3 +108,17 @@ class CacheReport:
                 "step was there to take the place of the blocks, or their batch could not be divided"
             )
         return lines
+
+
+def sum_line(facts: Sequence[dict[str, Any]], parts: str) -> str:
+    """One sentence for a video of several runs.
+
+    Args:
+        facts: Of every run, as ``CacheReport.facts`` gives them; one at least.
+        parts: What the runs are, in the plural.
+    """
+    computed, skipped = (sum(entry[f"passes_{name}"] for entry in facts) for name in ("computed", "skipped"))
+    return (
+        f"{facts[0]['policy']}, all {len(facts)} {parts}: {computed} of {computed + skipped} passes computed, "
+        f"{skipped} skipped; about {sum(entry['seconds_saved'] for entry in facts):.3g} s saved"
+    )

@@ -75,8 +75,12 @@ class StepCache:
         """A fresh one with the same policy, for another model."""
         return StepCache(self.policy, model.spec)
 
+    def release(self) -> None:
+        """Free the residuals: this model's part of the run is over, and another one's goes on. The report stays."""
+        self._forget_residuals()
+
     def finish(self) -> CacheReport:
-        """What became of the run, times included."""
+        """What became of the run so far, times included."""
         self._clock.read()
         return self.report
 
@@ -200,6 +204,8 @@ class StepCache:
         self, tokens_BSD: Tensor, state: ForwardState, inner: StackFunction, parts: Sequence[_Part], sigma: float
     ) -> Tensor:
         count = state.num_tokens
+        for part in parts:
+            self._make_room(part)
         before = tokens_BSD[:, :count].to(state.compute_dtype, copy=True)
         with self._clock(tokens_BSD.device, len(parts)):
             out = inner(tokens_BSD, state)
@@ -229,20 +235,22 @@ class StepCache:
             fresh = self._compute(out_BSD[part.rows].clone(), narrowed, inner, [alone], position.sigma)
             out_BSD[part.rows] = fresh
 
-    def _keep(self, part: _Part, residual: Tensor, sigma: float) -> None:
-        kept = self._kept.pop(part.key, None)
-        if kept is None or self.policy.depth == 1:
-            self._kept[part.key] = _Kept(part.kind, [self._step], [sigma], [residual])
+    def _make_room(self, part: _Part) -> None:
+        """Of what is kept, free the one that the residual of this pass takes the place of, before it is made: the
+        oldest, or that of an earlier evaluation of the same step."""
+        kept = self._kept.get(part.key)
+        if kept is None:
             return
-        if kept.steps[0] == self._step:  # a second evaluation of the same step takes the place of the first
-            kept = _Kept(kept.kind, kept.steps[1:], kept.sigmas[1:], kept.residuals[1:])
-        more = self.policy.depth - 1
-        self._kept[part.key] = _Kept(
-            part.kind,
-            [self._step, *kept.steps[:more]],
-            [sigma, *kept.sigmas[:more]],
-            [residual, *kept.residuals[:more]],
-        )
+        stay = slice(1, None) if kept.steps[0] == self._step else slice(0, self.policy.depth - 1)
+        kept.steps, kept.sigmas, kept.residuals = kept.steps[stay], kept.sigmas[stay], kept.residuals[stay]
+        if not kept.steps:
+            del self._kept[part.key]
+
+    def _keep(self, part: _Part, residual: Tensor, sigma: float) -> None:
+        kept = self._kept.setdefault(part.key, _Kept(part.kind, [], [], []))
+        kept.steps.insert(0, self._step)
+        kept.sigmas.insert(0, sigma)
+        kept.residuals.insert(0, residual)
 
     def _reuse(self, tokens_BSD: Tensor, kept: _Kept, decision: Decision, sigma: float) -> None:
         """Add what stands in for the blocks, in place."""

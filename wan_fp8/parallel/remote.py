@@ -588,7 +588,7 @@ def _enter_cache(cache: StepCache, found: list[Json]) -> None:
     report = cache.report
     for name in ("computed", "skipped", "refused"):
         setattr(report, name, sum(entry[name] for entry in found))
-    for name in ("steps", "skipped_passes", "outside"):
+    for name in ("steps", "skipped_passes", "computed_passes", "outside"):
         setattr(report, name, {step for entry in found for step in entry[name]})
     for name in ("worst_error", "most_bytes"):
         setattr(report, name, max(plain.from_plain(entry[name]) for entry in found))

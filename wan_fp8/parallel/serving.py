@@ -373,7 +373,8 @@ def _recording(model: WanModel, wanted: bool) -> Recording | None:
 def _cache_report(report: Any) -> Json:
     names = ("computed", "skipped", "refused", "worst_error", "total_error", "times", "most_bytes")
     counted = {name: plain.to_plain(getattr(report, name)) for name in names}
-    return counted | {name: sorted(getattr(report, name)) for name in ("steps", "skipped_passes", "outside")}
+    sets = ("steps", "skipped_passes", "computed_passes", "outside")
+    return counted | {name: sorted(getattr(report, name)) for name in sets}
 
 
 def _attention_found(model: WanModel, setting: Attention) -> Json:
