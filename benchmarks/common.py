@@ -20,6 +20,7 @@ RESULTS = ROOT / "benchmarks" / "results"
 if str(ROOT) not in sys.path:  # scripts run from a clone; the pack is not an installed package
     sys.path.insert(0, str(ROOT))
 
+BEGAN = time.perf_counter()
 _ARGUMENTS = sys.argv[1:]  # as given: a script may have to hide them from a library that parses the command line
 
 _PACKAGES = (
@@ -30,6 +31,7 @@ _PACKAGES = (
     "diffusers",
     "transformer_engine",
     "fa3-fwd",
+    "flash-attn-4",
     "comfy-kitchen",
 )
 
@@ -85,6 +87,43 @@ def write_results(path: str | Path, rows: list[dict[str, Any]], device: str = "c
     path = Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
     path.write_text(json.dumps(result, indent=1) + "\n")
+
+
+class Phases:
+    """What a benchmark is doing, on stderr as it begins, and at the end of a row how long each of it took. A row that
+    does not come in time has then said where the time went. Silent on ranks that print nothing."""
+
+    def __init__(self, *, silent: bool = False) -> None:
+        self.silent = silent
+        self._seconds: dict[str, float] = {}
+        self._now: tuple[str, float] | None = None
+
+    def __call__(self, short: str, what: str = "") -> None:
+        """Begin a phase, of the name ``short``; ``what`` says more of it."""
+        self._end()
+        self._now = short, time.perf_counter()
+        self._say(what or short)
+
+    def done(self, what: str = "row complete") -> None:
+        """End a row: seconds by phase."""
+        self._end()
+        self._say("; ".join([what, *(f"{name} {seconds:.1f} s" for name, seconds in self._seconds.items())]))
+        self._seconds.clear()
+
+    def _end(self) -> None:
+        if "torch" in sys.modules:
+            import torch
+
+            if torch.cuda.is_initialized():  # what a phase queued is its own
+                torch.cuda.synchronize()
+        if self._now is not None:
+            name, began = self._now
+            self._seconds[name] = self._seconds.get(name, 0.0) + time.perf_counter() - began
+            self._now = None
+
+    def _say(self, what: str) -> None:
+        if not self.silent:
+            print(f"[{time.perf_counter() - BEGAN:6.1f} s] {what}", file=sys.stderr, flush=True)
 
 
 BEHIND_CYCLES = 30_000_000

@@ -23,6 +23,8 @@ Over several GPUs the same runs under ``torchrun``, a single GPU first:
 without them (the copies around them stay) taken from its time; ``exchange_alone`` are the same collectives by
 themselves. ``efficiency`` is the single GPU's time for 40 steps over the ranks' times their number. The kernels are
 those of the first rank, and those of NCCL include waiting for other ranks.
+
+Each phase says on stderr when it began, and each row at its end how long its phases took (of the first rank).
 """
 
 from __future__ import annotations
@@ -333,25 +335,36 @@ def measure(
     width, height = (int(n) for n in size.split("x"))
     grid = latent_grid(spec, width, height, frames)
     tokens = grid[0] * grid[1] * grid[2] // 4
+    phase = common.Phases(silent=not ranks.is_first())
+    named = [
+        model_name, "no recipe" if recipe is None else f"{recipe.name} on {recipe.backend}", attention,
+        ranks.name_of(dims) or "one GPU", *(["no overlap"] if not overlap else []),
+        *([f"compile {compiled}"] if compiled != "off" else []), *([f"sparsity {density}"] if density else []),
+    ]  # fmt: skip
+    phase("weights", f"{', '.join(named)}: random weights of {layers[1]} blocks")
     model = random_model(spec, layers[1], device, dtype)
     set_attention(model, open_window(attention, density))
     model.fused_kernels, model.stream_dtype_override = kernels, stream
     originals = None
     if recipe is not None or dims.shard > 1:
+        phase("copy", "their copy in host memory, for the error")
         originals = {name: value.cpu() for name, value in model.state_dict().items()}
     if recipe is not None:
+        phase("recipe", "weights to FP8")
         apply_recipe(model, recipe)
     loras = [random_lora(model, lora_rank)] if lora_rank else []
     set_lora(model, *loras)
     if compiled != "off":
         compile_blocks(model, mode=compiled)
     if dims.world > 1:
+        phase("layout", f"{dims}")
         parallelize(model, dims)
     split = model.stack_wrappers.get(ULYSSES)
     if isinstance(split, SequenceParallel):
         split.overlap = overlap
     x, timestep, context = model_inputs(spec, grid, device, dtype, batch)
     every_block = model.blocks
+    phase("first forward", "first forward: kernels are compiled")
     began = time.perf_counter()
     model(x, timestep, context)
     if device.startswith("cuda"):
@@ -376,12 +389,15 @@ def measure(
         return each, medians[layers[0]] - layers[0] * each
 
     if cuda:
+        phase("settling", "forwards until the clock has settled")
         settle(forward)
         torch.cuda.reset_peak_memory_stats()
+    phase("rounds", f"{rounds} rounds of {layers[0]} and {layers[1]} blocks at {tokens:,} tokens")
     layer_ms, fixed_ms = by_layers()
     peak_gib = torch.cuda.max_memory_allocated() / 2**30 if cuda else None
     weights_gib = sum(local(p).numel() * p.element_size() for p in model.parameters()) / 2**30
     model.blocks = every_block[: layers[0]]
+    phase("profile", f"a block takes {layer_ms:.3f} ms; kernels by name")
     queued = host_ms(forward, device)
     used = kernels_used(forward, device)
     resolution = next(m for m in model.modules() if isinstance(m, AttentionCore)).resolve(
@@ -390,13 +406,18 @@ def measure(
     )
     terms: dict[str, float] = {}
     if with_floor and dims.world == 1:
+        phase("floor", "floor: each product and attention by itself")
         remove_lora(model)  # the floor is that of the block without it
         stream_bytes = torch.empty((), dtype=model.stream_dtype).element_size()
         terms = floor_terms(model, tokens, device, dtype, stream_bytes, forward)
         set_lora(model, *loras)
     model.blocks = every_block
+    phase("error", "error against fp32")
     error = velocity_error(model, grid, device, dtype, originals, loras, batch)
+    if dims.world > 1:
+        phase("exchange", "collectives by themselves, and the block without them")
     exchanges = exchange_terms(model, dims, tokens, batch, dtype, device, layer_ms, by_layers, used, layers[0])
+    phase.done()
     forward_s = (fixed_ms + spec.num_layers * layer_ms) / 1000
     return {
         "model": model_name,

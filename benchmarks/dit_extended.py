@@ -19,7 +19,6 @@ from __future__ import annotations
 import dataclasses
 import statistics
 import sys
-import time
 from collections.abc import Callable
 from contextlib import contextmanager
 from pathlib import Path
@@ -47,7 +46,6 @@ BUILT = {Task.ANIMATE: 10, Task.S2V: 6}
 """Blocks that are built: Animate's come in fives."""
 CORE_LAYERS = {Task.ANIMATE: (5, 10), Task.S2V: (4, 8)}
 """The same for core, of which no fuser or injector can be left out: each has one more than the other."""
-BEGAN = time.perf_counter()
 TINY = {
     f"tiny-{task}": dataclasses.replace(
         SPECS[f"{task}-14B"], dim=256, ffn_dim=512, num_heads=2, num_layers=10, text_dim=512
@@ -57,11 +55,6 @@ TINY = {
 MODELS: dict[str, ModelSpec] = {name: SPECS[name] for name in ("animate-14B", "s2v-14B")} | TINY
 SOURCES = {Task.ANIMATE: "face_pixel_values", Task.S2V: "audio_embed"}
 """The input that fusers or injectors read."""
-
-
-def phase(what: str) -> None:
-    """Say on stderr what begins now."""
-    print(f"[{time.perf_counter() - BEGAN:6.1f} s] {what}", file=sys.stderr, flush=True)
 
 
 def grid_of(spec: ModelSpec, width: int, height: int, frames: int) -> tuple[int, int, int]:
@@ -170,11 +163,14 @@ def measure(
     task = spec.task
     width, height = (int(n) for n in size.split("x"))
     grid = grid_of(spec, width, height, frames)
-    phase(f"{name}, {'no recipe' if recipe is None else recipe.name}: random weights of {BUILT[task]} blocks")
+    phase = common.Phases()
+    phase(
+        "weights", f"{name}, {'no recipe' if recipe is None else recipe.name}: random weights of {BUILT[task]} blocks"
+    )
     model = dit.random_model(spec, BUILT[task], device, dtype)
     set_attention(model, dit.open_window(attention))
     if recipe is not None:
-        phase("weights to FP8")
+        phase("recipe", "weights to FP8")
         apply_recipe(model, recipe)
     x, timestep, context = dit.model_inputs(spec, grid, device, dtype)
     given = task_inputs(spec, grid, frames, device, dtype)
@@ -191,18 +187,18 @@ def measure(
         return model(x, timestep, context, **given)
 
     cuda = device.startswith("cuda")
-    phase("first forward: kernels are compiled, encoders run")
+    phase("first forward", "first forward: kernels are compiled, encoders run")
     full()
     if cuda:
         torch.cuda.synchronize()
     tokens = lengths[0]
     del model.stack_wrappers["counted"]
     if cuda:
-        phase("forwards until the clock has settled")
+        phase("settling", "forwards until the clock has settled")
         dit.settle(full)
         torch.cuda.reset_peak_memory_stats()
     rounds = 4 if tokens > 40_000 else 15
-    phase(f"{rounds} rounds of {', '.join(map(str, LAYERS))} blocks at {tokens:,} tokens")
+    phase("rounds", f"{rounds} rounds of {', '.join(map(str, LAYERS))} blocks at {tokens:,} tokens")
     times = by_layers(model, full, device, rounds)
     peak_gib = torch.cuda.max_memory_allocated() / 2**30 if cuda else None
     few, more, most = LAYERS
@@ -232,7 +228,7 @@ def measure(
         "peak_gib": peak_gib and round(peak_gib, 2),
     }
     save(row)
-    phase(f"a block takes {layer_ms:.3f} ms; kernels by name")
+    phase("profile", f"a block takes {layer_ms:.3f} ms; kernels by name")
     model.blocks = every_block[:few]
     row["kernels"] = dit.kernels_used(full, device)
     phase("encoders")
@@ -245,7 +241,7 @@ def measure(
         "segment_s": round(passes * forward_s + sum(once.values()) / 1000, 2),
     }
     save(row)
-    phase("floor: each product and attention by itself")
+    phase("floor", "floor: each product and attention by itself")
     stream_bytes = torch.empty((), dtype=model.stream_dtype).element_size()
     terms = dit.floor_terms(model, tokens, device, dtype, stream_bytes, full)
     if task is Task.ANIMATE:
@@ -257,9 +253,9 @@ def measure(
         "floor_terms_ms": {key: round(value, 3) for key, value in terms.items()},
     }
     save(row)
-    phase("error against fp32")
+    phase("error", "error against fp32")
     row["error"] = velocity_error(model, grid, device)
-    phase("row complete")
+    phase.done()
     return row
 
 
@@ -315,7 +311,8 @@ def core_row(name: str, size: str, frames: int, attention: str, dtype: torch.dty
     state = {}
     for key, meta in [*model.named_parameters(), *model.named_buffers()]:
         value = torch.randn(meta.shape, device=device, generator=generator)
-        state[key] = (value / max(1, meta[0].numel()) ** 0.5 if meta.ndim > 1 else 0.1 * value).to(dtype)
+        value = value / max(1, meta[0].numel()) ** 0.5 if meta.ndim > 1 else 0.1 * value
+        state[key] = value.to(meta.dtype)  # its own: core keeps the patch embedding in fp32, and gives it fp32
     model.load_state_dict(state, strict=False, assign=True)
     model = model.to_empty(device=device) if any(p.is_meta for p in model.parameters()) else model
     model = model.eval().requires_grad_(False)
@@ -394,11 +391,14 @@ def run(
                 if json:
                     common.write_results(json, rows, device)
         if comfyui:
-            phase("core's VAE, then its class")
+            phase = common.Phases()
+            phase("VAE", "core's VAE")
             vae = vae_seconds(MODELS[model].task, size, frames, device)
             for row in rows:
                 row |= vae | {"segment_with_vae_s": round(row["segment_s"] + sum(vae.values()), 2)}
+            phase("class", "core's class")
             rows += [core_row(model, size, frames, name, kind, device) for name in attention.split(",")]
+            phase.done("core measured")
             for row in rows:
                 dit.console.print({key: value for key, value in row.items() if not isinstance(value, dict)})
             if json:

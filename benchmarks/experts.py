@@ -9,9 +9,19 @@ from PIL import Image
 from torch import Tensor
 
 from wan_fp8 import load_transformer
-from wan_fp8.models.vae import WanVAE, normalize_latents
+from wan_fp8.models.specs import ModelSpec, Task
+from wan_fp8.models.vae import WanVAE, load_vae, normalize_latents
+from wan_fp8.models.vae22 import Wan22VAE, load_vae22
 from wan_fp8.models.wan import WanModel
 from wan_fp8.sampling import i2v_condition, i2v_mask, i2v_video, stretch_image
+
+AnyVAE = WanVAE | Wan22VAE
+
+
+def load_its_vae(checkpoint: str, spec: ModelSpec, device: str) -> AnyVAE:
+    """The VAE of a checkpoint's folder, of the design that its task has, in fp32."""
+    load = load_vae22 if spec.task is Task.TI2V else load_vae
+    return load(checkpoint, torch.float32, device)
 
 
 def load_experts(checkpoint: str, device: str, dtype: torch.dtype) -> list[WanModel]:

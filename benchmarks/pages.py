@@ -3,8 +3,9 @@
     python benchmarks/pages.py
 
 Writes ``docs/benchmarks.md``, the plots beside it (SVG, readable on light and dark pages) and the tables between
-``<!-- begin NAME -->`` and ``<!-- end NAME -->`` of ``choosing.md``, ``memory.md`` and ``quality.md`` there. A test
-compares what is there with what this would write. The tables of memory need torch; nothing else does.
+``<!-- begin NAME -->`` and ``<!-- end NAME -->`` of ``choosing.md``, ``memory.md``, ``multi_gpu.md``, ``quality.md``
+and ``sparse.md`` there. A test compares what is there with what this would write. The tables of memory need torch;
+nothing else does.
 """
 
 from __future__ import annotations
@@ -124,6 +125,120 @@ def sparse_rows() -> list[list[str]]:
     return found
 
 
+def extended_rows() -> list[list[str]]:
+    """Animate and S2V, whose segments have more than blocks."""
+    found = []
+    for path in sorted(RESULTS.glob("dit_animate-*.json")) + sorted(RESULTS.glob("dit_s2v-*.json")):
+        result = load(path.name)
+        for row in result["rows"]:
+            if "layer_ms" not in row:
+                continue  # core's class, which cannot be timed apart from what stands between its blocks
+            blocks = f"{row['layer_ms']:.1f} ({row['floor_ratio']:.3f} of the floor)"
+            segment = f"{row['segment_s']:.0f} ({row['forwards_a_segment']} passes)"
+            found.append(
+                [
+                    SHORT[result["device"]],
+                    f"{row['model']}, {row['size']}, {row['frames']} frames",
+                    f"{row['recipe']}, {row['backend']}; {row['attention']}",
+                    blocks,
+                    f"{row['between_ms']:.1f} ({row['between']})",
+                    f"{sum(row['encoders_ms'].values()):.0f}",
+                    f"{row['forward_s']:.2f}",
+                    segment,
+                    path.name,
+                ]
+            )
+    return found
+
+
+def layouts_rows() -> list[list[str]]:
+    """One GPU and two: each layout of the newest run that has it, beside the single GPU of its own run."""
+    result = load("dit_i2v-a14b_1280x720_2x_h200.json")
+    found = []
+    for row in result["rows"]:
+        if row["world_size"] == 1:
+            continue
+        single = next(one for one in result["rows"] if one["world_size"] == 1 and one["run"] == row["run"])
+        alone = row["exchange_alone"].get("all_to_all_ms")
+        found.append(
+            [
+                row["topology"] + (", no overlap" if row["overlap"] is False else ""),
+                f"{row['layer_ms']:.1f}",
+                f"{row['seconds_40_steps']:.0f} ({single['seconds_40_steps']:.0f})",
+                f"{100 * row['efficiency']:.1f} %",
+                "-" if alone is None else f"{alone:.1f}",
+            ]
+        )
+    return found
+
+
+def two_gpus() -> str:
+    """What two GPUs were measured to do: layouts of the transformer, the pool around it, the VAE."""
+    head = [
+        "layout",
+        "ms a block",
+        "40 steps, s (one GPU)",
+        "efficiency",
+        "all-to-all alone, ms a block",
+    ]
+    result = load("dit_i2v-a14b_1280x720_2x_h200.json")
+    gpu = f"two {SHORT[result['device']]}"
+    pool, parts = load("pool_2x_h200.json"), load("pool_parts_2x_h200.json")
+    first = pool["rows"][0]
+    messages = sorted(row["messages_s"] for row in pool["rows"])
+    spread = [row["speedup"] for row in pool["rows"]]
+    loads = [row["load_s"] for row in pool["rows"]]
+    named = [
+        f"{row['part'].removeprefix('vae ')} {row['what']} {row['seconds']:.2f} s in place of {row['one_gpu_s']:.2f}"
+        for row in parts["rows"]
+        if row["dtype"] == "bfloat16"
+    ]
+    part = parts["rows"][0]
+    faults = (RESULTS / "pool_faults_2x_h200.txt").read_text(encoding="utf-8")
+    killed = [float(seconds) for seconds in re.findall(r"^ok   SIGKILL of rank \d: named after (\S+) s$", faults, re.M)]
+    return (
+        f"I2V-A14B, 1280x720, 81 frames, `DelayedScaling`, FlashAttention 3, on {gpu} (torchrun, {result['date']}, "
+        f"`benchmarks/results/dit_i2v-a14b_1280x720_2x_h200.json`):\n\n{table(head, layouts_rows())}\n"
+        f"The pool itself ({first['layers']} blocks at {first['size']}, {first['frames']} frames, both conditionings, "
+        f"`benchmarks/results/pool_2x_h200.json`): ready in {first['pool_start_s']:.1f} s, first weights in "
+        f"{loads[0]:.1f} s, later ones in {min(loads[1:]):.1f} to {max(loads[1:]):.1f} s; messages of a forward "
+        f"{1000 * messages[0]:.0f} to {1000 * messages[-1]:.0f} ms (median {1000 * messages[len(messages) // 2]:.1f}); "
+        f"{min(spread):.2f} to {max(spread):.2f} times one GPU's speed, where messages weigh "
+        f"{40 // first['layers']} times what they do with 40 blocks. Errors against one GPU are at most "
+        f"{max(row['error'] for row in pool['rows']):.3f}, and 0 where guidance is not split. A killed worker was "
+        f"named after {max(killed):.1f} s, no process and no GPU memory was left "
+        f"(`benchmarks/results/pool_faults_2x_h200.txt`).\n\n"
+        f"VAE in bf16, {part['size']}, {part['frames']} frames (`benchmarks/results/pool_parts_2x_h200.json`): "
+        f"{'; '.join(named)}.\n"
+    )
+
+
+def sparse_kernel_rows() -> list[list[str]]:
+    """The kernels by themselves against the share of blocks that they keep."""
+    result = load("sparse_h200.json")
+    found: dict[str, dict[float, str]] = {}
+    for row in result["rows"]:
+        if row["what"] == "sparse":
+            found.setdefault(row["attention"], {})[row["sparsity"]] = f"{row['ms']:.1f}"
+    verdicts = {row["attention"]: row for row in result["rows"] if row["what"] == "linear"}
+    shares = sorted({share for times in found.values() for share in times}, reverse=True)
+    return [
+        ["blocks kept", *(f"{100 * share:.0f} %" for share in shares), "worst off a line, from 20 %"],
+        *(
+            [name, *(times[share] for share in shares), f"{100 * verdicts[name]['worst_off_line']:+.1f} %"]
+            for name, times in found.items()
+        ),
+    ]
+
+
+def sparse_kernels() -> str:
+    """The same as a table of milliseconds, and what dense attention takes beside it."""
+    dense = [row for row in load("sparse_h200.json")["rows"] if row["what"] == "dense"]
+    head, *rows = sparse_kernel_rows()
+    beside = ", ".join(f"{row['attention']} {row['ms']:.1f}" for row in dense)
+    return table(head, rows) + f"\nDense in the same run: {beside} ms.\n"
+
+
 def sparse_cost_rows() -> list[list[str]]:
     """What choosing and measuring take by themselves."""
     return [
@@ -215,6 +330,8 @@ def benchmarks_page() -> str:
     beside = table(["GPU", "who", "recipe", "attention", "ms a block"], peers)
     head = ["GPU", "model", "video", "recipe", "attention", "ms a block", "s a pass", "working GiB", "file"]
     sparse_head = ["GPU", "video", "recipe", "blocks kept", "attention", "ms a block", "floor, ms", "file"]
+    extended_head = ["GPU", "video", "settings", "ms a block", "ms between blocks, each"]
+    extended_head += ["encoders, ms", "s a pass", "s a segment", "file"]
     return f"""# Benchmarks
 
 Made by `benchmarks/pages.py` from `benchmarks/results/`, where every file says on what hardware, with which versions,
@@ -237,6 +354,17 @@ One block of I2V-A14B at 1280x720, 81 frames, every program in one process run a
 ![recipes](images/recipes_h100.svg)
 
 {table(head, transformer_rows())}
+## Animate and S2V
+
+Blocks without what stands between them, that by itself, and a segment of the published steps and guidance without
+its VAE (`benchmarks/dit.py --model animate-14B`, `s2v-14B`).
+
+{table(extended_head, extended_rows())}
+## Several GPUs
+
+{two_gpus()}
+[Scaling](scaling.md) has all-to-all and gathers apart, and what more GPUs are predicted to take.
+
 ## Block-sparse attention
 
 The same with a share of the key blocks kept in every block of the transformer, choosing and measuring included
@@ -244,14 +372,17 @@ The same with a share of the key blocks kept in every block of the transformer, 
 
 {table(sparse_head, sparse_rows())}
 {table(["GPU", "part", "ms", "file"], sparse_cost_rows())}
+The kernels alone, 75,600 tokens, 40 heads of 128, in ms by the share of blocks that they keep (`sparse_h200.json`):
+
+{sparse_kernels()}
 Errors of the recipes are in [FP8](fp8.md), of attention in [attention and precision](attention.md), of LoRAs in
 [LoRA](lora.md). How long files take to load is in `benchmarks/results/load.json`, how long ComfyUI's start becomes in
 `benchmarks/results/import_time.json`.
 
 ## What has not been measured
 
-Other GPUs than those above; what a setting does to a video of the released models. What a results file is missing for
-says so where the feature is described.
+Other GPUs than those above, and more than two of them; what a setting does to a video of the released models. What a
+results file is missing for says so where the feature is described.
 """
 
 
@@ -301,7 +432,13 @@ def pages() -> dict[Path, str]:
     """Every file that this script writes, with its content."""
     made = {DOCS / "images" / name: text for name, text in plots().items()}
     made[DOCS / "benchmarks.md"] = benchmarks_page()
-    for name, block in (("choosing", choosing), ("memory", memory), ("quality", quality)):
+    for name, block in (
+        ("choosing", choosing),
+        ("memory", memory),
+        ("multi_gpu", two_gpus),
+        ("quality", quality),
+        ("sparse", sparse_kernels),
+    ):
         path = DOCS / f"{name}.md"
         made[path] = filled(path.read_text(encoding="utf-8"), {name: block()})
     return made

@@ -14,8 +14,8 @@ A setting is parts joined by ``+``:
     PRESET[:own]                 a MagCache preset with the published curve, or one measured on the first prompt; or
                                  easycache, taylor
 
-Rows carry mean, worst and spread over the videos, and every video's own scores. Frames are compared where the engine
-has the VAE (T2V and I2V); on random weights only times mean something. ``--against TABLE`` fails when a setting is
+Rows carry mean, worst and spread over the videos, and every video's own scores. On random weights only times mean
+something. ``--against TABLE`` fails when a setting is
 worse than in a committed results file by more than the seeds differ there; ``--break`` makes a mistake on purpose,
 which must then be found.
 """
@@ -37,7 +37,7 @@ import torch
 import typer
 from breakages import BREAKAGES, ENDLESS, broken
 from dit import console
-from experts import condition_of, load_experts
+from experts import AnyVAE, condition_of, load_experts, load_its_vae
 from quality_table import HIGHER_IS_BETTER, aggregated, worse
 from rich.table import Table
 from torch import Tensor
@@ -60,7 +60,7 @@ from wan_fp8.caching import (
 )
 from wan_fp8.models.blocks import ForwardOptions
 from wan_fp8.models.specs import Task
-from wan_fp8.models.vae import WanVAE, denormalize_latents, load_vae
+from wan_fp8.models.vae import denormalize_latents
 from wan_fp8.models.wan import WanModel
 from wan_fp8.quality import Trajectory, finite, kernels_used, latent_scores, video_scores
 from wan_fp8.quant import RECIPES
@@ -245,16 +245,14 @@ class Reference:
     trajectory: Trajectory
 
 
-def frames_of(vae: WanVAE | None, latents: Tensor) -> Tensor | None:
+def frames_of(vae: AnyVAE, latents: Tensor) -> Tensor:
     """[T, 3, H, W] in 0..1 on the CPU."""
-    if vae is None:
-        return None
     weight = next(vae.parameters())
     video = vae.decode(denormalize_latents(latents.float()).to(weight)).float()
     return ((video[0] + 1) / 2).clamp(0, 1).transpose(0, 1).cpu()
 
 
-def references(sampler: Sampler, jobs: Sequence[Job], vae: WanVAE | None) -> list[Reference]:
+def references(sampler: Sampler, jobs: Sequence[Job], vae: AnyVAE) -> list[Reference]:
     """One run for each video."""
     found = []
     for job in jobs:
@@ -285,7 +283,7 @@ def measure(
     sampler: Sampler,
     jobs: Sequence[Job],
     exact: Sequence[Reference],
-    vae: WanVAE | None,
+    vae: AnyVAE,
     curve: Curve | None,
     mistake: str,
 ) -> dict[str, Any]:
@@ -419,10 +417,10 @@ def measured_rows(
     sampler = Sampler(models=load_experts(checkpoint, device, precision), steps=0, device=device, dtype=precision)
     spec = sampler.models[0].spec
     sampler.steps = steps or DEFAULTS[spec.task].steps
-    vae = None if spec.task is Task.TI2V else load_vae(checkpoint, torch.float32, device)
+    vae = load_its_vae(checkpoint, spec, device)
     if (spec.task is Task.I2V) != bool(image):
         raise typer.BadParameter(f"a {spec.task} model takes {'an --image' if spec.task is Task.I2V else 'no --image'}")
-    condition = condition_of(vae, image, width, height, frames) if image and vae is not None else None
+    condition = condition_of(vae, image, width, height, frames) if image else None
     jobs = make_jobs(checkpoint, prompts, seeds, latent_shape(spec.task, width, height, frames))
     sampler.given = None if condition is None else condition.to(device, precision)
     exact = references(sampler, jobs, vae)

@@ -24,7 +24,7 @@ import common
 import torch
 import typer
 from dit import console
-from experts import condition_of, load_experts
+from experts import AnyVAE, condition_of, load_experts, load_its_vae
 from quality import Job, Reference, Sampler, frames_of, make_jobs, references, scored
 from quality_table import aggregated
 from rich.table import Table
@@ -35,8 +35,6 @@ from wan_fp8.attention.sparse import BLOCK, Calibration, guarantee, order, prese
 from wan_fp8.attention.sparse.backends import masked
 from wan_fp8.attention.sparse.policies import Asked, Choice, window
 from wan_fp8.attention.sparse.report import SparseReport
-from wan_fp8.models.specs import Task
-from wan_fp8.models.vae import WanVAE, load_vae
 from wan_fp8.sampling import DEFAULTS, latent_shape
 
 CONTROLS = ("window", "chance")
@@ -84,7 +82,7 @@ def settings(densities: list[float], coverages: list[float], skip: tuple[float, 
 
 
 def measure(
-    name: str, sparsity: Sparsity, sampler: Sampler, jobs: list[Job], exact: list[Reference], vae: WanVAE | None
+    name: str, sparsity: Sparsity, sampler: Sampler, jobs: list[Job], exact: list[Reference], vae: AnyVAE
 ) -> tuple[dict[str, Any], list[SparseReport]]:
     """One row, and what the last video's run reports."""
     for model in sampler.models:
@@ -178,8 +176,8 @@ def main(
         sampler = Sampler(models=load_experts(checkpoint, device, dtype), steps=steps, device=device, dtype=dtype)
         spec = sampler.models[0].spec
         sampler.steps = steps or DEFAULTS[spec.task].steps
-        vae = None if spec.task is Task.TI2V else load_vae(checkpoint, torch.float32, device)
-        if image and vae is not None:
+        vae = load_its_vae(checkpoint, spec, device)
+        if image:
             sampler.given = condition_of(vae, image, width, height, frames).to(device, dtype)
         shape = latent_shape(spec.task, width, height, frames)
         jobs = make_jobs(checkpoint, lines, range(seeds), shape)

@@ -92,6 +92,24 @@ def test_it_makes_a_video(stem: str, server: Any, client: Client, object_info: d
     assert frames_of(client.download(made, tmp_path)) == (5, 64, 64, FPS[task])
 
 
+def test_the_demo_shows_what_its_prompt_says(server: Any, client: Client, tmp_path: Path) -> None:
+    """``make demo``'s graph, settings and checkpoint; colour and motion are measured from the file's pixels."""
+    import demo
+    import torch
+    from tiny_wan.classify import classify
+
+    (server.base / "models" / "wan" / demo.CHECKPOINT).symlink_to(demo.SOURCE, target_is_directory=True)
+    info = dict(client.object_info())
+    prompt = to_prompt(load(demo.WORKFLOW), info)
+    apply(prompt, info, list(demo.SETTINGS), client.upload)
+    (made,) = client.run(prompt.nodes)
+    with av.open(str(client.download(made, tmp_path))) as file:
+        frames = [torch.from_numpy(frame.to_ndarray(format="rgb24")) for frame in file.decode(video=0)]
+    video = torch.stack(frames).permute(3, 0, 1, 2)[None] / 127.5 - 1
+    (seen,) = classify(video)
+    assert (seen.colour, seen.motion) == ("red", "right"), seen
+
+
 def test_the_distilled_pair_is_applied_whole(
     client: Client, object_info: dict[str, Any], single_files: dict[str, Path], tmp_path: Path
 ) -> None:

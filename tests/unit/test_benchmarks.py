@@ -64,3 +64,23 @@ def test_dit_extended(benchmarks, tmp_path: Path, task: str, frames: int, monkey
     assert "error" not in unfinished[0] and "encoders_ms" not in unfinished[0]
     said = capsys.readouterr().err.splitlines()
     assert len(said) > 5 and all(line.startswith("[") and " s] " in line for line in said)
+
+
+def test_dit_says_where_its_time_goes(benchmarks, tmp_path: Path, capsys) -> None:
+    """Each phase as it begins; at the end of a row the seconds of all of them, which add up to what the clock said."""
+    import dit
+
+    out = tmp_path / "dit.json"
+    sizes = {"size": "64x64", "frames": 5, "layers": "1,2", "dtype": "float32", "device": "cpu"}
+    dit.main(model="tiny-i2v", **sizes, attention="sdpa", recipe="none,rowwise", backend="reference", json=str(out))
+    assert [row["recipe"] for row in rows_of(out)] == ["none", "rowwise"]
+    said = [line.removeprefix("[").split(" s] ") for line in capsys.readouterr().err.splitlines()]
+    texts = [text for _, text in said]
+    ends = [index for index, text in enumerate(texts) if text.startswith("row complete; ")]
+    assert len(ends) == 2 and ends[1] == len(texts) - 1
+    names = [part.rsplit(" ", 2)[0] for part in texts[ends[1]].split("; ")[1:]]
+    assert names == ["weights", "copy", "recipe", "first forward", "rounds", "profile", "floor", "error"]
+    spent = sum(float(part.split()[-2]) for part in texts[ends[1]].split("; ")[1:])
+    clock = float(said[ends[1]][0]) - float(said[ends[0] + 1][0])
+    assert spent == pytest.approx(clock, abs=0.06 * len(names))
+    assert "rowwise on reference, sdpa, one GPU" in texts[ends[0] + 1]

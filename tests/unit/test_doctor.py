@@ -169,8 +169,17 @@ def test_every_measured_gpu_gets_a_time_for_what_is_recommended(monkeypatch: pyt
         assert [row.what for row in expected] == ["i2v-A14B, 832x480", "i2v-A14B, 1280x720", "ti2v-5B, 1280x704"]
         assert all(row.found.startswith("about ") for row in expected), f"{name}: {text(expected)}"
         assert expected[1].found == "about 12 minutes for 40 steps with guidance, transformer alone", name
-    seconds = next(row.found for row in expected if row.what.startswith("ti2v"))
-    assert seconds.startswith("about 79 seconds"), "short ones are not rounded to minutes"
+    assert name == "NVIDIA H200", "the last one"
+    for row, (model, size) in zip(expected, (line.what.split(", ") for line in expected), strict=True):
+        steps = doctor.DEFAULTS[doctor.SPECS[model].task].steps
+        (own,) = measured.find(device=name, model=model, size=size, recipe="rowwise", attention="fa3", backend="torch")
+        seconds = 2 * steps * own.forward_s  # short ones are not rounded to minutes
+        time = f"{seconds:.0f} seconds" if seconds < 180 else f"{seconds / 60:.0f} minutes"
+        assert row.found == f"about {time} for {steps} steps with guidance, transformer alone"
+    times = [row.found.split(" for")[0] for row in expected]
+    assert times == ["about 164 seconds", "about 12 minutes", "about 65 seconds"]
+    (h100,) = doctor.recommendation(on("NVIDIA H100 80GB HBM3", (9, 0), 79.1))[-1:]
+    assert "with recipe none and attention fa3, the nearest measured on this GPU" in h100.found
 
 
 def test_times_of_products_say_nothing_of_fp8_as_storage() -> None:

@@ -28,6 +28,20 @@ def test_they_are_up_to_date(pages) -> None:
         assert path.read_text(encoding="utf-8") == text, f"{path.name}: run 'python benchmarks/pages.py'"
 
 
+def test_what_is_said_of_two_gpus_is_in_the_results(pages) -> None:
+    """The words between the numbers."""
+    said = pages.two_gpus()
+    assert "0 where guidance is not split" in said and "no process and no GPU memory was left" in said
+    errors: dict[bool, list[float]] = {True: [], False: []}
+    for row in pages.load("pool_2x_h200.json")["rows"]:
+        errors[row["topology"].startswith("cfg 2")].append(row["error"])
+    assert max(errors[False]) == 0 < min(errors[True])
+    faults = (PACK / "benchmarks" / "results" / "pool_faults_2x_h200.txt").read_text()
+    deaths = faults.count("ok   SIGKILL of rank")
+    assert deaths == faults.count("ok   no process is left") == faults.count("GPU memory left behind: [0, 0] MiB") == 2
+    assert "WRONG" not in faults
+
+
 def test_plots_are_pictures_that_show_every_row(pages) -> None:
     for name, text in pages.plots().items():
         root = ElementTree.fromstring(text)

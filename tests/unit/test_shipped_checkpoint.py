@@ -23,7 +23,7 @@ WANTED = 0.9
 OF_EACH = 0.86
 """Of fifty of one kind."""
 FIRST_FRAME_DB = 30.0
-"""PSNR of image-to-video's first frame against the given one; 33 was measured, and the VAE alone makes no more of it."""
+"""PSNR of image-to-video's first frame against the given one; 33 was measured, and the VAE alone makes no more."""
 
 
 def test_size_and_card() -> None:

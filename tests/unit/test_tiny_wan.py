@@ -277,17 +277,18 @@ SHIPPED = PACK / "checkpoints" / "Wan2.2-T2V-A14B-tiny"
 
 
 def test_the_trained_vae_shows_what_it_was_given() -> None:
-    """Clips of scenes that it never saw: colours and motions are still there to be measured."""
+    """Clips of scenes that it never saw, of the size of the demo: all is still there to be measured."""
     card = package.read_card(SHIPPED)
     assert card["files"] == package.file_facts(SHIPPED)
-    size, net = WorldSize(), load_vae(SHIPPED / package.VAE_FILE)
-    drawn = make_pool(24, size, seed=7, held_out=True, device=torch.device("cpu"))
+    size, net = WorldSize(width=144, height=96), load_vae(SHIPPED / package.VAE_FILE)
+    drawn = make_pool(12, size, seed=7, held_out=True, device=torch.device("cpu"))
     video = draw(drawn.clips, size)
     with torch.no_grad():
         seen = torch.cat([net.decode(net.encode(part)) for part in video.split(4)]).clamp(-1, 1)
     assert psnr(seen, video).mean() > card["stages"]["vae"]["held_out"]["psnr_db"] - 1
-    right = [v.matches(drawn.scenes[i]) for v, i in zip(classify(seen), drawn.scene_N.tolist(), strict=True)]
-    assert sum(right) >= 22, right
+    shown = [(v, drawn.scenes[i]) for v, i in zip(classify(seen), drawn.scene_N.tolist(), strict=True)]
+    right = [v.matches(scene) and v.shape == scene.words[1] for v, scene in shown]
+    assert sum(right) >= 11, right
 
 
 def test_latents_are_encoded_once(pool: Any, tmp_path: Path) -> None:

@@ -190,15 +190,15 @@ def write_model_card(folder: Path, card: Mapping[str, Any], task: str) -> None:
         "drawn world of coloured shapes. It makes small videos of what such captions say, and nothing else.",
         "",
         f"- License: {card['license']}",
-        f"- Data: {card['data']}" + ("; for this model drawn at twice that width and height" if task == TI2V else ""),
+        f"- Data: {card['data']}",
         f"- Transformers: {_listed(card['model'])}",
         f"- Made on {card['date']} with {_listed(card['versions'])}, seed {card['seed']}",
         "",
-        "| stage | command | on | steps | seconds | loss at the end |",
-        "| --- | --- | --- | --- | --- | --- |",
+        "| stage | command | on | data | steps | seconds | loss at the end |",
+        "| --- | --- | --- | --- | --- | --- | --- |",
         *(
             f"| {name} | `train.py {facts['command']}` | {facts['hardware']} "
-            f"| {facts['steps']} | {facts['seconds']} | {facts['loss']} |"
+            f"| {facts.get('data', '')} | {facts['steps']} | {facts['seconds']} | {facts['loss']} |"
             for name, facts in used.items()
         ),
         "",

@@ -77,8 +77,7 @@ class Run:
         self.card |= {
             "license": "Apache-2.0",
             "data": (
-                f"{self.clips} clips of {self.size.width}x{self.size.height}, {self.size.frames} frames, drawn by "
-                "tools/tiny_wan/world.py; a fifth of the combinations of colour, shape and motion held out"
+                "drawn by tools/tiny_wan/world.py; a fifth of the combinations of colour, shape and motion held out"
             ),
             "seed": self.seed,
             "model": {"dim": self.model.dim, "ffn_dim": self.model.ffn_dim, "layers": self.model.num_layers},
@@ -125,6 +124,7 @@ class Run:
         self.card["stages"][stage] = {
             "command": _command(sys.argv[1:]),
             "hardware": self.hardware,
+            "data": f"{self.clips} clips of {self.size_of(stage).shown}",
             "steps": log.steps,
             "seconds": round(log.seconds, 1),
             "seconds_in_all": round(time.perf_counter() - began, 1),
@@ -135,8 +135,8 @@ class Run:
         package.write_card(self.out, self.card)
 
     def size_of(self, task: str) -> WorldSize:
-        """TI2V's world is drawn twice as large, so that its latents, of 16x16 pixels, are as many."""
-        if task != TI2V:
+        """TI2V's world, and its VAE's, is drawn twice as large, so that its latents, of 16x16 pixels, are as many."""
+        if task not in (TI2V, STAGES["2.2"]):
             return self.size
         return WorldSize(width=2 * self.size.width, height=2 * self.size.height, frames=self.size.frames)
 
@@ -173,16 +173,16 @@ class Run:
 
 
 def _command(words: Sequence[str]) -> str:
-    """What was asked for, without the folders of the machine that did it."""
-    kept, skip = [], False
+    """What was asked for, without the places of the machine that did it: ``--start-from`` keeps its folder's name."""
+    kept, before = [], ""
     for word in words:
-        if not skip and word not in FOLDERS:
-            kept.append(word)
-        skip = word in FOLDERS
+        if before not in FOLDERS and word not in FOLDERS:
+            kept.append(Path(word).name if before == START else word)
+        before = word
     return " ".join(kept)
 
 
-FOLDERS = ("--out", "--work", "--start-from")
+FOLDERS, START = ("--out", "--work"), "--start-from"
 
 
 def _thinned(losses: list[list[float]], most: int = 120) -> list[list[float]]:

@@ -32,6 +32,11 @@ class WorldSize:
     frames: int = 17
 
     @property
+    def shown(self) -> str:
+        """In words."""
+        return f"{self.width}x{self.height}, {self.frames} frames"
+
+    @property
     def unit(self) -> float:
         """Pixels per unit of length: the world is laid out for a height of 64."""
         return min(self.height, self.width) / 64

@@ -20,9 +20,9 @@ from .needs import TextNeeds, VAENeeds
 GIB = 2**30
 LINKS = {"nvlink": 250.0, "pcie": 20.0}
 """GB/s that one GPU sends to others while all of them do, where nobody measured."""
-MEASURED_TFLOPS = {"H100": {True: 762.0, False: 684.0}, "H200": {False: 648.0}}
+MEASURED_TFLOPS = {"H100": {True: 762.0, False: 684.0}, "H200": {True: 735.0, False: 648.0}}
 """By GPU, and whether the linears are FP8: operations of a block at 75,600 tokens over its time, with FlashAttention 3
-(``benchmarks/results/dit_i2v-a14b_1280x720_h100.json`` and ``_h200.json``)."""
+(``benchmarks/results/dit_i2v-a14b_1280x720_h100.json``, ``_h200.json`` and, in FP8, ``_2x_h200.json``)."""
 USABLE = 0.92
 """Share of a GPU's memory that may be planned with: the rest is the CUDA context, NCCL and fragments."""
 COMPUTE_BYTES = 2

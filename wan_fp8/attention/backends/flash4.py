@@ -1,5 +1,5 @@
 """FlashAttention 4 (CuTe DSL, compiled at first use): chosen by itself on Blackwell (B200, B300), and on Hopper where
-FA3 is not there: 178.9 ms against cuDNN's 208.4 and FA3's 175.5, one H200, 75,600 tokens
+FA3 is not there: 175.3 ms against cuDNN's 205.8 and FA3's 172.9, one H200, 75,600 tokens
 (``benchmarks/results/sparse_h200.json``)."""
 
 from __future__ import annotations
