@@ -51,7 +51,7 @@ def test_a_mean_in_v_costs_nothing(name: str) -> None:
 
 def test_the_known_failure_without_mean_removal() -> None:
     """Error 0.114 at 16,384 keys and a mean of 0.5 with the means left in: if this stops failing, the kernel was
-    mended."""
+    mended. ``sage`` fails by the mean of K, in the test below."""
     backend("fa3-fp8")
     q, k, v = tensors(0.5)
     cast = attention_cast.eager(q, k, v, smooth=False)
