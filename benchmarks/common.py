@@ -86,7 +86,9 @@ def write_results(path: str | Path, rows: list[dict[str, Any]], device: str = "c
     }
     path = Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
-    path.write_text(json.dumps(result, indent=1) + "\n")
+    unfinished = path.with_name(f".{path.name}.part")
+    unfinished.write_text(json.dumps(result, indent=1) + "\n")
+    unfinished.replace(path)  # a script that is stopped leaves the rows that it had
 
 
 class Phases:

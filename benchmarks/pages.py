@@ -386,9 +386,9 @@ results file is missing for says so where the feature is described.
 """
 
 
-def quality() -> str:
+def quality(task: str) -> str:
     """What each setting does to the shipped checkpoint's videos: mean, and worst in brackets."""
-    result = load("quality_t2v-tiny_cpu.json")
+    result = load(f"quality_{task}-tiny_cpu.json")
 
     def both(row: dict[str, Any], score: str, digits: int) -> str:
         return f"{row[score]['mean']:.{digits}f} ({row[score]['worst']:.{digits}f})"
@@ -432,15 +432,15 @@ def pages() -> dict[Path, str]:
     """Every file that this script writes, with its content."""
     made = {DOCS / "images" / name: text for name, text in plots().items()}
     made[DOCS / "benchmarks.md"] = benchmarks_page()
-    for name, block in (
-        ("choosing", choosing),
-        ("memory", memory),
-        ("multi_gpu", two_gpus),
-        ("quality", quality),
-        ("sparse", sparse_kernels),
+    for page, blocks in (
+        ("choosing", {"choosing": choosing}),
+        ("memory", {"memory": memory}),
+        ("multi_gpu", {"multi_gpu": two_gpus}),
+        ("quality", {"quality": lambda: quality("t2v"), "quality_i2v": lambda: quality("i2v")}),
+        ("sparse", {"sparse": sparse_kernels}),
     ):
-        path = DOCS / f"{name}.md"
-        made[path] = filled(path.read_text(encoding="utf-8"), {name: block()})
+        path = DOCS / f"{page}.md"
+        made[path] = filled(path.read_text(encoding="utf-8"), {name: block() for name, block in blocks.items()})
     return made
 
 

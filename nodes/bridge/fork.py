@@ -31,7 +31,7 @@ from ...wan_fp8.checkpoint.tensors import FP8_DTYPES
 from ...wan_fp8.errors import UnsupportedPatchError
 from ...wan_fp8.kernels.quantize import weight_granularity
 from ...wan_fp8.models.layers import HIGH_PRECISION
-from ...wan_fp8.models.memory import activation_bytes, extra_tokens
+from ...wan_fp8.models.memory import activation_bytes, extra_tokens, rounding_bytes
 from ...wan_fp8.models.specs import ModelSpec
 from ...wan_fp8.models.wan import WanModel, build_model, class_of
 from ...wan_fp8.quant.convert import share_recipe
@@ -47,6 +47,7 @@ from .hosted_model import (
     refuse_live_lora,
     settings_of,
 )
+from .memory import explained
 from .pinning import forget_refused_pins, give_own_pages
 from .voice import say
 from .weights import place_loose_parameters
@@ -307,6 +308,11 @@ def _around_run(executor: Any, *args: Any, **kwargs: Any) -> Any:
         if net.is_remote:
             net.report_pool()
         return result
+    except comfy.model_management.OOM_EXCEPTION as error:
+        told = explained(error, net, patcher.load_device)
+        if told is None:
+            raise
+        raise told from error
     finally:
         net.forget_run()
         if settings.recording is not None:
@@ -371,14 +377,21 @@ def _make_shell_class(base: Any) -> type:
         quantised = attention is not None and not attention.is_exact
         lora, cache = net.settings_of_run.lora or net.lora, net.settings_of_run.cache
         matrices = 0 if lora is None else lora.device_bytes(compute)
-        return matrices + activation_bytes(
-            net.spec,
-            input_shape,
-            compute,
-            fused=fused,
-            low_precision_attention=quantised,
-            kept_residuals=0 if cache is None else cache.depth,
-            extra_tokens=extra_tokens(net.spec, cond_shapes),
+        rounded = rounding_bytes(parameter.nbytes for parameter in net.parameters())
+        return (
+            net.lacked
+            + matrices
+            + rounded
+            + activation_bytes(
+                net.spec,
+                input_shape,
+                compute,
+                fused=fused,
+                low_precision_attention=quantised,
+                kept_residuals=0 if cache is None else cache.depth,
+                extra_tokens=extra_tokens(net.spec, cond_shapes),
+                quantized=net.quantization is not None,
+            )
         )
 
     def state_dict_for_saving(self: Any, *args: Any, **kwargs: Any) -> dict[str, Tensor]:

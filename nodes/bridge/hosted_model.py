@@ -89,6 +89,9 @@ class HostedModel(WanModel):
     caches: dict[Policy, StepCache]
     """Of the run, by setting."""
 
+    lacked: int = 0
+    """Bytes that its runs leave free beyond the estimate, since memory ran out in one."""
+
     sparse_facts: tuple[dict[str, Any], ...] = ()
     """What sparse attention did in the last run that ended, for a receipt."""
 

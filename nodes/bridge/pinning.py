@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import functools
 import logging
+from collections import Counter
 from typing import Any
 
 import comfy.model_management
@@ -24,6 +25,8 @@ SMALL = 1 << 20
 """Bytes up to which a weight gets pages of its own at once: biases, norms and scales, some MB in all."""
 REFUSALS = ("already mapped", "invalid argument", "operation not supported", "operation not permitted")
 """How CUDA words what ``cudaHostRegister`` did not do."""
+_refused: Counter[str] = Counter()
+"""What it said while one model's weights were pinned, and how often."""
 
 
 def give_own_pages(net: nn.Module) -> None:
@@ -48,16 +51,31 @@ def pin_streamed(patcher: Any) -> None:
     if pin is None or getattr(comfy.model_management, "MAX_PINNED_MEMORY", -1) <= 0:
         return
     left = _unpinned(patcher)
+    _refused.clear()
     for path, module, name, parameter in left:
         _settle(module, name, parameter)
         pin(f"{path}.{name}")
     still = [_bytes(parameter) for *_, parameter in _unpinned(patcher)] if left else []
     if still:
         log.warning(
-            "%d weights (%.1f GiB) that stay in host memory could not be pinned: moving them to the GPU is slower",
+            "%d of %d weights (%.1f GiB) that stay in host memory could not be pinned (%s): moving them to the GPU "
+            "is slower",
             len(still),
+            len(left),
             sum(still) / 2**30,
+            _why(max(still)),
         )
+
+
+def _why(size: int) -> str:
+    """What stood in the way of pins, as far as it can be told."""
+    if _refused:
+        return "; ".join(f"{count} times: {words}" for words, count in _refused.most_common(2))
+    pinned = getattr(comfy.model_management, "TOTAL_PINNED_MEMORY", 0)
+    most = comfy.model_management.MAX_PINNED_MEMORY
+    if pinned + size > most:
+        return f"ComfyUI pins {most / 2**30:.1f} GiB at most, and {pinned / 2**30:.1f} GiB are"
+    return "neither ComfyUI nor CUDA says why"
 
 
 def _unpinned(patcher: Any) -> list[tuple[str, Leaf, str, nn.Parameter]]:
@@ -84,6 +102,7 @@ def forget_refused_pins() -> None:
         if not pinned and tensor.device.type == "cpu" and not tensor.is_pinned():
             refusal = _take_refusal_back(comfy.model_management.get_torch_device())
             if refusal is not None:
+                _refused[refusal] += 1
                 log.debug("%d bytes at %#x were not pinned: %s", _bytes(tensor), tensor.data_ptr(), refusal)
         return pinned
 

@@ -5,6 +5,7 @@ Run in a process of its own: core decides at import whether there is a GPU.
 
 from __future__ import annotations
 
+import dataclasses
 import gc
 import os
 import sys
@@ -177,3 +178,59 @@ def test_a_saved_expert_comes_from_the_gpu_bit_for_bit(tmp_path):
     for name, value in held.items():
         assert torch.equal(again[name].view(-1).view(torch.uint8), value.reshape(-1).view(torch.uint8)), name
     assert settled() <= before + 2**20
+
+
+@pytest.mark.parametrize(
+    ("shape", "prompts"),
+    [([1, 16, 21, 60, 104], 2), ([2, 16, 9, 60, 104], 1), ([1, 16, 5, 60, 104], 2), ([1, 16, 1, 32, 32], 2)],
+)
+def test_a_forward_fits_into_what_core_is_told(shape, prompts):
+    """At the width of A14B, four blocks in FP8: the peak, and then a GPU that has no more than that beside the weights
+    and half of core's reserve, where the allocator's pieces count as well."""
+    import comfy.model_management as management
+
+    specs, wan = kit.engine("models.specs"), kit.engine("models.wan")
+    spec = dataclasses.replace(specs.T2V_A14B, num_layers=4)
+    with torch.device("meta"):
+        net = wan.build_model(spec)
+    filled = {k: torch.randn(v.shape, dtype=torch.bfloat16) * 0.02 for k, v in net.state_dict().items()}
+    net.load_state_dict(filled, assign=True)
+    model = fp8(kit.bridge().build_model_patcher(net))
+    hosted = model.model.diffusion_model
+    settled()
+    model.patch_model(CUDA)
+    x = torch.randn(shape, device=CUDA, dtype=torch.bfloat16)
+    t = torch.full(shape[:1], 500.0, device=CUDA)
+    rows = [torch.randn(shape[0], 512, kit.TEXT_DIM, device=CUDA, dtype=torch.bfloat16) for _ in range(prompts)]
+
+    def run():
+        hosted.forget_run()
+        for _ in range(2):
+            for row in rows:
+                hosted(x, t, row, transformer_options={})
+
+    run()  # kernels are compiled, and the GEMM library has its workspace
+    hosted.forget_run()
+    gc.collect()
+    torch.cuda.empty_cache()
+    told, resting, held = (
+        model.model.memory_required(shape),
+        torch.cuda.memory_allocated(),
+        torch.cuda.memory_reserved(),
+    )
+    torch.cuda.reset_peak_memory_stats()
+    run()
+    peak = torch.cuda.max_memory_allocated() - resting
+    segments = torch.cuda.max_memory_reserved() - held
+    print(f"peak {peak / 2**30:.2f} GiB, in segments {segments / 2**30:.2f}, told {told / 2**30:.2f}")
+    assert peak <= told <= 1.6 * peak + 2**26
+    hosted.forget_run()
+    torch.cuda.empty_cache()
+    room = held + told + management.extra_reserved_memory() // 2
+    torch.cuda.set_per_process_memory_fraction(room / torch.cuda.mem_get_info()[1])
+    try:
+        run()
+    finally:
+        torch.cuda.set_per_process_memory_fraction(1.0)
+        hosted.forget_run()
+        model.unpatch_model(torch.device("cpu"))

@@ -118,3 +118,21 @@ def test_what_a_refused_pin_left_is_taken_back_and_nothing_else(monkeypatch):
     monkeypatch.setattr(management, "discard_cuda_async_error", lambda: None, raising=False)
     pinning.forget_refused_pins()
     assert management.pin_memory is plain, "a core that does it itself is left as it is"
+
+
+@pytest.mark.parametrize("refusal", ["operation not permitted", None])
+def test_the_warning_says_why(monkeypatch, caplog, refusal):
+    import comfy.model_management as management
+
+    pinning = pinning_module()
+    monkeypatch.setattr(management, "MAX_PINNED_MEMORY", 1 << 30)
+    monkeypatch.setattr(management, "TOTAL_PINNED_MEMORY", (1 << 30) - 10, raising=False)
+    monkeypatch.setattr(pinning, "_take_refusal_back", lambda device: refusal)
+    monkeypatch.setattr(management, "pin_memory", lambda tensor: False)
+    pinning.forget_refused_pins()
+    model = kit.own_model()
+    with caplog.at_level("WARNING", "wan_fp8"):
+        model.patch_model(torch.device("cpu"), lowvram_model_memory=1)
+    told = "times: operation not permitted" if refusal else "ComfyUI pins 1.0 GiB at most, and 1.0 GiB are"
+    assert told in caplog.text
+    model.unpatch_model(torch.device("cpu"))

@@ -84,3 +84,59 @@ def test_dit_says_where_its_time_goes(benchmarks, tmp_path: Path, capsys) -> Non
     clock = float(said[ends[1]][0]) - float(said[ends[0] + 1][0])
     assert spent == pytest.approx(clock, abs=0.06 * len(names))
     assert "rowwise on reference, sdpa, one GPU" in texts[ends[0] + 1]
+
+
+def test_memory_keeps_the_rows_of_cards_before_and_after_one_that_fails(benchmarks, monkeypatch, tmp_path: Path):
+    import contextlib
+
+    import hosted
+    import memory
+    import torch
+    import typer
+
+    from wan_fp8 import attention, quant
+    from wan_fp8.models import specs
+
+    out, seen = tmp_path / "memory.json", []
+    modules = {"wan_fp8.quant": quant, "wan_fp8.models.specs": specs, "wan_fp8.attention": attention}
+    expert = type("Expert", (), {"model": type("Shell", (), {"diffusion_model": torch.nn.Linear(2, 2)})})()
+    bridge = type("Bridge", (), {"with_settings": staticmethod(lambda model, attention: model)})
+    run = memory.Run(
+        load_s=1.0,
+        steps_s=[1.0] * 4,
+        switch_step=2,
+        pauses_ms=[1.0],
+        switch_ms=2.0,
+        peak_gib=None,
+        reserved_gib=None,
+        left={},
+    )
+
+    def sample(*args):
+        if seen[-1:] == [23.5]:
+            raise RuntimeError("no memory")
+        return run
+
+    @contextlib.contextmanager
+    def card(gib, *args):
+        seen.append(gib)
+        assert len(rows_of(out)) == 1 + len(seen), "the rows so far are in the file"
+        yield
+
+    monkeypatch.setattr(hosted, "import_core", lambda device: None)
+    monkeypatch.setattr(hosted, "module", lambda name: modules.get(name, bridge))
+    monkeypatch.setattr(hosted, "random_expert", lambda *args: expert)
+    monkeypatch.setattr(hosted, "Traffic", lambda models: type("Traffic", (), {"loaded": 0, "copied_back": 0})())
+    monkeypatch.setattr(hosted, "card", card)
+    monkeypatch.setattr(memory, "sample", sample)
+    monkeypatch.setattr(memory, "unload", lambda device: None)
+    with pytest.raises(typer.Exit) as status:
+        memory.main(
+            parts="weights,switch,cards", attention="auto", recipe="rowwise", device="cpu", load_gb=1.0, folder=None,
+            tiny=True, json_path=out, measure=None, source=None,
+        )  # fmt: skip
+    rows = rows_of(out)
+    assert status.value.exit_code == 1 and [row["part"] for row in rows] == ["weights", "switch", "cards", "cards"]
+    assert rows[2]["failed"] == "RuntimeError: no memory" and not rows[2]["within"] and rows[2]["card"] == "24 GB"
+    assert rows[3]["card"] == "16 GB" and rows[3]["within"]
+    assert [path.name for path in tmp_path.iterdir()] == ["memory.json"]

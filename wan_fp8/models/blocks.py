@@ -129,15 +129,40 @@ class ForwardState:
     """How the tokens stand; None: in the frame order."""
 
 
+class KeptText:
+    """Keys and values that every block makes of one prompt, in memory that is taken before the forward's activations.
+
+    Each is small, and made between activations of hundreds of MiB. Kept one by one they would come to lie in what such
+    activations left behind, where no activation would fit again: 0.9 GiB of a 16 GB card at 832x480, 81 frames
+    (``tests/unit/test_memory_walk.py`` follows the allocator).
+    """
+
+    def __init__(self, room: list[Tensor]) -> None:
+        """``room``: [blocks, B, L, N, E] for each kind that a block makes, in its order."""
+        self._room = room
+        self._blocks: dict[int, tuple[Tensor, ...]] = {}
+
+    def of_block(self, index: int, compute: Callable[[], tuple[Tensor, ...]]) -> tuple[Tensor, ...]:
+        """Those of block ``index``, made by ``compute`` the first time."""
+        if index not in self._blocks:
+            self._blocks[index] = self._settled(index, compute())
+        return self._blocks[index]
+
+    def _settled(self, index: int, made: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
+        """Anything that the room was not made for stays as it is."""
+        fits = [(room.shape[1:], room.dtype) for room in self._room] == [(t.shape, t.dtype) for t in made]
+        if not fits or (self._room[0].is_inference() and not torch.is_inference_mode_enabled()):
+            return made
+        return tuple(room[index].copy_(tensor) for room, tensor in zip(self._room, made, strict=True))
+
+
 class TextContext:
     """The prompt as every block's cross-attention sees it: projected once, keys and values kept across steps.
 
     A block calls ``keys_values(block_index, compute)``; the first forward of a prompt computes, later ones look up.
     """
 
-    def __init__(
-        self, project: Callable[[], Tensor], store: dict[int, tuple[Tensor, ...]] | None, image_tokens: int = 0
-    ) -> None:
+    def __init__(self, project: Callable[[], Tensor], store: KeptText | None, image_tokens: int = 0) -> None:
         self._project = project
         self._store = store
         self._tokens: Tensor | None = None
@@ -155,9 +180,7 @@ class TextContext:
         """Keys and values [B, L, N, E] of block ``index``; of text and image in turn where there is one."""
         if self._store is None:
             return compute(self.tokens_BLD)
-        if index not in self._store:
-            self._store[index] = compute(self.tokens_BLD)
-        return self._store[index]
+        return self._store.of_block(index, lambda: compute(self.tokens_BLD))
 
 
 class ResidualStream:

@@ -6,15 +6,20 @@ Core's own estimate scales with the number of latent pixels times a constant tun
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
 
 import torch
 
 from .specs import ModelSpec, Task
 
-OVERHEAD = 1.2
-"""Quantised copies of a recipe, rotary tables, workspaces of the GEMM library, fragmentation."""
-
+OVERHEAD = 1.3
+"""Rotary tables, workspaces of the GEMM library, and what PyTorch's allocator holds in pieces that fit nothing: on a
+card that is full nearly all of it, since a block's activations have five sizes, and the pieces that one leaves are too
+small for the next. tests/unit/test_memory_walk.py follows the allocator."""
+SEGMENT, SHARED_SEGMENT = 2 << 20, 10 << 20
+"""PyTorch's allocator asks CUDA for multiples of the first for every tensor above the second, and gives a remainder of
+1 MiB or less to nobody else."""
 
 IMAGE_ROWS = 257
 """Of CLIP, which Animate reads beside the text."""
@@ -47,8 +52,55 @@ def activation_bytes(
     low_precision_attention: bool = False,
     kept_residuals: int = 0,
     extra_tokens: int = 0,
+    quantized: bool = False,
 ) -> int:
-    """Peak bytes of one forward for latents [B, C, F, H, W], conditioning channels not counted.
+    """Peak bytes of one forward for latents [B, C, F, H, W], conditioning channels not counted: the sum of
+    ``forward_needs``."""
+    return forward_needs(
+        spec,
+        input_shape,
+        dtype,
+        fused=fused,
+        low_precision_attention=low_precision_attention,
+        kept_residuals=kept_residuals,
+        extra_tokens=extra_tokens,
+        quantized=quantized,
+    ).total
+
+
+@dataclass(frozen=True, slots=True)
+class ForwardNeeds:
+    """Bytes beside the weights, by what they are for."""
+
+    blocks: int
+    """The residual stream and the activations of a block, or the stream and both ends' patches, times ``OVERHEAD``."""
+    time: int
+    """Before the blocks: the stream, and the time projection's weight in fp32 (0.6 GiB in A14B), times ``OVERHEAD``."""
+    faces: int
+    """Before the blocks: Animate's face video and encoder."""
+    text: int
+    """Keys and values of every block for the prompts of a run: they stay."""
+    residuals: int
+    """Of a cache of steps: they stay."""
+
+    @property
+    def total(self) -> int:
+        """What stays, and the largest of what comes and goes."""
+        return max(self.blocks, self.time, self.faces) + self.text + self.residuals
+
+
+def forward_needs(
+    spec: ModelSpec,
+    input_shape: Sequence[int],
+    dtype: torch.dtype,
+    *,
+    fused: bool = True,
+    low_precision_attention: bool = False,
+    kept_residuals: int = 0,
+    extra_tokens: int = 0,
+    quantized: bool = False,
+) -> ForwardNeeds:
+    """What a forward for latents [B, C, F, H, W] needs, conditioning channels not counted.
 
     At the peak of a block four tensors of the model's width stand in ``dtype`` (q, k, v and the attention's output) or
     the FFN's input and hidden layer, beside the float32 residual stream. Measured at 832x480x81 and the widths of
@@ -60,6 +112,7 @@ def activation_bytes(
         low_precision_attention: q, k and v are held in one byte as well while attention runs.
         extra_tokens: What S2V puts behind the video's tokens, for each sample: reference and motion.
         kept_residuals: Activations that a cache of steps keeps of each conditioning, cond and uncond.
+        quantized: A recipe casts what linears read: the FFN's hidden layer stands beside its copy in one byte.
     """
     batch = input_shape[0]
     frames, rows, columns = (
@@ -69,14 +122,24 @@ def activation_bytes(
     width = dtype.itemsize
     stream = 4 * spec.dim
     attention = 4 * spec.dim * width + (3 * spec.dim if low_precision_attention else 0)
-    block = max(attention, (spec.dim + spec.ffn_dim) * width) + (0 if fused else 3 * 4 * spec.dim)
+    ffn = max((spec.dim + spec.ffn_dim) * width, spec.ffn_dim * (width + 1) if quantized else 0)
+    block = max(attention, ffn) + (0 if fused else 3 * 4 * spec.dim)
     ends = 4 * (spec.in_dim + 2 * spec.out_dim) * math.prod(spec.patch_size) + 4 * spec.dim
     # Keys and values of the text stay for the whole run: two prompts, in one batch or one after the other.
     rows_read = 512 + (IMAGE_ROWS if spec.task is Task.ANIMATE else 0)
-    text = max(2, batch) * spec.num_layers * 2 * rows_read * spec.dim * width
-    kept = kept_residuals * max(2, batch) * (tokens // batch) * spec.dim * width
-    faces = FACE_BYTES if spec.task is Task.ANIMATE else 0  # before the blocks, not beside them
-    return int(max(OVERHEAD * tokens * (stream + max(block, ends)), faces) + text + kept)
+    return ForwardNeeds(
+        blocks=int(OVERHEAD * tokens * (stream + max(block, ends))),
+        time=int(OVERHEAD * (tokens * stream + 4 * 6 * spec.dim**2)),
+        faces=FACE_BYTES if spec.task is Task.ANIMATE else 0,
+        text=max(2, batch) * spec.num_layers * 2 * rows_read * spec.dim * width,
+        residuals=kept_residuals * max(2, batch) * (tokens // batch) * spec.dim * width,
+    )
+
+
+def rounding_bytes(sizes: Iterable[int]) -> int:
+    """Bytes that tensors of these sizes take from PyTorch's allocator beyond their own: 2.4 % of A14B's weights in FP8,
+    of which a linear [5120, 5120] is 25 MiB and takes 26. Core counts weights by their sizes alone."""
+    return sum(-size % SEGMENT for size in sizes if size > SHARED_SEGMENT)
 
 
 def task_weights(spec: ModelSpec) -> tuple[int, int]:

@@ -31,7 +31,16 @@ from ..kernels.residual_norm import NormTable
 from ..precision import fp32_products
 from . import functional as wan
 from . import low_rank
-from .blocks import ForwardOptions, ForwardState, GELULinear, Modulation, ResidualStream, TextContext, WanBlock
+from .blocks import (
+    ForwardOptions,
+    ForwardState,
+    GELULinear,
+    KeptText,
+    Modulation,
+    ResidualStream,
+    TextContext,
+    WanBlock,
+)
 from .by_tensor import ByTensor
 from .functional import RopeOptions
 from .layers import HIGH_PRECISION, Linear, PatchEmbedding
@@ -157,7 +166,7 @@ class WanModel(nn.Module):
         self._branches: low_rank.Placed | None = None
         self.stack_wrappers: OrderedDict[str, StackWrapper] = OrderedDict()
         """Named, ordered, removable: the first one added is the outermost."""
-        self._text_cache: ByTensor[dict[int, tuple[Tensor, ...]]] = ByTensor(MAX_CACHED_PROMPTS)
+        self._text_cache: ByTensor[KeptText] = ByTensor(MAX_CACHED_PROMPTS)
         self._conditions: ByTensor[Tensor | tuple[Tensor, ...]] = ByTensor(MAX_CACHED_CONDITIONS)
         """What a task makes of its inputs once for all steps."""
         self._rope_cache: OrderedDict[Hashable, tuple[Tensor, Tensor, Tensor | None]] = OrderedDict()
@@ -225,6 +234,7 @@ class WanModel(nn.Module):
     ) -> Tensor:
         fused = kernels.select(self.fused_kernels, x.device, self.compute_dtype)
         self._place_lora(options.lora or self.lora, x.device, fused)
+        text = self._text_context(context, clip_fea, options)  # before the activations: it stays when they are gone
         tokens, grid, positions, task = self.embed(x, task_inputs, options)
         tokens = tokens.to(options.stream_dtype or self.stream_dtype)
         embedding, modulation = self._time_rows(timestep, tokens.shape[:2], grid)
@@ -232,7 +242,7 @@ class WanModel(nn.Module):
             modulation=modulation,
             rope=self._rope(positions, grid, options.rope, tokens.device),
             num_tokens=tokens.shape[1],
-            context=self._text_context(context, clip_fea, options),
+            context=text,
             compute_dtype=self.compute_dtype,
             fused=fused,
             options=options,
@@ -350,7 +360,15 @@ class WanModel(nn.Module):
         if not options.cache_text:
             return TextContext(project, None, image_tokens)
         owners = (context,) if clip_fea is None else (context, clip_fea)
-        blocks = self._text_cache.get(owners, dict, also=(options.tf32,), name=options.text_key)
+
+        def room() -> KeptText:
+            rows = [context.shape[1]] * 2 + [image_tokens] * (2 if image_tokens else 0)
+            shapes = [
+                (len(self.blocks), len(context), count, self.spec.num_heads, self.spec.head_dim) for count in rows
+            ]
+            return KeptText([torch.empty(s, dtype=self.compute_dtype, device=context.device) for s in shapes])
+
+        blocks = self._text_cache.get(owners, room, also=(options.tf32,), name=options.text_key)
         return TextContext(project, blocks, image_tokens)
 
     def once(
