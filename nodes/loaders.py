@@ -311,7 +311,10 @@ SENSES = (Task.ANIMATE, Task.S2V)
 def _clip_vision(chosen: Selection, name: str, spec: ModelSpec) -> Any:
     """The CLIP vision encoder of an Animate checkpoint, to be read later; what it is, is checked now."""
     if spec.task is not Task.ANIMATE:
-        return Missing(f"{name} is a {spec.task.upper()} checkpoint, which has no CLIP vision encoder: Animate-14B has")
+        return Missing(
+            f"{name} is a {spec.task.upper()} checkpoint, which has no CLIP vision encoder: "
+            "disconnect this output, or load Animate-14B"
+        )
     path = None if chosen.folder is None else chosen.folder.clip_vision
     if path is None:
         return Missing(
@@ -326,7 +329,10 @@ def _clip_vision(chosen: Selection, name: str, spec: ModelSpec) -> Any:
 def _audio_encoder(chosen: Selection, name: str, spec: ModelSpec) -> Any:
     """The audio encoder of an S2V checkpoint, to be read later; what it is, is checked now."""
     if spec.task is not Task.S2V:
-        return Missing(f"{name} is a {spec.task.upper()} checkpoint, which has no audio encoder: S2V-14B has one")
+        return Missing(
+            f"{name} is a {spec.task.upper()} checkpoint, which has no audio encoder: disconnect this "
+            "output, or load S2V-14B"
+        )
     path = None if chosen.folder is None else chosen.folder.audio_encoder
     if path is None:
         return Missing(

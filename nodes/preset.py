@@ -44,7 +44,8 @@ class WanFP8Preset(io.ComfyNode):
                     tooltip="Default balanced: FP8 weights and products where the GPU multiplies FP8 (else 16 bits, or "
                     "FP8 as storage alone where 16 bits would not fit), exact attention. lossless: weights as they "
                     "came, exact attention. fast: as balanced, with FP8 or INT8 attention inside its guarded window "
-                    "where one runs, and MagCache E012K2R20, whose effect on videos has not been measured yet. "
+                    "where one runs, and MagCache E012K2R20; their effect on videos was measured on a small trained "
+                    "model alone (docs/quality.md). "
                     "few-step: as balanced, for distilled models and LoRAs; set 4 or 8 steps and guidance 1 in the "
                     "sampler. What each costs and saves: docs/choosing.md.",
                 ),

@@ -28,6 +28,7 @@ export class StatusBoard {
     this.app = app;
     this.lines = new Map();
     this.promptId = null;
+    this.stopping = false;
   }
 
   show(node, text) {
@@ -38,6 +39,7 @@ export class StatusBoard {
   /** A new run begins, or one ended: what was said is no longer true. */
   clear() {
     this.lines.clear();
+    this.stopping = false;
     document.querySelectorAll(".wan-fp8-status").forEach((element) => element.remove());
     this.redraw();
   }
@@ -102,6 +104,7 @@ function register(app, api) {
   api.addEventListener(EVENT, (event) => {
     if (!isOn(app) || !event.detail?.node) return;
     board.promptId = event.detail.prompt_id;
+    if (board.stopping) return; // the step that was under way when the user cancelled
     board.show(event.detail.node, statusLine(event.detail));
   });
   for (const end of ["execution_start", "execution_success", "execution_error", "execution_interrupted"]) {
@@ -126,6 +129,7 @@ function register(app, api) {
         label: "Wan FP8: cancel the running prompt",
         icon: "pi pi-times",
         function: async () => {
+          board.stopping = board.lines.size > 0;
           for (const node of board.lines.keys()) board.show(node, "stopping …");
           await api.interrupt(board.promptId);
         },

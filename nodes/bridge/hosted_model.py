@@ -445,11 +445,17 @@ def position_of_run(options: Mapping[str, Any], expert: str | None) -> RunPositi
 
 
 def refuse_foreign_patches(patcher: Any) -> None:
-    """Raise for what other nodes did to the model's modules by path or by injection.
+    """Raise for what other nodes did to the model's modules by path or by injection, and for whole copies of the model.
 
     Such a patch (NAG on ``diffusion_model.blocks.0.cross_attn.forward``, a compiled block) was written for core's
-    modules, whose arguments ours don't have.
+    modules, whose arguments ours don't have. Core's MultiGPU CFG Split keeps a copy of the MODEL for each other GPU,
+    loaded from the file again: half of guidance would be core's transformer, without recipe, attention and cache.
     """
+    if getattr(patcher, "additional_models", {}).get("multigpu"):
+        raise UnsupportedPatchError(
+            "core's MultiGPU CFG Split gave this MODEL copies for other GPUs, which would compute without Wan FP8's "
+            "transformer and settings: take that node out, or put Wan2.2 Multi-GPU in its place"
+        )
     foreign = sorted(k for k in patcher.object_patches if k == "diffusion_model" or k.startswith("diffusion_model."))
     if foreign:
         more = f" and {len(foreign) - 1} more" if len(foreign) > 1 else ""

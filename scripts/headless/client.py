@@ -72,7 +72,9 @@ class Client:
         try:
             return json.loads(self.request(path))
         except (urllib.error.HTTPError, json.JSONDecodeError) as error:
-            raise ServerUnreachable(f"{self.url} answers, but not as a ComfyUI does ({path}: {error}).") from None
+            raise ServerUnreachable(
+                f"{self.url} answers, but not as a ComfyUI does ({path}: {error}): check the address."
+            ) from None
 
     def object_info(self) -> ObjectInfo:
         info = self.get("/object_info")
@@ -92,7 +94,9 @@ class Client:
                 self.request("/upload/image", body, {"Content-Type": f"multipart/form-data; boundary={boundary}"})
             )
         except urllib.error.HTTPError as error:
-            raise WorkflowError(f"The server did not take {path} ({error.code} {error.reason}).") from None
+            raise WorkflowError(
+                f"The server did not take {path} ({error.code} {error.reason}): see the server's log."
+            ) from None
         return f"{answer['subfolder']}/{answer['name']}" if answer.get("subfolder") else str(answer["name"])
 
     # -------------------------------------------------------------------------------------------------------- runs
@@ -109,7 +113,9 @@ class Client:
             answer = json.loads(self.request("/prompt", {"prompt": prompt, "client_id": self.id}))
         except urllib.error.HTTPError as error:
             if error.code != 400:
-                raise ServerUnreachable(f"{self.url} answered {error.code} {error.reason} to the prompt.") from None
+                raise ServerUnreachable(
+                    f"{self.url} answered {error.code} {error.reason} to the prompt: see the server's log."
+                ) from None
             answer = json.loads(error.read())
             raise WorkflowError(_refusal(answer, prompt)) from None
         prompt_id = str(answer["prompt_id"])
@@ -207,7 +213,7 @@ class Client:
                 history = self.get(f"/history/{prompt_id}")
                 if prompt_id in history or prompt_id in self.waiting():
                     return dict(history)
-                raise ServerUnreachable(f"{self.url} was restarted and has forgotten the prompt.")
+                raise ServerUnreachable(f"{self.url} was restarted and has forgotten the prompt: run it again.")
             except ServerUnreachable:
                 if time.monotonic() > deadline:
                     raise

@@ -225,7 +225,9 @@ class _Converter:
         if key not in self.inner:
             definition = self.subgraphs[node["type"]]
             if any(s.definition is definition for s in _chain(scope)):
-                raise WorkflowError(f"Subgraph '{definition.get('name')}' contains itself.")
+                raise WorkflowError(
+                    f"Subgraph '{definition.get('name')}' contains itself: take it out of itself in the editor."
+                )
             inner = _scope(f"{key}:", copy.deepcopy(definition))
             inner.definition, inner.parent, inner.instance = definition, scope, node
             self._set_promoted(inner, node)

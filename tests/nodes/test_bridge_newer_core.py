@@ -213,6 +213,24 @@ def test_dynamic_patcher_that_cannot_be_made_classic_is_refused():
         kit.bridge().fork(rehoused(kit.core_model(), ModelPatcherDynamic))
 
 
+def splits_guidance(model):
+    """What core's node MultiGPU CFG Split returns: a clone that knows a second MODEL, of another GPU, by this key."""
+    split = model.clone()
+    split.set_additional_models("multigpu", [kit.core_model()])
+    return split
+
+
+def test_guidance_split_by_core_is_refused_before_and_after_our_nodes():
+    """Its copies are loaded from the file, as core's transformer: they would take half of guidance without a word."""
+    error, words = kit.engine("errors").UnsupportedPatchError, r"MultiGPU CFG Split.*Wan2\.2 Multi-GPU"
+    with pytest.raises(error, match=words):
+        kit.bridge().fork(splits_guidance(kit.core_model()))
+    ours = kit.bridge().fork(kit.core_model())
+    with pytest.raises(error, match=words):
+        kit.ksample(splits_guidance(ours))
+    kit.ksample(ours)
+
+
 def test_bookkeeping_that_newer_patchers_add_is_not_shared():
     """A deep copy or a reload through ``cached_patcher_init`` would bring core's own transformer back."""
     core = kit.core_model()

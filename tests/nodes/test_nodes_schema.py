@@ -174,6 +174,18 @@ def test_defaults_are_the_published_ones(schemas):
         assert boxes.get("boundary") == defaults.boundary
 
 
+def test_every_node_has_other_words_to_be_found_by():
+    """By the source: the pinned host takes no ``search_aliases``, newer ones do."""
+    calls = [
+        ast.unparse(call)
+        for path in (PACK / "nodes").rglob("*.py")
+        for call in ast.walk(ast.parse(path.read_text(encoding="utf-8")))
+        if isinstance(call, ast.Call) and ast.unparse(call.func) == "node_schema"
+    ]
+    with_aliases = [re.search(r"node_id='(\w+)'", call)[1] for call in calls if "search_aliases=[" in call]
+    assert sorted(with_aliases) == NODES
+
+
 def test_keywords_that_the_host_lacks_are_left_out(monkeypatch):
     schema = nodes_kit.module("nodes.schema")
     taken = {}

@@ -172,6 +172,31 @@ def test_a_run_sends_status_to_the_page(editor: tuple[str, Editor]) -> None:
     assert page.page.evaluate("() => window.seen") == [1, 2, 3, 4]
 
 
+def test_cancelling_answers_at_once_and_stops_the_run(editor: tuple[str, Editor]) -> None:
+    """The command of the extension: the line on the node changes before the server has heard of it, and stays so."""
+    _, page = editor
+    page.load(workflow("t2v_a14b"))
+    page.set_widgets(checkpoint=TASKS["t2v"], width=128, height=128, length=17, steps=400, seed=98)
+    page.page.evaluate(
+        "async () => { const { board } = await import('/extensions/wan-fp8/status.js');"
+        " const { api } = await import('/scripts/api.js'); window.shown = []; window.steps = 0;"
+        " const show = board.show;"
+        " board.show = function (node, text) { window.shown.push(text); show.call(this, node, text); };"
+        " api.addEventListener('wan_fp8.status', async (event) => { if (++window.steps !== 2) return;"
+        " const answer = app.extensionManager.command.execute('WanFP8.Cancel');"
+        # the step that was under way ends a little later
+        " api.dispatchEvent(new CustomEvent('wan_fp8.status', { detail: event.detail }));"
+        " window.answer = [...board.lines.values()]; await answer; });"
+        " api.addEventListener('execution_interrupted', () => { delete board.show; }, { once: true }); }"
+    )
+    entry = page.run()
+    assert [kind for kind, _ in entry["status"]["messages"]][-1] == "execution_interrupted"
+    assert page.page.evaluate("() => window.answer") == ["stopping …"]
+    shown = page.page.evaluate("() => window.shown")
+    assert shown[-1] == "stopping …" and 2 <= len(shown) < 100, "400 steps were asked for"
+    page.page.wait_for_function("async () => (await import('/extensions/wan-fp8/status.js')).board.lines.size === 0")
+
+
 def test_nodes_speak_chinese_to_those_who_do(editor: tuple[str, Editor]) -> None:
     which, page = editor
     if which == "pinned":

@@ -54,16 +54,22 @@ def test_sparse_attention() -> None:
 
 def test_the_readme() -> None:
     page = (PACK / "README.md").read_text(encoding="utf-8")
-    found = {row["setting"]: row["psnr_db"] for row in rows("quality_t2v-tiny_cpu.json")}
-    shown = {
-        "bf16 {} dB PSNR": "none",
-        "`rowwise` {}": "rowwise:reference",
-        "FP8 attention in its window {}": "reference-fp8",
-        "MagCache `E012K2R20` with half of the passes {}": "E012K2R20",
-        "all three {}": "rowwise:reference+reference-fp8+E012K2R20",
-    }  # fmt: skip
-    for text, setting in shown.items():
-        score = found[setting]
-        assert text.format(f"{score['mean']:.0f} ({score['worst']:.0f})") in page, (text, score)
+    tables = [{row["setting"]: row for row in rows(f"quality_{task}-tiny_cpu.json")} for task in ("t2v", "i2v")]
+
+    def cell(row: dict[str, Any]) -> str:
+        score, made = row["psnr_db"], f", {row['passes_computed']:.0f} of {row['passes']} passes"
+        shown = f"{score['mean']:.0f} ({score['worst']:.0f})"
+        return shown + (made if row["passes_computed"] != row["passes"] else "")
+
+    for text, setting in {
+        "bf16": "none",
+        "`rowwise`": "rowwise:reference",
+        "`DelayedScaling`": "DelayedScaling:reference",
+        "FP8 attention in its window": "reference-fp8",
+        "MagCache `E012K2R20`": "E012K2R20",
+        "`rowwise`, FP8 attention and MagCache": "rowwise:reference+reference-fp8+E012K2R20",
+    }.items():
+        line = f"| {text} | {' | '.join(cell(table[setting]) for table in tables)} |"
+        assert line in page, line
     sparse = {row["sparsity"]: row["layer_ms"] for row in rows("dit_i2v-a14b_1280x720_sparse_h200.json")}
     assert f"from {sparse[None]:.0f} to {sparse[0.5]:.0f} ms on one H200" in page

@@ -216,7 +216,7 @@ class _Shapes:
         if self.dim % HEAD_WIDTH:
             raise CheckpointError(
                 f"{self._source.label} has width {self.dim}; Wan2.2 transformers have a multiple of {HEAD_WIDTH} "
-                "(one attention head)"
+                "(one attention head): choose one of those"
             )
         return ModelSpec(
             task=task,

@@ -96,8 +96,8 @@ def refuse_format(path: Path, form: str) -> CheckpointError:
         "is a PyTorch pickle under a wrong name, not safetensors; pickles are accepted as .pth and only if they hold "
         "plain tensors: download the model's .safetensors file"
     )
-    allowed = "this loader takes .safetensors, and .pth files of plain tensors"
-    return CheckpointError(f"{path.name} {reasons.get(form, f'is no tensor file ({size} bytes); {allowed}')}")
+    other = f"is no tensor file ({size} bytes); this loader takes .safetensors, and .pth files of plain tensors"
+    return CheckpointError(f"{path.name} {reasons.get(form, other)}")
 
 
 def open_binary(path: Path) -> BinaryIO:
@@ -105,11 +105,13 @@ def open_binary(path: Path) -> BinaryIO:
     try:
         return open(path, "rb", buffering=0)  # type: ignore[return-value]
     except IsADirectoryError:
-        raise CheckpointError(f"{path.name} is a folder where a file is needed") from None
+        raise CheckpointError(f"{path.name} is a folder where a file is needed: choose the file in it") from None
     except FileNotFoundError:
         raise CheckpointError(f"there is no file {path}; check the name and the folder") from None
     except OSError as error:
-        raise CheckpointError(f"{path.name} cannot be opened: {error.strerror or error}") from error
+        raise CheckpointError(
+            f"{path.name} cannot be opened ({error.strerror or error}): give ComfyUI's user the right to read it"
+        ) from error
 
 
 def read_header(path: Path) -> Header:

@@ -206,7 +206,7 @@ def _low_rank(
     if down.ndim < 2 or up.ndim < 2 or down.shape[0] != up.shape[1]:
         raise CheckpointError(
             f"{source.label} is damaged: the matrices of {parameter} are {list(up.shape)} and {list(down.shape)}; "
-            "their inner sizes must be the rank"
+            "their inner sizes must be the rank; download it again"
         )
     alpha = float(source.read(parts[Part.ALPHA]).float()) if Part.ALPHA in parts else None
     return LowRank(

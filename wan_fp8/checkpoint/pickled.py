@@ -75,7 +75,10 @@ def _state_dict(path: Path, content: Any) -> dict[str, Tensor]:
     """Unwrap what training code wraps; drop step counters and the like beside tensors."""
     for _ in range(2):
         if not isinstance(content, Mapping):
-            raise CheckpointError(f"{path.name} holds a {type(content).__name__}, not a table of named tensors")
+            raise CheckpointError(
+                f"{path.name} holds a {type(content).__name__}, not a table of named tensors; give the "
+                "model's weight file"
+            )
         inner = next((content[key] for key in WRAPPERS if isinstance(content.get(key), Mapping)), None)
         if inner is None:
             break

@@ -178,7 +178,10 @@ def _declared(source: TensorSource, names: list[str], prefix: str) -> tuple[Stor
 def _layer_format(source: TensorSource, name: str) -> str:
     info = source.info(name)
     if info.dtype is not torch.uint8 or info.nbytes > 1 << 16:
-        raise CheckpointError(f"{source.label}: {name} is {info.stored} {list(info.shape)}, not a short JSON text")
+        raise CheckpointError(
+            f"{source.label}: {name} is {info.stored} {list(info.shape)}, not a short JSON text; download the file "
+            "again"
+        )
     return _format_of(source.label, name, bytes(source.read(name).flatten().tolist()).decode("utf-8", "replace"))
 
 

@@ -57,7 +57,8 @@ class SafetensorsSource(TensorSource):
         info = self.info(name)
         if info.dtype is None:
             raise CheckpointError(
-                f"{self.label} stores {name} as {info.stored}, which PyTorch {torch.__version__} lacks"
+                f"{self.label} stores {name} as {info.stored}, which PyTorch {torch.__version__} lacks: update torch, "
+                "or use a file in bf16"
             )
         device = torch.device(device)
         wanted = dtype or (info.dtype if scale is None else torch.float32)
@@ -229,7 +230,9 @@ def read_json(path: Path) -> dict[str, Any]:
     with open_binary(path) as file:
         raw = file.read(MAX_INDEX_BYTES + 1)
     if len(raw) > MAX_INDEX_BYTES:
-        raise CheckpointError(f"{path.name} is larger than {MAX_INDEX_BYTES >> 20} MiB: that is no index or config")
+        raise CheckpointError(
+            f"{path.name} is larger than {MAX_INDEX_BYTES >> 20} MiB, which is no index or config; download it again"
+        )
     try:
         value = json.loads(raw.decode("utf-8"))
     except (UnicodeDecodeError, ValueError, RecursionError):

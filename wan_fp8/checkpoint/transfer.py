@@ -66,7 +66,9 @@ class FileBytes:
                 self._file.seek(offset)
                 return self._file.readinto(buffer) or 0  # type: ignore[attr-defined]
         except OSError as error:
-            raise CheckpointError(f"{self.path.name} cannot be read: {error.strerror or error}") from error
+            raise CheckpointError(
+                f"{self.path.name} cannot be read ({error.strerror or error}): check the disk, or download it again"
+            ) from error
 
     def view(self, offset: int, nbytes: int) -> Tensor:
         """uint8 view [nbytes] of the mapped file; private: writing to it copies the page and leaves the file alone."""

@@ -53,7 +53,7 @@ def check_sound(waveform: Tensor, sample_rate: float) -> Tensor:
     if waveform.shape[0] > 2:
         raise InputError(f"audio has one or two channels; got {waveform.shape[0]}: mix it down to stereo or mono")
     if not (math.isfinite(sample_rate) and sample_rate > 0):
-        raise InputError(f"audio has a sample rate above 0; got {sample_rate}")
+        raise InputError(f"audio has a sample rate above 0; got {sample_rate}: export the sound again")
     sound = waveform.to("cpu", torch.float32).mean(0)
     if not bool(sound.isfinite().all()):
         raise InputError("the audio holds samples that are no finite numbers (NaN or infinite): export it again")
@@ -216,7 +216,8 @@ def on_video_frames(layers: tuple[Tensor, ...], frames: int = 80, dtype: torch.d
     length = audio_frames(shape[1])
     if length < 1:
         raise InputError(
-            f"S2V hears 30 frames of features a second, and these are too short for one: {shape[1]} of 50 a second"
+            f"S2V hears 30 frames of features a second, and these are too short for one: {shape[1]} of 50 a second; "
+            "encode a longer sound"
         )
     count = clip_count(shape[1], frames) * frames
     # numpy.round and torch.round both take the even neighbour of a half

@@ -130,7 +130,9 @@ def place(
     for name, pairs in lora.stacked().items():
         linear = linears.get(name)
         if linear is None:
-            raise InputError(f"a live LoRA changes {name}, which is no linear of this model")
+            raise InputError(
+                f"a live LoRA changes {name}, which is no linear of this model: merge it, or choose another"
+            )
         kind = dtype if name.startswith(COMPUTED) else high_dtype
         branches[name] = _branch(name, linear, pairs, device, kind, fused)
     for name, branch in branches.items():
@@ -157,7 +159,7 @@ def _branch(
         if thin.shape[1] != linear.in_features or wide.shape[0] != linear.out_features:
             raise InputError(
                 f"a live LoRA changes {name} [{wide.shape[0]}, {thin.shape[1]}], which is "
-                f"[{linear.out_features}, {linear.in_features}] here"
+                f"[{linear.out_features}, {linear.in_features}] here: choose a LoRA of this model's size"
             )
         end = start + thin.shape[0]
         down[start:end] = thin.to(device)

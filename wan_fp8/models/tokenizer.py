@@ -91,7 +91,9 @@ class SentencePieceTokenizer:
         try:
             self._processor.LoadFromSerializedProto(model.read_bytes() if isinstance(model, Path) else model)
         except (RuntimeError, OSError) as error:
-            raise CheckpointError(f"{name} is not a readable SentencePiece model: {error}") from error
+            raise CheckpointError(
+                f"{name} is not a readable SentencePiece model: {error}. Download the file again"
+            ) from error
         self._eos = self._processor.eos_id()
         if self._eos < 0:
             raise CheckpointError(f"{name} has no {EOS} token, so it is not UMT5's; use the google/umt5-xxl tokenizer")

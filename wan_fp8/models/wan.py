@@ -416,7 +416,8 @@ class WanModel(nn.Module):
             )
         if any(size % patch for size, patch in zip(x.shape[2:], spec.patch_size, strict=True)):
             raise InputError(
-                f"latent frames, rows and columns must be multiples of {spec.patch_size}; got {list(x.shape[2:])}"
+                f"latent frames, rows and columns must be multiples of {spec.patch_size}; got {list(x.shape[2:])}: pad "
+                "them, and cut the result"
             )
         if context.ndim != 3 or context.shape[2] != spec.text_dim:
             raise InputError(

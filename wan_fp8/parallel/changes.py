@@ -63,7 +63,10 @@ def from_plain(listed: Json, tensors: dict[str, Tensor]) -> dict[str, list[tuple
     for name, entries in listed.items():
         for entry in entries:
             if entry["kind"] not in KINDS:
-                raise InputError(f"a pool does not know changes of the kind {entry['kind']!r}: versions differ")
+                raise InputError(
+                    f"a pool does not know changes of the kind {entry['kind']!r}: run one version of the pack "
+                    "on all hosts"
+                )
             named = {field: tensors[given] for field, given in entry["tensors"].items()}
             change: Entry = KINDS[entry["kind"]](**named, **entry["numbers"])
             found.setdefault(name, []).append((change, entry["strength"]))

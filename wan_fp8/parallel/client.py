@@ -167,7 +167,9 @@ class Connection:
             with self._lock:
                 self._lock.wait_for(lambda: self._failure is not None, 5.0)  # the reader finds out why
                 self._answers.pop(number, None)
-                raise self._failure or errors.PoolError("the connection to the pool was lost") from None
+                raise self._failure or errors.PoolError(
+                    "the connection to the pool was lost: queue again, and another one is asked for"
+                ) from None
         return number
 
     def _read(self) -> None:

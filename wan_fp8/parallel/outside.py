@@ -109,7 +109,10 @@ def _serve(given: Any, run: Callable[[Hub | Member, torch.device], None]) -> Non
         links = hub = Hub(place, given.watchdog, max(world, 1))
         threading.Thread(target=_accept, args=(listener, token, hub), daemon=True, name="wan-fp8-accept").start()
         if missing := hub.wait_for_peers(JOIN_SECONDS):
-            raise PoolError(f"the ranks {missing} did not come to {given.listen} within {JOIN_SECONDS:.0f} s")
+            raise PoolError(
+                f"the ranks {missing} did not come to {given.listen} within {JOIN_SECONDS:.0f} s: check that they run, "
+                "and that their hosts reach this one"
+            )
     else:
         if host in ("0.0.0.0", "::"):
             host = os.environ["MASTER_ADDR"]

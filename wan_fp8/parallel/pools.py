@@ -25,6 +25,12 @@ WATCHDOG_SECONDS = 30.0
 IDLE_SECONDS = 10.0
 """How long a pool stays that no MODEL of a graph uses any more."""
 
+STOPPED = "the pool was stopped: queue again, and another one starts"
+DISPLACED = (
+    "the pool was ended for another one that needs its devices: queue again, and leave one of the two settings out"
+)
+UNUSED = "the pool was ended, no MODEL used it any more: queue again, and another one starts"
+
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class PoolSpec:
@@ -85,9 +91,9 @@ class Pool:
         """Where its workers meet, if they are this process's."""
         return None if self._workers is None else self._workers.folder
 
-    def stop(self, reason: str = "was stopped") -> None:
+    def stop(self, why: str = STOPPED) -> None:
         """End it, and free its GPUs."""
-        self.connection.close(PoolError(f"the pool {reason}"))
+        self.connection.close(PoolError(why))
         if self._workers is not None:
             self._workers.end()
 
@@ -151,7 +157,7 @@ def ensure(spec: PoolSpec, *, user: Any = None, poll: Callable[[], None] = lambd
             if other == spec or other.overlaps(spec):
                 if running.alive:
                     log.info("a pool of %d is ended: another one needs its devices", running.world)
-                _pools.pop(other).stop("was ended for another one")
+                _pools.pop(other).stop(DISPLACED)
         pool = _started(spec, poll, None if pool is None else pool.connection.failure)
         _pools[spec] = pool
         if user is not None:
@@ -189,7 +195,7 @@ def _stop_unused(pool: Pool) -> None:
     with _lock:
         if _pools.get(pool.spec) is pool and not len(pool.users):
             log.info("a pool of %d is ended: no MODEL uses it any more", pool.world)
-            _pools.pop(pool.spec).stop("was ended: no MODEL used it any more")
+            _pools.pop(pool.spec).stop(UNUSED)
 
 
 atexit.register(stop_pools)

@@ -93,7 +93,10 @@ class Serving:
         """
         action = getattr(self, f"_do_{kind}", None)
         if action is None:
-            raise InputError(f"a pool does not know the request {kind!r}: it and the pack are of different versions")
+            raise InputError(
+                f"a pool does not know the request {kind!r}: run one version of the pack on all hosts, and start the "
+                "pool again"
+            )
         return action(fields, tensors)
 
     # ---- requests ----------------------------------------------------------------------------------------------------
@@ -258,7 +261,7 @@ class Serving:
     def _held(self, fields: Json) -> Held:
         name = fields["model"]
         if name not in self.models:
-            raise InputError(f"the pool holds no model named {name!r}: it was dropped for another one")
+            raise InputError(f"the pool holds no model named {name!r}, it was dropped for another one: queue again")
         self.models.move_to_end(name)
         return self.models[name]
 

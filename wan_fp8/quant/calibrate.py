@@ -235,12 +235,18 @@ def load_scales(model: nn.Module, path: str | Path, *, freeze: bool = True) -> n
         or metadata.get("version") != VERSION
         or not state.keys() >= {"history", "multiplier"}
     ):
-        raise CheckpointError(f"{path.name} holds no DelayedScaling scales of this version: save them with save_scales")
+        raise CheckpointError(
+            f"{path.name} holds no DelayedScaling scales of this version: save them with Wan2.2 Save FP8 Scales or "
+            "save_scales"
+        )
     if tuple(metadata.get("sites", "").split("\n")) != scales.sites:
         raise CheckpointError(f"{path.name} belongs to a model with other FP8 layers: save the scales of this one")
     wanted, said = _settings(scales), metadata.get("settings", "nothing")
     if said != json.dumps(wanted):  # as save_scales writes it: no parser meets what a stranger put there
-        raise CheckpointError(f"{path.name} was made with {said[:200]!r}, this recipe has {json.dumps(wanted)}")
+        raise CheckpointError(
+            f"{path.name} was made with {said[:200]!r}, this recipe has {json.dumps(wanted)}: set the recipe to the "
+            "same, or save scales anew"
+        )
     for name in ("history", "multiplier"):
         found, ours = state[name], getattr(scales, name)
         if found.shape != ours.shape or found.dtype != ours.dtype:

@@ -45,9 +45,15 @@ class Solver(ABC):
     def __init__(self, sigmas: Tensor | Sequence[float]) -> None:
         values = [float(s) for s in (sigmas.tolist() if isinstance(sigmas, Tensor) else sigmas)]
         if len(values) < 2:
-            raise InputError(f"a solver needs at least two sigmas (before and after one step); got {len(values)}")
+            raise InputError(
+                f"a solver needs at least two sigmas (before and after one step); got {len(values)}: take one step "
+                "or more"
+            )
         if not all(0 <= s <= 1 for s in values):
-            raise InputError(f"sigmas of a flow model lie in 0..1; got {min(values):g} to {max(values):g}")
+            raise InputError(
+                f"sigmas of a flow model lie in 0..1; got {min(values):g} to {max(values):g}: make them with Wan2.2 "
+                "Sigmas, or with a scheduler of core's on this MODEL"
+            )
         for index, (before, after) in enumerate(itertools.pairwise(values)):
             if after >= before:
                 raise InputError(
