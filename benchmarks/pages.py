@@ -273,7 +273,13 @@ def choosing() -> str:
         attention = {"fa3": "FlashAttention 3", "cudnn": "cuDNN", "fa3-fp8": "FlashAttention 3 in FP8"}[key[1]]
         what = f"{entry['model']}, {entry['size']}"
         rows.append([SHORT[entry["device"]], what, goal, preset, f"{entry['recipe']}, {attention}", minutes(entry)])
-    return table(["GPU", "video", "goal", "preset", "which is", "measured"], rows)
+    made = table(["GPU", "video", "goal", "preset", "which is", "measured"], rows)
+    sage = next(row for row in load("kernels_h200.json")["rows"] if row.get("attention") == "sage")
+    return made + (
+        f"\n`sage`, which *fast* takes on Ampere and Ada, has an error of {sage['error']:.3f} on Gaussian q, k and v "
+        f"of {sage['tokens']:,} tokens (`benchmarks/results/kernels_h200.json`):\nabove the default bound, so that the "
+        "guard refuses it on such data, and it has cost its first look only. Your own q and k decide.\n"
+    )
 
 
 def memory() -> str:

@@ -215,7 +215,8 @@ def attention_kernels(patient: Patient) -> list[Row]:
     chosen = ATTENTION.resolve("auto", request).backend.name
     for name in ATTENTION.names[1:]:
         reason = ATTENTION.backend(name).refuse(request)
-        found = "runs" if reason is None else f"no: {reason}"
+        provider = ATTENTION.backend(name).provider
+        found = ("runs" if provider is None else f"runs, {provider()}") if reason is None else f"no: {reason}"
         notes = ["what auto takes"] if name == chosen else []
         if not ATTENTION.backend(name).exact:
             notes.append("inexact: by name only, in a window, under a guard")

@@ -146,9 +146,9 @@ LIBRARIES: dict[str, Library] = {
         title="FlashAttention 4",
         modules=("flash_attn.cute",),
         distributions=("flash-attn-4",),
-        runs=Capabilities((9, 0)),
-        advised=Capabilities((10, 0)),
-        brings="exact attention for Blackwell, block-sparse attention there and on Hopper; compiles at its first use",
+        runs=Capabilities((9, 0), (11, 0)),
+        advised=Capabilities((10, 0), (11, 0)),
+        brings="exact attention for B200 and B300, block-sparse attention there and on Hopper; compiles at first use",
         packages=(
             Package(
                 requirements=tuple(name.format("[cu13]") for name in _FA4),

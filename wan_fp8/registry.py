@@ -32,6 +32,13 @@ class Backend(Generic[Request]):
     """False: an approximation, never chosen by ``auto``."""
     priority: int
     """``auto`` takes the willing backend with the highest priority; 0 and below are never chosen by ``auto``."""
+    provider: Callable[[], str] | None = None
+    """Whose kernel it is, and why, where more than one can answer under this name; None: there is one only."""
+
+    @property
+    def label(self) -> str:
+        """The name, and in brackets whose kernel it is where that depends on what is installed."""
+        return self.name if self.provider is None else f"{self.name} ({self.provider()})"
 
 
 @dataclass(frozen=True, slots=True)
@@ -51,14 +58,20 @@ class KernelRegistry(Generic[Request]):
         self._logged: set[tuple[str, str]] = set()
 
     def register(
-        self, name: str, *, priority: int, refuse: Callable[[Request], str | None], exact: bool = True
+        self,
+        name: str,
+        *,
+        priority: int,
+        refuse: Callable[[Request], str | None],
+        exact: bool = True,
+        provider: Callable[[], str] | None = None,
     ) -> Callable[[Callable], Callable]:
         """Decorator: add ``run`` as backend ``name``."""
 
         def add(run: Callable) -> Callable:
             assert name not in self._backends and name != "auto", name
             assert exact or priority <= 0, "an approximation is used by name only"
-            self._backends[name] = Backend(name, run, refuse, exact, priority)
+            self._backends[name] = Backend(name, run, refuse, exact, priority, provider)
             return run
 
         return add
@@ -96,7 +109,7 @@ class KernelRegistry(Generic[Request]):
             backend = self._backends[candidate]
             reason = backend.refuse(request) if backend.priority > 0 else "never chosen automatically"
             if reason is None:
-                self._log_choice(backend.name, refused)
+                self._log_choice(backend.label, refused)
                 return Resolution(backend, refused)
             refused[candidate] = reason
         reasons = "; ".join(f"{candidate}: {reason}" for candidate, reason in refused.items())

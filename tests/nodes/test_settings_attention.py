@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import logging
 
 import bridge_kit as kit
@@ -109,6 +110,18 @@ def test_tells_what_auto_took_and_why_not_the_others(t2v, caplog):
     assert "passed over fa3: it needs a Hopper GPU" in text and "passed over cudnn: it needs an NVIDIA GPU" in text
     assert text.count("attention auto") == 1, "two experts alike are told of once"
     assert all(line in [r.getMessage() for r in caplog.records] for line in text.splitlines())
+
+
+@pytest.mark.parametrize("loads", [True, False])
+def test_tells_whose_flash_attention_2_runs(t2v, pack, monkeypatch, loads):
+    why = "flash_attn does not load (ImportError: undefined symbol)"
+    flash2 = nodes_kit.module("wan_fp8.attention.backends.flash2")
+    monkeypatch.setattr(flash2, "_package", lambda: (lambda q, k, v: q, "") if loads else (None, why))
+    fa2 = dataclasses.replace(pack.ATTENTION.backend("fa2"), refuse=lambda _: None)
+    monkeypatch.setitem(pack.ATTENTION._backends, "fa2", fa2)
+    said = told(call("WanFP8Attention", model=t2v[0], backend="fa2"))
+    whose = "flash-attn" if loads else f"torch's own kernel: {why}"
+    assert said == f"attention fa2: fa2 ({whose}) on cpu, float32"
 
 
 @pytest.mark.parametrize("backend", ["fa3", "fa3-fp8", "cudnn", "sage", "fa4"])

@@ -6,8 +6,8 @@ the transformer's compiled parts launch (``opened``) has the arguments that torc
 every number of tokens is an int64 of unknown divisors, and a number that is no constant would be float64. Attention is
 never compiled by torch, so that the numbers of its kernels (``scale``, ``dense_from``) are fp32.
 
-Of each kernel: no instruction in float64, products on the tensor cores, shared and tensor memory that the GPU has,
-registers without spills.
+Of each kernel: no instruction in float64, NaN kept where it casts to e4m3, products on the tensor cores, shared and
+tensor memory that the GPU has, registers without spills.
 
 Run by ``test_kernels_compile.py`` in a process of its own, where Triton can be imported. By hand, every type and mode:
 ``PYTHONPATH=.host/triton .host/venv/bin/python tests/unit/compile_kernels.py --all [capability ...] [word ...]``
@@ -324,6 +324,9 @@ def compile_for(launch: Launch, capability: int, opened: bool) -> str:
     stored, loaded = map(int, spilled.groups())
     shared, ptx = compiled.metadata.shared, compiled.asm["ptx"]
     assert ".f64" not in ptx, f"{name} computes in float64"
+    if re.search(r"cvt\S*\.e4m3x2\.f", ptx):  # it writes e4m3: the clamp before it must not lose a NaN
+        clamps = "max.NaN.f32" in ptx and "min.NaN.f32" in ptx  # one instruction for both sides from 9.0 on
+        assert clamps or "min.NaN.xorsign.abs.f32" in ptx, f"{name} clamps NaN away"
     if "tt.dot" in compiled.asm["ttir"] and launch.options.get("PRECISION") != "ieee":
         assert TENSOR_CORES[capability] in ptx, f"{name} multiplies outside the tensor cores"
     assert shared <= SHARED[capability] * 1024, (

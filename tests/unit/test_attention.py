@@ -7,12 +7,13 @@ import logging
 import pytest
 import torch
 from test_model_parity import inputs, relative, tiny_model
+from torch.utils.flop_counter import FlopCounterMode
 
 from wan_fp8 import Attention, set_attention
 from wan_fp8.attention import ATTENTION, AttentionCore, Step, attention_cores, reset_guard
 from wan_fp8.attention.backends.fp8_reference import attend
 from wan_fp8.attention.core import register_backends
-from wan_fp8.attention.guard import measure_error
+from wan_fp8.attention.guard import measure_error, sampled_share
 from wan_fp8.errors import InputError
 from wan_fp8.kernels import attention_cast
 from wan_fp8.models.blocks import ForwardOptions
@@ -64,6 +65,17 @@ def test_guard_measures_what_it_says() -> None:
     one_head[:, :, 1] *= 1.5
     assert measure_error(one_head, q, k, v) == pytest.approx(0.5, rel=1e-3), "the worst head decides"
     assert measure_error(exact * float("nan"), q, k, v) == float("inf")
+
+
+@pytest.mark.parametrize(("tokens", "heads"), [(700, 20), (100, 3)])
+def test_what_the_guard_computes_again(tokens: int, heads: int) -> None:
+    """Products of its look, counted while it looks, beside those of the attention."""
+    q, k, v = qkv(tokens, heads)
+    with FlopCounterMode(display=False) as look:
+        measure_error(q, q, k, v)
+    with FlopCounterMode(display=False) as whole:
+        run("reference", q, k, v)
+    assert look.get_total_flops() / whole.get_total_flops() == pytest.approx(sampled_share(tokens, heads))
 
 
 def counted(monkeypatch: pytest.MonkeyPatch, name: str, result=None) -> list[int]:

@@ -37,6 +37,101 @@ def test_kernel_figures_are_those_of_the_script() -> None:
         assert shown[name] == [f"{row['ms']:.1f}", f"{row['tflop_per_s']:.0f}", *errors], name
 
 
+def test_choice_on_hopper_is_the_measured_one() -> None:
+    """Where FA3 is missing ``auto`` takes FA4, which is the faster of the two in one run."""
+    dense = {row["attention"]: row["ms"] for row in rows("sparse_h200.json") if row["what"] == "dense"}
+    assert f"`fa4` took {dense['fa4']:.1f} ms, `fa3` {dense['fa3']:.1f} and `cudnn` {dense['cudnn']:.1f}" in PAGE
+    blocks = {name: row["layer_ms"] for name, file in (("fa4", "fa4_h200"), ("cudnn", "h200")) for row in rows(
+        f"dit_i2v-a14b_1280x720_{file}.json"
+    ) if row["attention"] == name}  # fmt: skip
+    assert f"took {blocks['fa4']:.1f} ms with `fa4` and {blocks['cudnn']:.1f} with `cudnn`" in " ".join(PAGE.split())
+    register_backends()
+    by_speed = sorted(dense, key=dense.__getitem__)
+    assert by_speed == sorted(dense, key=lambda name: -ATTENTION.backend(name).priority) == ["fa3", "fa4", "cudnn"]
+    readme = (PACK / "README.md").read_text(encoding="utf-8")
+    assert "| FlashAttention 3, else 4, whichever is installed, else cuDNN |" in readme
+
+
+def test_figures_in_docstrings_are_those_of_the_scripts() -> None:
+    from wan_fp8.attention.backends import flash3, flash4, sdpa
+
+    measured = {row["attention"]: row for row in rows("kernels_h200.json") if "attention" in row and "ms" in row}
+    for name, run in (("fa3", flash3.fa3), ("fa3-fp8", flash3.fa3_fp8), ("cudnn", sdpa.cudnn)):
+        assert f"{measured[name]['tflop_per_s']} TFLOP/s on an H200" in (run.__doc__ or ""), name
+    dense = {row["attention"]: row["ms"] for row in rows("sparse_h200.json") if row["what"] == "dense"}
+    words = f"{dense['fa4']:.1f} ms against cuDNN's {dense['cudnn']:.1f} and FA3's {dense['fa3']:.1f}"
+    assert words in " ".join((flash4.__doc__ or "").split())
+
+
+def test_the_guard_on_gaussian_data_is_said_where_it_is_chosen() -> None:
+    from wan_fp8.attention import Attention
+
+    error = next(row["error"] for row in rows("kernels_h200.json") if row.get("attention") == "sage")
+    assert error > (Attention().bound or 0)
+    assert f"{error:.4f} is above the default *bound* of {Attention().bound}" in PAGE
+    help_page = (PACK / "web" / "docs" / "WanFP8Attention.md").read_text(encoding="utf-8")
+    for page in (help_page, (PACK / "nodes" / "settings.py").read_text(encoding="utf-8")):
+        assert f"sage has {error:.3f} on Gaussian data of 75,600 tokens" in page
+
+
+def test_what_the_guard_computes_again_is_said_alike_everywhere() -> None:
+    from wan_fp8.attention.guard import sampled_share
+
+    words = f"{sampled_share(75_600, 40):.2%}".replace("%", " %")
+    assert words == "0.05 %"
+    pages = (PAGE, *((PACK / path).read_text(encoding="utf-8") for path in (
+        "web/docs/WanFP8Attention.md", "nodes/settings.py", "wan_fp8/attention/guard.py", "locales/zh/nodeDefs.json"
+    )))  # fmt: skip
+    for page in pages:
+        assert words in page and "under 1 % of one step" not in page
+
+
+def test_the_host_is_far_ahead_of_the_gpu_where_tokens_are_few() -> None:
+    """What CUDA graphs could gain: nothing while the host queues a block in a fraction of its time."""
+    page = " ".join(PAGE.split())
+    for end, recipe, words in (
+        (
+            "h100",
+            "none",
+            "the host {} ms at 832x480 and {} ms in TI2V-5B, where the GPU computes for {} and {} ms",
+        ),
+        ("fp8_h200", "rowwise", "it is {} and {} ms of host against {} and {} "),
+    ):
+        names = (f"dit_i2v-a14b_832x480_{end}.json", f"dit_ti2v-5b_1280x704_{end}.json")
+        small = [next(row for row in rows(name) if row["recipe"] == recipe) for name in names]
+        figures = [f"{row[key]:.1f}" for key in ("host_ms_per_block", "layer_ms") for row in small]
+        assert words.format(*figures) in page
+        assert all(9 * row["host_ms_per_block"] < row["layer_ms"] for row in small)
+
+
+def test_activations_at_the_peak_are_the_measured_ones() -> None:
+    """``docs/memory.md``: beside the weights, in tensors [tokens, width] of bf16."""
+    from wan_fp8.models.specs import SPECS
+
+    page = " ".join((PACK / "docs" / "memory.md").read_text(encoding="utf-8").split())
+    found: dict[tuple[str, ...], set[str]] = {}
+    for path in sorted((PACK / "benchmarks" / "results").glob("dit_*_h?00.json")):
+        for row in rows(path.name):
+            if row.get("weights_gib") is None or row["world_size"] > 1:
+                continue
+            if row.get("lora_rank") or row["sparsity"] is not None or row.get("compile", "off") != "off":
+                continue
+            unit = row["tokens"] * SPECS[row["model"]].dim * 2 / 2**30
+            held = (row["peak_gib"] - row["weights_gib"]) / unit
+            key = (row["model"], row["size"], row["recipe"], row["backend"], row["attention"])
+            found.setdefault(key, set()).add(f"{held:.1f}")
+    large, engine = ("i2v-A14B", "1280x720"), "transformer_engine"
+    assert found[*large, "none", "bfloat16", "fa3"] == {"6.2"} and "measures 6.2 in bf16" in page
+    assert found[*large, "none", "bfloat16", "fa3-fp8"] == {"7.7"} and "FP8 attention makes that 7.7" in page
+    casts = [found[*large, f"Float8{kind}Scaling", engine, "fa3"] for kind in ("Current", "Block")]
+    assert max(map(max, casts)) == "9.1" and "up to 9.1" in page
+    assert found[*large, "DelayedScaling", engine, "fa3"] == {"6.3"} and "its `DelayedScaling` 6.3" in page
+    small = found["ti2v-5B", "1280x704", "none", "bfloat16", "fa3"]
+    assert f"TI2V-5B measures {min(small)} to {max(small)} of its own" in page
+    ratios = [SPECS[name].ffn_dim / SPECS[name].dim for name in ("ti2v-5B", "i2v-A14B")]
+    assert f"{ratios[0]:.2f} times as wide as the model, A14B's {ratios[1]:.1f} times" in page
+
+
 def test_block_figures_are_those_of_the_scripts() -> None:
     exact = {row["recipe"]: row for row in rows("dit_i2v-a14b_1280x720_h100.json")}
     fp8 = {row["recipe"]: row for row in rows("dit_i2v-a14b_1280x720_fp8-attention_h100.json")}
@@ -77,6 +172,9 @@ def test_residual_stream_figures_are_those_of_the_script() -> None:
     kernels = {row.get("kernel"): row for row in rows("kernels_h200.json")}
     for stream in ("float32", "bfloat16"):
         assert f"{kernels[f'gated residual + LayerNorm + modulate, {stream} stream']['ms']:.3f} ms" in PAGE
+    full, half = (kernels[f"gated residual + LayerNorm + modulate, {s} stream"]["ms"] for s in ("float32", "bfloat16"))
+    block = next(row for row in rows("dit_i2v-a14b_1280x720_compile_h200.json") if row["compile"] == "off")["layer_ms"]
+    assert f"{3 * (full - half):.2f} ms of {block:.0f} in all" in PAGE
 
 
 def test_every_backend_is_described() -> None:

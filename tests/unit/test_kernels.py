@@ -22,7 +22,7 @@ TRITON = Path(os.environ.get("WAN_FP8_HOST_DIR") or HERE.parents[1] / ".host") /
 
 
 @pytest.mark.parametrize("case", CASES, ids=lambda case: case.__name__)
-@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16", "float16"])
 def test_eager_references(case, dtype: str) -> None:
     case(torch.device("cpu"), getattr(torch, dtype), fused=False)
 
@@ -34,7 +34,7 @@ def test_triton_kernels_in_the_interpreter() -> None:
         [sys.executable, str(HERE / "kernel_cases.py")], env=environment, capture_output=True, text=True, timeout=550
     )
     assert done.returncode == 0, done.stdout + done.stderr
-    assert done.stdout.count("ok ") == 2 * len(CASES)
+    assert done.stdout.count("ok ") == 3 * len(CASES)
 
 
 def test_selection() -> None:

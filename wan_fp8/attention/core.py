@@ -174,7 +174,7 @@ class AttentionCore(nn.Module):
             name = setting.backend if setting.is_exact else setting.exact
             return self.resolve(q_BSNE, k_BLNE, name).backend.run(q_BSNE, k_BLNE, v_BLNE)
         backend, out = self._windowed(q_BSNE, k_BLNE, v_BLNE, setting, step)
-        self.answered.setdefault(setting, Counter())[backend.name] += 1
+        self.answered.setdefault(setting, Counter())[backend.label] += 1
         return out
 
     def _windowed(
@@ -199,7 +199,7 @@ class AttentionCore(nn.Module):
         log.warning(
             "attention %s refused in block %d: relative error %.3f on this run's own q, k and v, the bound is %.3f; "
             "%s takes over in that block",
-            setting.backend, self.block, verdict.error, verdict.bound, exact.name,
+            setting.backend, self.block, verdict.error, verdict.bound, exact.label,
         )  # fmt: skip
         del out
         return exact, exact.run(q_BSNE, k_BLNE, v_BLNE)
@@ -219,8 +219,9 @@ class AttentionCore(nn.Module):
         return self._resolved[key]
 
     def backends_of(self, name: str) -> set[str]:
-        """Backends that calls under this name were given in this run."""
-        return {resolution.backend.name for (asked, _), resolution in self._resolved.items() if asked == name}
+        """Backends that calls under this name were given in this run, each with whose kernel it is where it has
+        several."""
+        return {resolution.backend.label for (asked, _), resolution in self._resolved.items() if asked == name}
 
 
 def set_attention(model: nn.Module, attention: Attention | None) -> nn.Module:

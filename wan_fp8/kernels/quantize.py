@@ -67,14 +67,17 @@ class QuantizedActivation:
         return self.qdata.device
 
     def dequantized(self, dtype: torch.dtype = torch.float32) -> Tensor:
-        """The values that the bytes stand for."""
-        flat = self.qdata.flatten(0, -2).to(dtype)
-        scale = self.scale.to(dtype)
+        """The values that the bytes stand for: multiplied in fp32 at least and rounded once, without a spread-out
+        scale."""
+        value = self.qdata.flatten(0, -2).to(dtype)  # exact: every floating type has room for e4m3
+        scale = self.scale.to(torch.promote_types(dtype, torch.float32))
         if self.granularity is Granularity.BLOCK:
-            scale = scale[:, : flat.shape[0]].t().repeat_interleave(BLOCK, dim=1)
+            value.unflatten(1, (-1, BLOCK)).mul_(scale[:, : value.shape[0]].t()[..., None])
         elif self.granularity is Granularity.MX:
-            scale = scale.repeat_interleave(MX_BLOCK, dim=1)
-        return (flat * scale).view(self.qdata.shape)
+            value.unflatten(1, (-1, MX_BLOCK)).mul_(scale[..., None])
+        else:
+            value.mul_(scale.reshape(-1, 1))  # two dimensions: a scalar would be rounded to ``dtype`` first
+        return value.view(self.qdata.shape)
 
 
 @dataclass(frozen=True, slots=True)

@@ -49,7 +49,7 @@ def _call(q: Tensor, k: Tensor, v: Tensor, **descales: Tensor) -> Tensor:
 
 @ATTENTION.register("fa3", priority=30, refuse=_refuse)
 def fa3(q_BSNE: Tensor, k_BLNE: Tensor, v_BLNE: Tensor) -> Tensor:
-    """FlashAttention 3 in bf16: 666-713 TFLOP/s on an H100 at 75,600 tokens."""
+    """FlashAttention 3 in bf16: 682 TFLOP/s on an H200 at 75,600 tokens (``benchmarks/results/kernels_h200.json``)."""
     return _call(q_BSNE, k_BLNE, v_BLNE)
 
 
@@ -59,7 +59,8 @@ def _refuse_fp8(request: AttentionRequest) -> str | None:
 
 @ATTENTION.register("fa3-fp8", priority=0, refuse=_refuse_fp8, exact=False)
 def fa3_fp8(q_BSNE: Tensor, k_BLNE: Tensor, v_BLNE: Tensor) -> Tensor:
-    """FlashAttention 3 on e4m3 operands, 896-951 TFLOP/s on an H100; means of K and V are always taken out first."""
+    """FlashAttention 3 on e4m3 operands; means of K and V are always taken out first. 916 TFLOP/s on an H200 at 75,600
+    tokens, casts included (``benchmarks/results/kernels_h200.json``)."""
     cast = attention_cast.fused(q_BSNE, k_BLNE, v_BLNE)
     out = _call(cast.q, cast.k, cast.v, q_descale=cast.q_scale, k_descale=cast.k_scale, v_descale=cast.v_scale)
     return attention_cast.add_mean_(out, cast.v_mean_BNE, use_triton=True)

@@ -66,6 +66,7 @@ def _refuse_cudnn(request: AttentionRequest) -> str | None:
 
 @ATTENTION.register("cudnn", priority=20, refuse=_refuse_cudnn)
 def cudnn(q_BSNE: Tensor, k_BLNE: Tensor, v_BLNE: Tensor) -> Tensor:
-    """cuDNN's fused kernel: torch's fastest on Hopper (582 TFLOP/s on an H100 at 75,600 tokens)."""
+    """cuDNN's fused kernel: torch's fastest on Hopper: 573 TFLOP/s on an H200 at 75,600 tokens
+    (``benchmarks/results/kernels_h200.json``)."""
     with sdpa_kernel(SDPBackend.CUDNN_ATTENTION):
         return attend(q_BSNE, k_BLNE, v_BLNE)

@@ -45,8 +45,6 @@ def _refuse(request: SparseRequest) -> str | None:
     reason = dense._refuse(AttentionRequest(request.caps, request.dtype, request.head_dim, 1, 1))
     if reason is not None:
         return reason
-    if request.caps.capability is None or request.caps.capability[0] not in (9, 10, 11):
-        return f"its block-sparse forward is for compute capability 9, 10 and 11; this is {request.caps.name}"
     return _load()[1] or None
 
 
