@@ -194,6 +194,8 @@ class Loop:
         x, solver = noise, UniPC(self.schedule)
         self.prompts = prompts, prompts[:1], prompts[1:]
         for step in self.steps:
+            if step == self.switch and (cache := cache_of(self.models[0])) is not None:
+                cache.release()  # as a host does between the experts
             cond, uncond = self.velocities(x, given, step)
             began = self._mark()
             guided = uncond + self.guidance[step < self.switch] * (cond - uncond)

@@ -16,23 +16,25 @@ def rows(name: str) -> list[dict[str, Any]]:
 
 def test_step_caching() -> None:
     page = (PACK / "docs" / "magcache.md").read_text(encoding="utf-8")
-    found = rows("cache_quality_t2v-tiny_cpu.json")
-    assert f"all {len(found)} settings there" in page
+    tables = [rows(f"cache_quality_{task}-tiny_cpu.json") for task in ("t2v", "i2v")]
+    assert all(f"all {len(found)} settings there" in page for found in tables)
     for cache, threshold, skips in (
-        ("MagCache", 0.12, 2), ("MagCache", 0.06, 2), ("EasyCache", 0.24, 2), ("EasyCache", 0.03, 2),
-        ("MagCache", 0.48, 4),
+        ("MagCache", 0.06, 2), ("MagCache", 0.12, 2), ("MagCache", 0.24, 2), ("MagCache", 0.48, 4),
+        ("EasyCache", 0.12, 2), ("EasyCache", 0.24, 2), ("EasyCache", 0.48, 2), ("Taylor", 0.12, 1),
     ):  # fmt: skip
-        by_reuse = {
-            row["reuse"]: row
-            for row in found
-            if (row["cache"], row["threshold"], row["max_skips"], row["phase"] or "in_phase")
-            == (cache, threshold, skips, "in_phase")
-        }
-        keep, linear = by_reuse["keep"], by_reuse["linear"]
-        line = (
-            f"| `{cache.lower()}` {threshold}, {skips} | {keep['passes_computed']:.0f} | {keep['psnr_db']:.1f} dB "
-            f"| {linear['psnr_db']:.1f} dB |"
-        )
+        cells = []
+        for found in tables:
+            by_reuse = {
+                row["reuse"]: row
+                for row in found
+                if (row["cache"], row["threshold"], row["max_skips"], row["phase"] or "in_phase")
+                == (cache, threshold, skips, "in_phase")
+            }
+            keep, linear = by_reuse["keep"], by_reuse["linear"]
+            assert keep["passes_computed"] == linear["passes_computed"]
+            cells += [f"{keep['passes_computed']:.0f}", f"{keep['psnr_db']:.1f}", f"{linear['psnr_db']:.1f}"]
+        name = f"`{cache.lower()}` {threshold}, {skips}" if cache != "Taylor" else f"`taylor`, {skips}"
+        line = f"| {name} | {' | '.join(cells)} |"
         assert line in page, line
 
 

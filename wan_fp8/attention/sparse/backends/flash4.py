@@ -64,7 +64,8 @@ def _partly(selection: Selection) -> tuple[Tensor, Tensor]:
 
 @SPARSE.register("fa4", priority=30, refuse=_refuse)
 def fa4(q_BSNE: Tensor, k_BLNE: Tensor, v_BLNE: Tensor, selection: Selection) -> Tensor:
-    """91.6 ms at half of the blocks and 44.0 ms at a quarter, one H100, 75,648 tokens, 40 heads, bf16."""
+    """90 ms at half of the blocks and 46 ms at a quarter, one H200, 75,600 tokens, 40 heads, bf16
+    (``benchmarks/results/sparse_h200.json``)."""
     function, _ = dense._load()
     tensors, _ = _load()
     assert function is not None and tensors is not None
