@@ -105,19 +105,22 @@ def sparse_attention_triton(device: torch.device, dtype: torch.dtype, fused: boo
     attention(device, dtype, "triton" if fused else "masked")
 
 
-def what_was_dropped_counts_by_its_mean(device: torch.device, dtype: torch.dtype, fused: bool) -> None:
+def what_was_dropped_counts_by_its_mean(
+    device: torch.device, dtype: torch.dtype, fused: bool, backend: str = "", width: int = 32
+) -> None:
     """Against dense attention in float64 in which every key and value of a dropped block is the block's mean; sums
     against float64; a query that keeps nothing, one that keeps everything, a last block that is short, blocks of 256
     queries; and a look at samples before anything is computed sees the same."""
     register_backends()
+    name = backend or ("triton" if fused else "masked")
     shapes = [(1, 300, 40, 128)] if INTERPRETED else [(1, 300, 40, 128), (2, 700, 20, 256), (1, 77, 0, 128)]
     for batch, tokens, padding, query_rows in shapes:
-        q, k, v = qkv(batch, tokens, 2, 32, dtype, device, padding)
+        q, k, v = qkv(batch, tokens, 2, width, dtype, device, padding)
         rows, keys = -(-q.shape[1] // query_rows), -(-tokens // BLOCK)
         mask = random_mask(batch, 2, rows, keys, 0.5, device)
         mask[:, 0, 0], mask[:, 1, 0] = False, True
         selection = Selection.of_mask(mask, q.shape[1], tokens, query_rows)
-        out, lse = SPARSE.backend("triton" if fused else "masked").run(q, k, v, selection, sums=True)
+        out, lse = SPARSE.backend(name).run(q, k, v, selection, sums=True)
         kept = mask.repeat_interleave(query_rows, 2)[:, :, : q.shape[1]].repeat_interleave(BLOCK, 3)[..., :tokens]
         places = torch.arange(tokens, device=device) // BLOCK
         mean = torch.zeros(tokens, tokens, dtype=torch.float64, device=device)
@@ -126,7 +129,7 @@ def what_was_dropped_counts_by_its_mean(device: torch.device, dtype: torch.dtype
         exact = torch.empty(q.shape, dtype=torch.float64, device=device)
         for b, n in itertools.product(range(batch), range(2)):
             own_q, own_k, own_v = (t[b, :, n].double() for t in (q, k, v))
-            real, pooled = (own_q @ keys_.T / math.sqrt(32) for keys_ in (own_k, mean @ own_k))
+            real, pooled = (own_q @ keys_.T / math.sqrt(width) for keys_ in (own_k, mean @ own_k))
             sums = torch.logsumexp(real.masked_fill(~kept[b, n], -math.inf), 1)
             assert torch.allclose(lse[b, n].double(), sums, rtol=1e-3, atol=1e-3 if dtype == torch.float32 else 2e-2)
             weights = torch.softmax(torch.where(kept[b, n], real, pooled), 1)
