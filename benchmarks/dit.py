@@ -131,13 +131,15 @@ def model_inputs(
     return x, timestep, context
 
 
-def open_window(attention: str, density: float | None = None) -> Attention:
+def open_window(attention: str, density: float | None = None, means: bool = False) -> Attention:
     """The setting of a backend by name; a low-precision one in every step and block, its guard on. With a density,
-    block-sparse in every block."""
+    block-sparse in every block; ``means``: dropped blocks take part by theirs."""
     none = {"skip_first_blocks": 0, "skip_last_blocks": 0}
     sparsity = None
     if density is not None:
-        sparsity = Sparsity(policy="density", density=density, bound=None, skip_first=0.0, skip_last=0.0, **none)
+        sparsity = Sparsity(
+            policy="density", density=density, bound=None, skip_first=0.0, skip_last=0.0, remainder=means, **none
+        )
     return Attention(attention, skip_first_steps=0, skip_last_steps=0, **none, sparsity=sparsity)
 
 
@@ -327,6 +329,7 @@ def measure(
     overlap: bool = True,
     with_floor: bool = True,
     density: float | None = None,
+    means: bool = False,
 ) -> dict:
     """One row of results."""
     dims = dims or ParallelDims()
@@ -343,7 +346,7 @@ def measure(
     ]  # fmt: skip
     phase("weights", f"{', '.join(named)}: random weights of {layers[1]} blocks")
     model = random_model(spec, layers[1], device, dtype)
-    set_attention(model, open_window(attention, density))
+    set_attention(model, open_window(attention, density, means))
     model.fused_kernels, model.stream_dtype_override = kernels, stream
     originals = None
     if recipe is not None or dims.shard > 1:
@@ -431,6 +434,7 @@ def measure(
         "attention": attention if attention != "auto" else resolution.backend.name,
         "lora_rank": lora_rank,
         "sparsity": density,
+        **({"dropped_means": True} if means else {}),
         "sparse_backend": next(
             (name for core in attention_cores(model) for run in core.sparse_runs.values() for name in run.answered),
             None,
@@ -566,7 +570,10 @@ def main(
         str, typer.Option(help="Rank of a live LoRA on all ten linears, 0 for none; or several: one row each.")
     ] = "0",
     sparsity: Annotated[
-        str, typer.Option(help="Share of the key blocks that self-attention keeps, or off; or several: one row each.")
+        str,
+        typer.Option(
+            help="Share of the key blocks that self-attention keeps, as 0.5 or 0.5+means, or off; or several."
+        ),
     ] = "off",
     ulysses: Annotated[int, typer.Option(help="Under torchrun: ranks that trade tokens for heads.")] = 1,
     ring: Annotated[int, typer.Option(help="Under torchrun: ranks that gather keys and values.")] = 1,
@@ -612,7 +619,7 @@ def main(
         (int(number) for number in lora_rank.split(",")),
         layouts,
         overlap.split(","),
-        (None if number == "off" else float(number) for number in sparsity.split(",")),
+        sparsity.split(","),
     ):
         if early == "off" and dims.ulysses == 1 and "on" in overlap:
             continue  # the same again
@@ -635,7 +642,8 @@ def main(
                 dims,
                 early == "on",
                 floor,
-                share,
+                None if share == "off" else float(share.removesuffix("+means")),
+                share.endswith("+means"),
             )
         rows.append(row | efficiency(rows, row))
         if json and ranks.is_first():

@@ -32,6 +32,7 @@ from wan_fp8.attention.sparse.guarantee import ROWS, HeadControl, Sample, measur
 from wan_fp8.attention.sparse.policies.window import distances
 from wan_fp8.attention.sparse.registry import SparseRequest
 from wan_fp8.attention.sparse.registry import register_backends as register_sparse_backends
+from wan_fp8.attention.sparse.remainder import Remainder, add_
 from wan_fp8.attention.sparse.run import SparseRun
 from wan_fp8.attention.sparse.selection import BlockStatistics, choose, estimated_scores, use_fused
 from wan_fp8.attention.sparse.share import HeadShare
@@ -146,6 +147,8 @@ def cost_rows(qkv: list[Tensor], order: TokenOrder, device: str, repeats: int) -
     control = HeadControl(heads, 0.05, 0.1, torch.device(device))
     at = sample(3, HeadShare.whole(heads), chosen.key_blocks, q.device)
 
+    out, lse = torch.zeros_like(q), torch.zeros(q.shape[0], heads, q.shape[1], device=device)
+
     def whole(policy: str) -> None:
         sparsity = Sparsity(policy=policy, density=0.5, bound=None, skip_first=0.0, skip_last=0.0)
         SparseRun(sparsity, 1, 40).selected(q, k, v, None, order.layout)
@@ -163,6 +166,7 @@ def cost_rows(qkv: list[Tensor], order: TokenOrder, device: str, repeats: int) -
         "selection, density": lambda: whole("density"),
         "selection, window": lambda: whole("window"),
         "measuring and learning": look,
+        "means of the dropped blocks": lambda: add_(out, lse, q, Remainder.of(k, v, fused), chosen, fused),
     }
     for name, call in calls.items():
         timed = {

@@ -1,5 +1,6 @@
 """What block-sparse attention does to a video, on a checkpoint with real weights: every policy at several densities,
-with chance and a fixed neighbourhood as the controls that a good policy must beat.
+with chance and a fixed neighbourhood as the controls that a good policy must beat; each also with dropped blocks that
+take part by their mean key and value (``+ means``).
 
     python benchmarks/sparse_quality.py --checkpoint models/wan/Wan2.2-T2V-A14B-tiny --prompts prompts.txt \\
         --size 144x96 --frames 17 --block-tokens 8 --json out.json
@@ -31,7 +32,7 @@ from rich.table import Table
 
 from wan_fp8 import Attention, set_attention
 from wan_fp8.attention import Sparsity, sparsity_report
-from wan_fp8.attention.sparse import BLOCK, Calibration, guarantee, order, presets, registry, run, selection
+from wan_fp8.attention.sparse import BLOCK, Calibration, guarantee, order, presets, registry, remainder, run, selection
 from wan_fp8.attention.sparse.backends import masked
 from wan_fp8.attention.sparse.policies import Asked, Choice, window
 from wan_fp8.attention.sparse.report import SparseReport
@@ -54,7 +55,7 @@ def small_blocks(tokens: int) -> Iterator[None]:
         yield
         return
     with ExitStack() as stack:
-        for module in (order, registry, selection, guarantee, run, masked, window):
+        for module in (order, registry, selection, remainder, guarantee, run, masked, window):
             stack.enter_context(mock.patch.object(module, "BLOCK", tokens))
         stack.enter_context(mock.patch.object(guarantee, "ROWS", min(guarantee.ROWS, tokens)))
         stack.enter_context(mock.patch.object(run, "use_fused", lambda _: False))
@@ -78,7 +79,9 @@ def settings(densities: list[float], coverages: list[float], skip: tuple[float, 
         for name, policy in (("density", "density"), ("window", "window"), ("chance", "window"))
     ]
     rows += [(f"coverage {c:g}", Sparsity(coverage=c, bound=None, **shared)) for c in coverages]
-    return rows + [(name, replace(preset, **shared)) for name, preset in presets().items()]
+    rows += [(name, replace(preset, **shared)) for name, preset in presets().items()]
+    with_means = [(f"{name} + means", replace(sparsity, remainder=True)) for name, sparsity in rows]
+    return rows + [row for row in with_means if not row[0].startswith("window")]
 
 
 def measure(
@@ -139,9 +142,9 @@ def beaten(rows: list[dict[str, Any]]) -> list[str]:
         f"{control} {share}"
         for name in by_name
         if name.startswith("density ")
-        for share in (name.split()[1],)
+        for share in (name.removeprefix("density "),)
         for control in CONTROLS
-        if (by_name[f"{control} {share}"] or 1e9) >= (by_name[name] or 1e9)
+        if (by_name.get(f"{control} {share}", -1e9) or 1e9) >= (by_name[name] or 1e9)
     ]
 
 

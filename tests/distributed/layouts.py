@@ -77,7 +77,7 @@ LAYOUTS: dict[int, dict[str, ParallelDims]] = {
 EVERYWHERE = {"skip_first": 0.0, "skip_last": 0.0, "skip_first_blocks": 0, "skip_last_blocks": 0}
 SPARSE = (
     (Task.TI2V, "none", 1, Sparsity(coverage=0.8, bound=0.2, **EVERYWHERE)),
-    (Task.T2V, "rowwise", 2, Sparsity(policy="density", density=0.5, bound=0.3, reuse=2, **EVERYWHERE)),
+    (Task.T2V, "rowwise", 2, Sparsity(policy="density", density=0.5, bound=0.3, reuse=2, remainder=True, **EVERYWHERE)),
     (Task.T2V, "none", 1, Sparsity(policy="window", density=0.4, bound=None, **EVERYWHERE)),
 )
 """Task, recipe, batch and setting of sparse runs."""

@@ -52,6 +52,14 @@ def test_backends(name: str, width: int) -> None:
 
 
 @pytest.mark.parametrize("name", ["fa4", "triton"])
+def test_dropped_blocks_by_their_means(name: str) -> None:
+    usable(name, 128)
+    if query_rows(name, device_caps(CUDA)) != BLOCK:
+        pytest.skip("the cases have blocks of 128 queries")
+    sparse_cases.what_was_dropped_counts_by_its_mean(CUDA, torch.bfloat16, True, name, 128)
+
+
+@pytest.mark.parametrize("name", ["fa4", "triton"])
 def test_everything_kept_is_the_dense_kernel(name: str) -> None:
     usable(name)
     tokens = 40 * BLOCK - 48
@@ -63,12 +71,13 @@ def test_everything_kept_is_the_dense_kernel(name: str) -> None:
     assert relative(ours, scaled) < 3e-3, "both round once to bf16"
 
 
-@pytest.mark.parametrize("policy", ["coverage", "density", "window"])
+@pytest.mark.parametrize("policy", ["coverage", "density", "window", "coverage with means"])
 def test_nothing_waits_for_the_gpu(policy: str) -> None:
     """Choosing, attending, measuring and learning, from the second call of a run on."""
     order = token_order((5, 12, 16), 0, True, CUDA)
     q, k, v = sparse_cases.qkv(1, order.layout.num_tokens, 4, 128, torch.bfloat16, CUDA)
-    run = SparseRun(Sparsity(policy=policy, **EVERYWHERE), 0, 1)
+    chosen, _, means = policy.partition(" ")
+    run = SparseRun(Sparsity(policy=chosen, remainder=bool(means), **EVERYWHERE), 0, 1)
     for step in range(2):
         run.sparse(q, k, v, Step(step, 8), order.layout)
     torch.cuda.synchronize()

@@ -37,7 +37,9 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 from wan_fp8.attention.sparse import BLOCK, BlockLayout, Selection
 from wan_fp8.attention.sparse import _forward_triton as sparse_forward
 from wan_fp8.attention.sparse import _guarantee_triton as sparse_guarantee
+from wan_fp8.attention.sparse import _remainder_triton as sparse_remainder
 from wan_fp8.attention.sparse import _selection_triton as sparse_selection
+from wan_fp8.attention.sparse.remainder import Remainder
 from wan_fp8.kernels import _attention_cast_triton as attention_cast
 from wan_fp8.kernels import _low_rank_triton as low_rank
 from wan_fp8.kernels import parts as layout
@@ -106,12 +108,14 @@ def empty(*shape: int, dtype: torch.dtype = FP32) -> torch.Tensor:
     return torch.empty(*shape, dtype=dtype, device="meta")
 
 
-def attend_sparsely(dtype: torch.dtype, batch: int = 1, tokens: int = TOKENS, heads: int = HEADS, width: int = WIDTH):
+def attend_sparsely(
+    dtype: torch.dtype, batch: int = 1, tokens: int = TOKENS, heads: int = HEADS, width: int = WIDTH, sums=False
+):
     """Queries and keys are views that leave padding out."""
     rows = -(-tokens // BLOCK)
     q, k, v = (empty(batch, tokens + 48, heads, width, dtype=dtype)[:, :tokens] for _ in range(3))
     blocks = (empty(batch, heads, rows, dtype=torch.int32), empty(batch, heads, rows, rows, dtype=torch.int32))
-    sparse_forward.forward(q, k, v, Selection(*blocks, tokens, tokens))
+    sparse_forward.forward(q, k, v, Selection(*blocks, tokens, tokens), sums)
 
 
 def look_at_samples(dtype: torch.dtype, samples: int = 10, tokens: int = TOKENS):
@@ -119,6 +123,15 @@ def look_at_samples(dtype: torch.dtype, samples: int = 10, tokens: int = TOKENS)
     kept = empty(1, samples, -(-tokens // BLOCK), dtype=torch.bool)
     q = empty(1, samples, 64, WIDTH, dtype=dtype)
     sparse_guarantee.attend(q, k, v, kept, empty(samples, dtype=torch.int64))
+
+
+def add_remainder(dtype: torch.dtype, tokens: int = TOKENS, query_rows: int = BLOCK):
+    rows, every = -(-tokens // query_rows), -(-tokens // BLOCK)
+    blocks = (empty(1, HEADS, rows, dtype=torch.int32), empty(1, HEADS, rows, every, dtype=torch.int32))
+    means = (empty(1, HEADS, every, WIDTH) for _ in range(2))
+    q, out = empty(1, tokens + 48, HEADS, WIDTH, dtype=dtype)[:, :tokens], empty(1, tokens, HEADS, WIDTH, dtype=dtype)
+    selection = Selection(*blocks, tokens, tokens, query_rows)
+    sparse_remainder.add_(out, empty(1, HEADS, tokens), q, Remainder(*means, empty(every)), selection)
 
 
 def choose_blocks(rule: str, query_rows: int = BLOCK, tokens: int = TOKENS, heads: int = HEADS, kept=((590, 591),)):
@@ -193,6 +206,10 @@ def cases() -> Iterator[Case]:
         name = str(dtype).removeprefix("torch.")
         yield Case(f"sparse forward {name}", lambda d=dtype: attend_sparsely(d), quick, EVERY)
         yield Case(f"sparse samples {name}", lambda d=dtype: look_at_samples(d), quick[::2], EVERY)
+        if dtype is not FP32:  # there it spills half a kilobyte: right, and slow as fp32 is
+            yield Case(f"sparse forward with sums {name}", lambda d=dtype: attend_sparsely(d, sums=True), (), EVERY)
+        yield Case(f"sparse remainder {name}", lambda d=dtype: add_remainder(d), quick[-1:], EVERY)
+        yield Case(f"sparse remainder, 256 rows {name}", lambda d=dtype: add_remainder(d, query_rows=256), (), EVERY)
         yield Case(f"sparse samples of every head {name}", lambda d=dtype: look_at_samples(d, HEADS), (), EVERY)
         yield Case(
             f"sparse block statistics {name}",

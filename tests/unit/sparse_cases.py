@@ -22,6 +22,7 @@ from structured_qkv import structured_qkv
 from wan_fp8.attention.sparse import BLOCK, SPARSE, BlockLayout, Selection, token_order
 from wan_fp8.attention.sparse.guarantee import ROWS, kept_blocks, measure, query_rows_of, sample
 from wan_fp8.attention.sparse.registry import register_backends
+from wan_fp8.attention.sparse.remainder import Remainder, add_
 from wan_fp8.attention.sparse.selection import BlockStatistics, always_kept, choose, estimated_scores
 from wan_fp8.attention.sparse.share import HeadShare
 
@@ -102,6 +103,50 @@ def attention(device: torch.device, dtype: torch.dtype, backend: str, width: int
 
 def sparse_attention_triton(device: torch.device, dtype: torch.dtype, fused: bool) -> None:
     attention(device, dtype, "triton" if fused else "masked")
+
+
+def what_was_dropped_counts_by_its_mean(
+    device: torch.device, dtype: torch.dtype, fused: bool, backend: str = "", width: int = 32
+) -> None:
+    """Against dense attention in float64 in which every key and value of a dropped block is the block's mean; sums
+    against float64; a query that keeps nothing, one that keeps everything, a last block that is short, blocks of 256
+    queries; and a look at samples before anything is computed sees the same."""
+    register_backends()
+    name = backend or ("triton" if fused else "masked")
+    shapes = [(1, 300, 40, 128)] if INTERPRETED else [(1, 300, 40, 128), (2, 700, 20, 256), (1, 77, 0, 128)]
+    for batch, tokens, padding, query_rows in shapes:
+        q, k, v = qkv(batch, tokens, 2, width, dtype, device, padding)
+        rows, keys = -(-q.shape[1] // query_rows), -(-tokens // BLOCK)
+        mask = random_mask(batch, 2, rows, keys, 0.5, device)
+        mask[:, 0, 0], mask[:, 1, 0] = False, True
+        selection = Selection.of_mask(mask, q.shape[1], tokens, query_rows)
+        out, lse = SPARSE.backend(name).run(q, k, v, selection, sums=True)
+        kept = mask.repeat_interleave(query_rows, 2)[:, :, : q.shape[1]].repeat_interleave(BLOCK, 3)[..., :tokens]
+        places = torch.arange(tokens, device=device) // BLOCK
+        mean = torch.zeros(tokens, tokens, dtype=torch.float64, device=device)
+        mean[places[:, None] == places] = 1
+        mean /= mean.sum(1, keepdim=True)
+        exact = torch.empty(q.shape, dtype=torch.float64, device=device)
+        for b, n in itertools.product(range(batch), range(2)):
+            own_q, own_k, own_v = (t[b, :, n].double() for t in (q, k, v))
+            real, pooled = (own_q @ keys_.T / math.sqrt(width) for keys_ in (own_k, mean @ own_k))
+            sums = torch.logsumexp(real.masked_fill(~kept[b, n], -math.inf), 1)
+            assert torch.allclose(lse[b, n].double(), sums, rtol=1e-3, atol=1e-3 if dtype == torch.float32 else 2e-2)
+            weights = torch.softmax(torch.where(kept[b, n], real, pooled), 1)
+            exact[b, :, n] = (weights * kept[b, n]) @ own_v + (weights * ~kept[b, n]) @ (mean @ own_v)
+        rest = Remainder.of(k, v, fused)
+        before = out.clone()
+        assert add_(out, lse, q, rest, selection, fused) is out
+        error = relative(out, exact)
+        limit = 2 * TOLERANCE[dtype]
+        assert error <= limit, f"{error:.2e} at {batch} x {tokens} + {padding}, {query_rows} queries"
+        assert torch.equal(out[:, :query_rows, 1], before[:, :query_rows, 1]) or dtype != torch.float32
+        assert relative(before, exact) > 10 * limit, "what is left out matters here"
+        if query_rows == BLOCK:
+            at = sample(1, HeadShare.whole(2), keys, device, every_head=True)
+            trial = measure(q, k, v, None, selection, at, fused, rest)
+            given = measure(q, k, v, out, selection, at, fused)
+            assert torch.allclose(trial.error, given.error, rtol=2e-2, atol=1e-4 if dtype == torch.float32 else 1e-2)
 
 
 # ---- selection -------------------------------------------------------------------------------------------------------
@@ -277,6 +322,7 @@ CASES = [
     scores_of_gaussian_blocks,
     chosen_blocks,
     heads_that_keep_everything,
+    what_was_dropped_counts_by_its_mean,
     measured_is_exact,
     structured_heads,
 ]
@@ -287,7 +333,7 @@ def runs() -> list[tuple]:
     every = list(itertools.product(CASES, DTYPES))
     if not INTERPRETED:
         return every
-    once = (chosen_blocks, heads_that_keep_everything, measured_is_exact)
+    once = (chosen_blocks, heads_that_keep_everything, what_was_dropped_counts_by_its_mean, measured_is_exact)
     return [(c, t) for c, t in every if c is not structured_heads and not (c in once and t != torch.float32)]
 
 

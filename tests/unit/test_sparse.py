@@ -53,7 +53,7 @@ def test_triton_kernels_in_the_interpreter() -> None:
     command = [sys.executable, "-W", "ignore", str(HERE / "sparse_cases.py")]
     done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=400)
     assert done.returncode == 0, done.stdout + done.stderr
-    assert done.stdout.count("ok ") == 9
+    assert done.stdout.count("ok ") == 10
 
 
 # ---- FlashAttention 4 -----------------------------------------------------------------------------------------------
@@ -74,7 +74,7 @@ class BlockSparseTensorsTorch(NamedTuple):
     spt: bool | None = None
 
 
-def walk_lists(q, k, v, block_sparse_tensors=None):
+def walk_lists(q, k, v, block_sparse_tensors=None, return_lse=False):
     """What the published kernel requires of its lists, and does with them: from the end, keys behind the sequence left
     out in the first block only. What it would read there is made visible as large keys."""
     given = block_sparse_tensors
@@ -88,6 +88,7 @@ def walk_lists(q, k, v, block_sparse_tensors=None):
     assert not given.mask_block_cnt.any()
     k, v = (torch.nn.functional.pad(t, (0, 0, 0, 0, 0, every * width - tokens), value=9.0) for t in (k, v))
     out = torch.zeros_like(q)
+    sums = torch.full((batch, heads, q.shape[1]), -math.inf, dtype=torch.float32)
     for b, n, row in itertools.product(range(batch), range(heads), range(queries)):
         listed = given.full_block_idx[b, n, row, : given.full_block_cnt[b, n, row]].tolist()[::-1]
         keys = [key for block in listed for key in range(block * width, (block + 1) * width)]
@@ -96,7 +97,8 @@ def walk_lists(q, k, v, block_sparse_tensors=None):
             part = slice(row * rows, (row + 1) * rows)
             scores = q[b, part, n] @ k[b, keys, n].T / math.sqrt(q.shape[3])
             out[b, part, n] = torch.softmax(scores, -1) @ v[b, keys, n]
-    return out, None
+            sums[b, n, part] = torch.logsumexp(scores, -1).float()
+    return out, sums if return_lse else None
 
 
 @pytest.mark.parametrize("rows", [128, 256])
@@ -120,6 +122,8 @@ def test_flash_attention_4_is_called_as_it_wants_to_be(monkeypatch, rows: int) -
         ours = SPARSE.backend("fa4").run(q, k, v, selection)
         assert torch.allclose(ours, SPARSE.backend("masked").run(q, k, v, selection), rtol=1e-9, atol=1e-12)
         assert not ours[0, :rows, 0].any()
+        both = [SPARSE.backend(name).run(q, k, v, selection, sums=True) for name in ("fa4", "masked")]
+        assert all(torch.allclose(a, b) for a, b in zip(*both, strict=True))
         sparsity.BlockSparseTensorsTorch = collections.namedtuple("Older", "mask_block_cnt mask_block_idx")
         flash4._load.cache_clear()
         assert "knows no block_size, full_block_cnt, full_block_idx of" in flash4._load()[1]

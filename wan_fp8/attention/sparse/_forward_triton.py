@@ -22,9 +22,10 @@ LOG2E = 1.4426950408889634
 
 @triton.jit
 def _forward_kernel(
-    q_ptr, k_ptr, v_ptr, out_ptr, counts_ptr, blocks_ptr, queries, keys, scale,
+    q_ptr, k_ptr, v_ptr, out_ptr, lse_ptr, counts_ptr, blocks_ptr, queries, keys, scale,
     q_b, q_s, q_n, k_b, k_s, k_n, v_b, v_s, v_n, o_b, o_s, o_n, heads, key_blocks,
     ROWS: tl.constexpr, TILE: tl.constexpr, PARTS: tl.constexpr, WIDTH: tl.constexpr, PRECISION: tl.constexpr,
+    SUMS: tl.constexpr,
 ):  # fmt: skip
     """One tile of queries of one head and sample. Scores are scaled to base 2."""
     tile, head, batch = tl.program_id(0), tl.program_id(1), tl.program_id(2)
@@ -62,21 +63,27 @@ def _forward_kernel(
         out_base + rows.to(tl.int64)[:, None] * o_s + columns[None, :], out.to(out_ptr.dtype.element_ty),
         mask=(rows < queries)[:, None],
     )  # fmt: skip
+    if SUMS:
+        lse = tl.where(total > 0, (best + tl.log2(total)) / 1.4426950408889634, float("-inf"))
+        tl.store(lse_ptr + (batch * heads + head).to(tl.int64) * queries + rows, lse, mask=rows < queries)
 
 
-def forward(q_BSNE: Tensor, k_BLNE: Tensor, v_BLNE: Tensor, selection: Selection) -> Tensor:
-    """[B, S, N, E]; the last dimension of each operand is contiguous."""
+def forward(
+    q_BSNE: Tensor, k_BLNE: Tensor, v_BLNE: Tensor, selection: Selection, sums: bool = False
+) -> Tensor | tuple[Tensor, Tensor]:
+    """[B, S, N, E]; the last dimension of each operand is contiguous. ``sums``: see ``SPARSE``."""
     batch, queries, heads, width = q_BSNE.shape
     out = torch.empty(q_BSNE.shape, dtype=q_BSNE.dtype, device=q_BSNE.device)
+    lse = torch.empty(batch, heads, queries, device=out.device) if sums else None
     rows, tiles = selection.query_rows, selection.counts.shape[2]
     assert all(t.stride(3) == 1 for t in (q_BSNE, k_BLNE, v_BLNE)) and selection.blocks.is_contiguous()
     strides = [s for t in (q_BSNE, k_BLNE, v_BLNE, out) for s in t.stride()[:3]]
     half = q_BSNE.dtype in (torch.bfloat16, torch.float16)
     tile = TILE_N if half else TILE_FP32
     _forward_kernel[(tiles, heads, batch)](
-        q_BSNE, k_BLNE, v_BLNE, out, selection.counts, selection.blocks, queries, k_BLNE.shape[1],
+        q_BSNE, k_BLNE, v_BLNE, out, lse, selection.counts, selection.blocks, queries, k_BLNE.shape[1],
         LOG2E / math.sqrt(width), *strides, heads, selection.key_blocks,
-        ROWS=rows, TILE=tile, PARTS=BLOCK // tile, WIDTH=width,
+        ROWS=rows, TILE=tile, PARTS=BLOCK // tile, WIDTH=width, SUMS=sums,
         PRECISION="tf32" if half else "ieee", num_warps=8 if half else 16, num_stages=3 if half else 1,
     )  # fmt: skip
-    return out
+    return out if lse is None else (out, lse)

@@ -67,8 +67,9 @@ def _attend_kernel(
 
 def attend(
     q_BnRE: Tensor, k_BLNE: Tensor, v_BLNE: Tensor, kept_BnM: Tensor, heads_n: Tensor
-) -> tuple[Tensor, Tensor, Tensor]:
-    """Exact output, output over the kept blocks (both [B, n, R, E] fp32), and the mass of the others [B, n, R]."""
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """Exact output, output over the kept blocks (both [B, n, R, E] fp32), the mass of the others, and the logarithm of
+    the sum over the kept ones (both [B, n, R])."""
     batch, samples, rows, width = q_BnRE.shape
     every, device = kept_BnM.shape[2], q_BnRE.device
     assert k_BLNE.stride(3) == 1 and v_BLNE.stride(3) == 1
@@ -86,9 +87,11 @@ def attend(
         ROWS=rows, TILE=tile, PARTS=BLOCK // tile, WIDTH=width, PRECISION="tf32" if half else "ieee",
         num_warps=8, num_stages=2 if half else 1,
     )  # fmt: skip
-    shrink = torch.exp2(top - top.amax(2, keepdim=True))[:, :, :, None]  # [B, n, P, 1, R]
+    highest = top.amax(2, keepdim=True)
+    shrink = torch.exp2(top - highest)[:, :, :, None]  # [B, n, P, 1, R]
     sums = (sums * shrink).sum(2)  # [B, n, 2, R]
     outs = (outs * shrink[..., None]).sum(2)
     whole = sums.sum(2)
     chosen = torch.where(sums[:, :, :1, :, None] > 0, outs[:, :, :1] / sums[:, :, :1, :, None].clamp_min(1e-30), 0.0)
-    return outs.sum(2) / whole[..., None], chosen[:, :, 0], sums[:, :, 1] / whole
+    lse = (highest[:, :, 0] + sums[:, :, 0].log2()) / LOG2E
+    return outs.sum(2) / whole[..., None], chosen[:, :, 0], sums[:, :, 1] / whole, lse

@@ -20,6 +20,7 @@ from torch import Tensor
 
 from .order import BLOCK
 from .registry import Selection
+from .remainder import Remainder, merged
 from .share import HeadShare
 
 ROWS = 64
@@ -83,8 +84,10 @@ def measure(
     selection: Selection,
     at: Sample,
     fused: bool,
+    rest: Remainder | None = None,
 ) -> Measured:
-    """Look at the samples. Without an output the one that an exact kernel would make of the selection is judged."""
+    """Look at the samples. Without an output the one that an exact kernel would make of the selection is judged, with
+    ``rest`` added to it."""
     rows = query_rows_of(at, selection)
     index = at.heads[:, None].expand_as(rows)
     q = q_BSNE[:, rows, index]  # [B, n, R, E]
@@ -92,10 +95,16 @@ def measure(
     if fused:
         from ._guarantee_triton import attend
 
-        exact, chosen, dropped = attend(q, k_BLNE, v_BLNE, kept, at.heads)
+        exact, chosen, dropped, lse = attend(q, k_BLNE, v_BLNE, kept, at.heads)
     else:
-        exact, chosen, dropped = _attend(q, k_BLNE, v_BLNE, kept, at.heads)
-    ours = chosen if out_BSNE is None else out_BSNE[:, rows, index].to(exact.dtype)
+        exact, chosen, dropped, lse = _attend(q, k_BLNE, v_BLNE, kept, at.heads)
+    if out_BSNE is not None:
+        ours = out_BSNE[:, rows, index].to(exact.dtype)
+    elif rest is not None:
+        some = rest.of_heads(at.heads)
+        ours = merged(chosen, lse, q, some.key, some.value, some.log_size, kept[:, :, None])
+    else:
+        ours = chosen
     error = (ours - exact).flatten(2).norm(dim=2) / exact.flatten(2).norm(dim=2).clamp_min(1e-20)
     error = torch.nan_to_num(error, nan=math.inf, posinf=math.inf)
     return Measured(dropped.mean(2).float(), dropped.amax(2).float(), error.float())
@@ -120,16 +129,19 @@ def kept_blocks(selection: Selection, at: Sample) -> Tensor:
 
 def _attend(
     q_BnRE: Tensor, k_BLNE: Tensor, v_BLNE: Tensor, kept_BnM: Tensor, heads_n: Tensor
-) -> tuple[Tensor, Tensor, Tensor]:
-    """Exact output, output over the kept blocks (both [B, n, R, E]), and the mass of the others [B, n, R]."""
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """Exact output, output over the kept blocks (both [B, n, R, E]), the mass of the others, and the logarithm of the
+    sum over the kept ones (both [B, n, R])."""
     dtype = torch.float64 if q_BnRE.dtype == torch.float64 else torch.float32
     k, v = (t[:, :, heads_n].to(dtype).transpose(1, 2) for t in (k_BLNE, v_BLNE))
-    weights = torch.softmax(q_BnRE.to(dtype) @ k.transpose(2, 3) / math.sqrt(k.shape[-1]), dim=-1)
+    scores = q_BnRE.to(dtype) @ k.transpose(2, 3) / math.sqrt(k.shape[-1])
+    weights = torch.softmax(scores, dim=-1)
     of_key = kept_BnM.repeat_interleave(BLOCK, 2)[:, :, None, : k.shape[2]]
     kept = weights * of_key
     mass = kept.sum(-1, keepdim=True)
     chosen = torch.where(mass > 0, kept @ v / mass.clamp_min(1e-30), 0.0)
-    return weights @ v, chosen, (weights * ~of_key).sum(-1)
+    lse = torch.logsumexp(scores.masked_fill(~of_key, -math.inf), dim=-1)
+    return weights @ v, chosen, (weights * ~of_key).sum(-1), lse
 
 
 class HeadControl:

@@ -62,7 +62,10 @@ class Selection:
 
 
 SPARSE: KernelRegistry[SparseRequest] = KernelRegistry("block-sparse attention")
-"""``run(q_BSNE, k_BLNE, v_BLNE, selection) -> [B, S, N, E]``; a query whose block keeps nothing gets zeros."""
+"""``run(q_BSNE, k_BLNE, v_BLNE, selection, sums=False) -> [B, S, N, E]``; a query whose block keeps nothing gets zeros.
+With ``sums`` also [B, N, S] fp32: the logarithm of the sum of its exponentials, -inf where nothing is kept."""
+
+Answer = Tensor | tuple[Tensor, Tensor]
 
 
 def query_rows(backend: str, caps: DeviceCaps) -> int:

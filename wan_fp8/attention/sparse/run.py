@@ -18,6 +18,7 @@ from .guarantee import TRIALS, HeadControl, Measured, Sample, measure, sample
 from .order import BLOCK, BlockLayout
 from .policies import Asked, policy
 from .registry import SPARSE, Selection, SparseRequest, query_rows, register_backends
+from .remainder import Remainder, add_
 from .selection import BlockStatistics, choose, use_fused
 from .setting import Sparsity
 from .share import HeadShare
@@ -130,7 +131,12 @@ class SparseRun:
         began = self.times.start(q_BSNE.device)
         share = share or HeadShare.whole(q_BSNE.shape[2])
         backend, selection = self.selected(q_BSNE, k_BLNE, v_BLNE, step, layout, share)
-        out = backend.run(q_BSNE, k_BLNE, v_BLNE, selection)
+        if self.sparsity.remainder:
+            out, lse = backend.run(q_BSNE, k_BLNE, v_BLNE, selection, sums=True)
+            fused = use_fused(q_BSNE)
+            out = add_(out, lse, q_BSNE, Remainder.of(k_BLNE, v_BLNE, fused), selection, fused)
+        else:
+            out = backend.run(q_BSNE, k_BLNE, v_BLNE, selection)
         at, found = self._look(share, selection, q_BSNE.device), None
         if at.heads.numel():
             assert self.control is not None
@@ -223,9 +229,10 @@ class SparseRun:
         selection = chooser()
         assert self.control is not None
         if not self.calls and self.sparsity.bound is not None:
+            rest = Remainder.of(k, v, fused) if self.sparsity.remainder else None
             for _ in range(TRIALS):
                 at = self._look(share, selection, q.device, every_head=True)
-                self.control.learn(at, measure(q, k, v, None, selection, at, fused))
+                self.control.learn(at, measure(q, k, v, None, selection, at, fused, rest))
                 selection = chooser()
             self.control.forgive()  # trials move a head; only what was used can make it dense
         if self.sparsity.reuse > 1:

@@ -43,6 +43,8 @@ class Sparsity:
     """Who computes it: a name of ``SPARSE``, or ``auto``."""
     calibration: Calibration | None = None
     """Of ``calibrated``: its table."""
+    remainder: bool = False
+    """Dropped blocks take part by their mean key and value instead of not at all."""
 
     def __post_init__(self) -> None:
         from .registry import SPARSE, register_backends

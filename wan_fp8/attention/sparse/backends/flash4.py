@@ -21,8 +21,9 @@ from torch import Tensor
 from ...backends import flash4 as dense
 from ...core import AttentionRequest
 from ..order import BLOCK
-from ..registry import SPARSE, Selection, SparseRequest
+from ..registry import SPARSE, Answer, Selection, SparseRequest
 
+SUMS = "return_lse"
 FIELDS = {"mask_block_cnt", "mask_block_idx", "full_block_cnt", "full_block_idx", "block_size"}
 
 
@@ -35,7 +36,9 @@ def _load() -> tuple[Any, str]:
         return None, f"flash_attn.cute has no block-sparse forward ({error}); it is there in 4.0.0b36"
     function, _ = dense._load()
     assert function is not None
-    lacking = FIELDS - set(carrier._fields) | {"block_sparse_tensors"} - set(inspect.signature(function).parameters)
+    lacking = FIELDS - set(carrier._fields) | {"block_sparse_tensors", SUMS} - set(
+        inspect.signature(function).parameters
+    )
     if lacking:
         return None, f"flash_attn.cute knows no {', '.join(sorted(lacking))} of a block-sparse forward; 4.0.0b36 does"
     return carrier, ""
@@ -63,7 +66,7 @@ def _partly(selection: Selection) -> tuple[Tensor, Tensor]:
 
 
 @SPARSE.register("fa4", priority=30, refuse=_refuse)
-def fa4(q_BSNE: Tensor, k_BLNE: Tensor, v_BLNE: Tensor, selection: Selection) -> Tensor:
+def fa4(q_BSNE: Tensor, k_BLNE: Tensor, v_BLNE: Tensor, selection: Selection, sums: bool = False) -> Answer:
     """90 ms at half of the blocks and 46 ms at a quarter, one H200, 75,600 tokens, 40 heads, bf16
     (``benchmarks/results/sparse_h200.json``)."""
     function, _ = dense._load()
@@ -77,4 +80,7 @@ def fa4(q_BSNE: Tensor, k_BLNE: Tensor, v_BLNE: Tensor, selection: Selection) ->
         full_block_idx=selection.blocks,
         block_size=(selection.query_rows, BLOCK),
     )
-    return function(q_BSNE, k_BLNE, v_BLNE, block_sparse_tensors=given)[0]
+    if not sums:
+        return function(q_BSNE, k_BLNE, v_BLNE, block_sparse_tensors=given)[0]
+    out, lse = function(q_BSNE, k_BLNE, v_BLNE, block_sparse_tensors=given, return_lse=True)[:2]
+    return out, lse

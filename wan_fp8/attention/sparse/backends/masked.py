@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from ..order import BLOCK
-from ..registry import SPARSE, Selection, SparseRequest
+from ..registry import SPARSE, Answer, Selection, SparseRequest
 
 LARGEST = 2**28
 """Scores of one head that a GPU may be asked to hold in fp32: 1 GiB."""
@@ -22,10 +22,11 @@ def _refuse(request: SparseRequest) -> str | None:
 
 
 @SPARSE.register("masked", priority=5, refuse=_refuse)
-def masked(q_BSNE: Tensor, k_BLNE: Tensor, v_BLNE: Tensor, selection: Selection) -> Tensor:
+def masked(q_BSNE: Tensor, k_BLNE: Tensor, v_BLNE: Tensor, selection: Selection, sums: bool = False) -> Answer:
     """The oracle: fp32 (fp64 for fp64 inputs) scores and softmax, head by head."""
     dtype = torch.float64 if q_BSNE.dtype == torch.float64 else torch.float32
     out = torch.empty_like(q_BSNE)
+    lse = q_BSNE.new_empty(q_BSNE.shape[0], q_BSNE.shape[2], q_BSNE.shape[1], dtype=torch.float32)
     blocks = selection.mask()
     tokens, keys = q_BSNE.shape[1], k_BLNE.shape[1]
     for head in range(q_BSNE.shape[2]):
@@ -34,4 +35,6 @@ def masked(q_BSNE: Tensor, k_BLNE: Tensor, v_BLNE: Tensor, selection: Selection)
         kept = kept.repeat_interleave(BLOCK, 2)[:, :, :keys]
         scores = (q @ k.transpose(1, 2) / math.sqrt(q.shape[-1])).masked_fill(~kept, -math.inf)
         out[:, :, head] = (torch.softmax(scores, dim=-1).nan_to_num(0.0) @ v).to(out.dtype)
-    return out
+        if sums:
+            lse[:, head] = torch.logsumexp(scores, dim=-1).float()
+    return (out, lse) if sums else out

@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 
 from ....kernels import refusal
-from ..registry import SPARSE, Selection, SparseRequest
+from ..registry import SPARSE, Answer, Selection, SparseRequest
 
 
 def _refuse(request: SparseRequest) -> str | None:
@@ -20,8 +20,8 @@ def _refuse(request: SparseRequest) -> str | None:
 
 
 @SPARSE.register("triton", priority=20, refuse=_refuse)
-def triton(q_BSNE: Tensor, k_BLNE: Tensor, v_BLNE: Tensor, selection: Selection) -> Tensor:
+def triton(q_BSNE: Tensor, k_BLNE: Tensor, v_BLNE: Tensor, selection: Selection, sums: bool = False) -> Answer:
     """fp32 sums and softmax, operands in their own type."""
     from .._forward_triton import forward
 
-    return forward(q_BSNE, k_BLNE, v_BLNE, selection)
+    return forward(q_BSNE, k_BLNE, v_BLNE, selection, sums)
