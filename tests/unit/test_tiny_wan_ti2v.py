@@ -167,7 +167,9 @@ def test_the_folder_loads(trained: Path, tmp_path: Path) -> None:
     assert load_text_encoder(folder).encode("a red ball rolls to the right").shape == (1, 512, 4096)
     card = (folder / "README.md").read_text()
     assert all(facts["sha256"] in card for facts in package.file_facts(folder).values())
-    assert "| vae22 |" in card and "| ti2v |" in card and "ti2v_image_held_out" in card and "twice" in card
+    assert "| vae22 |" in card and "| ti2v |" in card and "ti2v_image_held_out" in card
+    data = {facts["data"] for facts in json.loads((trained / package.CARD_FILE).read_text())["stages"].values()}
+    assert len(data) == 1 and f"| {data.pop()} |" in card, "both see the world drawn twice as large"
     with pytest.raises(ValueError, match="tasks are t2v, i2v, ti2v; got s2v"):
         package.assemble(trained, tmp_path / "other", "s2v", NARROW)
 
