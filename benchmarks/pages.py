@@ -152,17 +152,19 @@ def extended_rows() -> list[list[str]]:
 
 
 def layouts_rows() -> list[list[str]]:
-    """One GPU and two: each layout of the newest run that has it, beside the single GPU of its own run."""
+    """Layouts of two GPUs, each beside the single GPU of its own run."""
     result = load("dit_i2v-a14b_1280x720_2x_h200.json")
     found = []
     for row in result["rows"]:
         if row["world_size"] == 1:
             continue
-        single = next(one for one in result["rows"] if one["world_size"] == 1 and one["run"] == row["run"])
+        single = next(one for one in result["rows"] if one["world_size"] == 1 and one.get("run") == row.get("run"))
         alone = row["exchange_alone"].get("all_to_all_ms")
         found.append(
             [
-                row["topology"] + (", no overlap" if row["overlap"] is False else ""),
+                row["topology"]
+                + (", no overlap" if row["overlap"] is False else "")
+                + (f" (run {row['run']})" if "run" in row else ""),
                 f"{row['layer_ms']:.1f}",
                 f"{row['seconds_40_steps']:.0f} ({single['seconds_40_steps']:.0f})",
                 f"{100 * row['efficiency']:.1f} %",
@@ -196,9 +198,14 @@ def two_gpus() -> str:
     part = parts["rows"][0]
     faults = (RESULTS / "pool_faults_2x_h200.txt").read_text(encoding="utf-8")
     killed = [float(seconds) for seconds in re.findall(r"^ok   SIGKILL of rank \d: named after (\S+) s$", faults, re.M)]
+    whole = [row["error"] for row in pool["rows"] if not row["topology"].startswith("cfg 2")]
+    left = ("ok   no process is left" in faults) and ("GPU memory left behind: [0, 0] MiB" in faults)
+    assert max(whole) == 0 and left, "the sentences below say so"
     return (
         f"I2V-A14B, 1280x720, 81 frames, `DelayedScaling`, FlashAttention 3, on {gpu} (torchrun, {result['date']}, "
         f"`benchmarks/results/dit_i2v-a14b_1280x720_2x_h200.json`):\n\n{table(head, layouts_rows())}\n"
+        "The runs are two on one day, on two machines; in the second, heads change ranks in one Triton pass each "
+        "way.\n\n"
         f"The pool itself ({first['layers']} blocks at {first['size']}, {first['frames']} frames, both conditionings, "
         f"`benchmarks/results/pool_2x_h200.json`): ready in {first['pool_start_s']:.1f} s, first weights in "
         f"{loads[0]:.1f} s, later ones in {min(loads[1:]):.1f} to {max(loads[1:]):.1f} s; messages of a forward "

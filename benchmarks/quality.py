@@ -15,9 +15,8 @@ A setting is parts joined by ``+``:
                                  easycache, taylor
 
 Rows carry mean, worst and spread over the videos, and every video's own scores. On random weights only times mean
-something. ``--against TABLE`` fails when a setting is
-worse than in a committed results file by more than the seeds differ there; ``--break`` makes a mistake on purpose,
-which must then be found.
+something. ``--against TABLE`` fails when a setting is worse than in a committed results file by more than the seeds
+differ there; ``--break`` makes a mistake on purpose, which must then be found.
 """
 
 from __future__ import annotations

@@ -469,7 +469,8 @@ def main(
         every.setdefault(label(row), []).append(row)
         if row.get("overlap") is not False and "merge" not in (row["topology"] or ""):
             settings.setdefault(label(row), []).append(row)
-    lines = [f"Measured on {devices[0]}, {max(file['date'] for file in files)}, from {len(files)} result files."]
+    runs = len({(number, row.get("run")) for number, file in enumerate(files) for row in file["rows"]})
+    lines = [f"Measured on {devices[0]}, {max(file['date'] for file in files)}, in {runs} run{'s' * (runs != 1)}."]
     slower = nvlink_gbs / network_gbs
     drawn = None
     for rows in settings.values():

@@ -179,7 +179,7 @@ class SegmentSampler:
         )
         self._cache_facts += self.model.model.diffusion_model.cache_facts
         if 1 < count == index + 1 and self._cache_facts:
-            bridge.say(sum_line(self._cache_facts, "segments"), keep=True)
+            bridge.say(sum_line(self._cache_facts, f"{count} segments"), keep=True)
         return output["samples"]
 
 

@@ -203,7 +203,7 @@ class Side:
         pooled = any(bridge.is_remote(expert) for expert in self.experts)  # its memory is not this process's to measure
         nets = [expert.model.diffusion_model for expert in self.experts]
         for net in nets:  # an expert that no step belongs to would tell of an earlier run
-            net.cache_facts = ()
+            net.cache_facts = net.sparse_facts = ()
         with bridge.measured(torch.device("cpu" if pooled else self.experts[0].load_device)) as self.cost:
             result = run(self.experts, positive, negative, latent, settings, self._observe)
         self.said = bridge.kept_words()[heard:]

@@ -131,7 +131,12 @@ function register(app, api) {
         function: async () => {
           board.stopping = board.lines.size > 0;
           for (const node of board.lines.keys()) board.show(node, "stopping …");
-          await api.interrupt(board.promptId);
+          try {
+            await api.interrupt(board.promptId);
+          } catch (error) {
+            board.stopping = false; // the run goes on, and says so
+            throw error;
+          }
         },
       },
     ],

@@ -28,8 +28,9 @@ def explained(error: Exception, net: Any, device: torch.device) -> OutOfMemoryEr
     up to a quarter of the GPU. Nothing is lost: weights have their homes in host memory, and what a run keeps goes with
     it.
     """
-    if not isinstance(error, torch.OutOfMemoryError) or isinstance(error, OutOfMemoryError):
-        return None  # to a core whose torch has no such type, any exception may be one
+    ours = isinstance(error, torch.OutOfMemoryError) and not isinstance(error, OutOfMemoryError)
+    if not ours or device.type not in ("cuda", "cpu"):  # a CPU raises none
+        return None  # core may take any exception for one, and other GPUs count in other places
     held, used = torch.cuda.memory_reserved(device), torch.cuda.memory_allocated(device)
     total = comfy.model_management.get_total_memory(device)
     net.lacked = min(net.lacked + held - used + STEP, total // 4)

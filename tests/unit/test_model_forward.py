@@ -12,7 +12,7 @@ from test_model_parity import TINY, inputs, relative, tiny_model
 from wan_fp8.attention import Attention, AttentionCore, set_attention
 from wan_fp8.errors import BackendUnavailableError, InputError
 from wan_fp8.models import functional
-from wan_fp8.models.blocks import ForwardOptions
+from wan_fp8.models.blocks import ForwardOptions, KeptText
 from wan_fp8.models.functional import RopeOptions
 from wan_fp8.models.layers import Linear
 
@@ -269,3 +269,15 @@ def test_rotary_tables_are_built_once_a_shape(monkeypatch) -> None:
         x, context = inputs("t2v", frames=frames)
         model(x, torch.tensor([900.0]), context)
     assert len(built) == 2
+
+
+def test_kept_text_of_a_prompt_that_is_trained() -> None:
+    """Keys and values with derivatives are not written into memory that all blocks share; nor is there room for a block
+    that was not counted."""
+    room = [torch.zeros(2, 1, 3, 2, 4) for _ in range(2)]
+    kept = KeptText(room)
+    trained = tuple(torch.ones(1, 3, 2, 4, requires_grad=True) for _ in range(2))
+    assert all(a is b for a, b in zip(kept.of_block(0, lambda: trained), trained, strict=True)) and not room[0].any()
+    plain = tuple(torch.ones(1, 3, 2, 4) for _ in range(2))
+    assert kept.of_block(1, lambda: plain)[0].data_ptr() == room[0][1].data_ptr() and room[1][1].all()
+    assert kept.of_block(2, lambda: plain)[0] is plain[0]

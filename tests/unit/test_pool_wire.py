@@ -87,6 +87,23 @@ def test_shared_memory_that_does_not_come(announced: Any) -> None:
         theirs.receive()
 
 
+def test_memory_that_cannot_be_pinned_is_pageable_and_said_once(
+    monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    plain = torch.empty
+
+    def refuse(*shape: Any, pin_memory: bool = False, **more: Any) -> torch.Tensor:
+        if pin_memory:
+            raise RuntimeError("CUDA error: out of memory")
+        return plain(*shape, **more)
+
+    monkeypatch.setattr(torch, "empty", refuse)
+    wire._say_once.cache_clear()
+    for _ in range(2):
+        assert wire._empty([2, 3], torch.int16, True).shape == (2, 3)
+    assert caplog.text.count("host memory could not be pinned") == 1
+
+
 def test_shared_memory_that_is_too_small() -> None:
     _, theirs, bare = both()
     descriptor = os.memfd_create("test")

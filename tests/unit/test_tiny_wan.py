@@ -482,3 +482,10 @@ def test_a_stopped_training_keeps_everything_and_goes_on(tmp_path: Path) -> None
     assert done.returncode == 0, done.stdout + done.stderr
     stage = json.loads((out / package.CARD_FILE).read_text())["stages"]["vae"]
     assert stage["steps"] == steps and len(stage["losses"]) == steps
+
+
+def test_a_card_tells_of_no_folder_of_the_machine() -> None:
+    from tiny_wan.stages import _command
+
+    words = ["all", "--out", "/a/b", "--work=/c/d", "--minutes", "2", "--start-from=/e/Start", "--compile"]
+    assert _command(words) == "all --minutes 2 --start-from Start --compile"

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import datetime
 import hashlib
+import itertools
 import platform
 import shutil
 import sys
@@ -175,7 +176,7 @@ class Run:
 def _command(words: Sequence[str]) -> str:
     """What was asked for, without the places of the machine that did it: ``--start-from`` keeps its folder's name."""
     kept, before = [], ""
-    for word in words:
+    for word in itertools.chain.from_iterable(w.split("=", 1) if w.startswith("--") else [w] for w in words):
         if before not in FOLDERS and word not in FOLDERS:
             kept.append(Path(word).name if before == START else word)
         before = word

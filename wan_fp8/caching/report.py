@@ -114,11 +114,13 @@ def sum_line(facts: Sequence[dict[str, Any]], parts: str) -> str:
     """One sentence for a video of several runs.
 
     Args:
-        facts: Of every run, as ``CacheReport.facts`` gives them; one at least.
-        parts: What the runs are, in the plural.
+        facts: Of every run, as ``CacheReport.facts`` gives them (where a run had several settings, of each); one at
+            least.
+        parts: How many runs and what they are, as "3 segments".
     """
+    policies = " and ".join(dict.fromkeys(entry["policy"] for entry in facts))
     computed, skipped = (sum(entry[f"passes_{name}"] for entry in facts) for name in ("computed", "skipped"))
     return (
-        f"{facts[0]['policy']}, all {len(facts)} {parts}: {computed} of {computed + skipped} passes computed, "
+        f"{policies}, all {parts}: {computed} of {computed + skipped} passes computed, "
         f"{skipped} skipped; about {sum(entry['seconds_saved'] for entry in facts):.3g} s saved"
     )

@@ -151,6 +151,7 @@ class KeptText:
     def _settled(self, index: int, made: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
         """Anything that the room was not made for stays as it is."""
         fits = [(room.shape[1:], room.dtype) for room in self._room] == [(t.shape, t.dtype) for t in made]
+        fits = fits and index < len(self._room[0]) and not any(t.requires_grad for t in made)
         if not fits or (self._room[0].is_inference() and not torch.is_inference_mode_enabled()):
             return made
         return tuple(room[index].copy_(tensor) for room, tensor in zip(self._room, made, strict=True))

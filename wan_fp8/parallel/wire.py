@@ -13,9 +13,11 @@ network that you trust.
 from __future__ import annotations
 
 import contextlib
+import functools
 import hashlib
 import hmac
 import json
+import logging
 import math
 import mmap
 import os
@@ -31,6 +33,8 @@ import torch
 from torch import Tensor
 
 from ..errors import WanFP8Error
+
+log = logging.getLogger("wan_fp8")
 
 MAGIC, VERSION = b"WFP8", 1
 PREFIX = struct.Struct(">4sB3xIQ")
@@ -179,7 +183,7 @@ class Channel:
         tensors: dict[str, Tensor] = {}
         pin = _worth_pinning(listed)
         for name, dtype, shape in listed:
-            value = torch.empty(shape, dtype=dtype, pin_memory=pin)
+            value = _empty(shape, dtype, pin)
             if value.numel():
                 self._read(_bytes_of(value))
             tensors[name] = value
@@ -254,7 +258,7 @@ class Arena:
         """
         found, first, pin = {}, ARENA_HEAD, _worth_pinning(listed)
         for name, dtype, shape in listed:
-            value = torch.empty(shape, dtype=dtype, pin_memory=pin)
+            value = _empty(shape, dtype, pin)
             count = _nbytes(value)
             if first + count > self.size:
                 raise WireError("tensors are announced that the shared memory does not hold")
@@ -270,10 +274,26 @@ def on_host(value: Tensor) -> Tensor:
     pin = value.device.type == "cuda" and 0 < _nbytes(value) <= PINNED_UP_TO
     if not pin:
         return value.to("cpu")
-    found = torch.empty(value.shape, dtype=value.dtype, pin_memory=True)
-    found.copy_(value, non_blocking=True)
+    found = _empty(value.shape, value.dtype, pin)
+    found.copy_(value, non_blocking=found.is_pinned())
     torch.cuda.current_stream(value.device).synchronize()
     return found
+
+
+def _empty(shape: Iterable[int], dtype: torch.dtype, pin: bool) -> Tensor:
+    """Host memory for a tensor; pageable, and said once, where the system pins no more."""
+    shape = tuple(shape)
+    if pin:
+        try:
+            return torch.empty(shape, dtype=dtype, pin_memory=True)
+        except RuntimeError as error:
+            _say_once(f"host memory could not be pinned, messages to and from GPUs are slower: {error}")
+    return torch.empty(shape, dtype=dtype)
+
+
+@functools.cache
+def _say_once(text: str) -> None:
+    log.warning("%s", text)
 
 
 def _worth_pinning(listed: list[tuple[str, torch.dtype, list[int]]]) -> bool:

@@ -86,6 +86,7 @@ class SparseReport:
         return {
             "policy": self.sparsity.policy,
             "bound": self.sparsity.bound,
+            "remainder": self.sparsity.remainder,
             "attentions": self.answered.total(),
             "answered": dict(self.answered),
             "density": _short(self.density),
@@ -120,7 +121,8 @@ class SparseReport:
         assert density is not None
         lines = [
             f"sparse attention ({policy}, {names}): {sparse:,} of {total:,} self-attentions, {density:.1%} of the "
-            f"blocks kept; {self.dense_heads} of {self.heads} heads dense at the end",
+            f"blocks kept{', the others by their means' if self.sparsity.remainder else ''}; {self.dense_heads} of "
+            f"{self.heads} heads dense at the end",
             f"dropped attention mass, measured on {self.samples:,} samples: mean {dropped[0]:.4f}, worst "
             f"{dropped[1]:.4f}; error mean {error[0]:.4f}, worst {error[1]:.4f}",
         ]
