@@ -294,7 +294,7 @@ def memory() -> str:
     sys.path.insert(0, str(ROOT))
     import torch
 
-    from wan_fp8.models.memory import activation_bytes, weight_bytes
+    from wan_fp8.models.memory import forward_needs, weight_bytes
     from wan_fp8.models.specs import SPECS
 
     gib, rows = 2**30, []
@@ -306,7 +306,7 @@ def memory() -> str:
     for model, video, shape in cases:
         for storage, width in (("bf16", 2), ("FP8", 1)):
             weights = weight_bytes(SPECS[model], width) / gib
-            working = activation_bytes(SPECS[model], shape, torch.bfloat16) / gib
+            working = forward_needs(SPECS[model], shape, torch.bfloat16).total / gib
             cells = []
             for card in (12, 16, 24, 48, 80):
                 room = 0.92 * card

@@ -41,7 +41,7 @@ from .gemm.backends.transformer_engine import probe as engine_probe
 from .hardware import DeviceCaps, device_caps, driver_version, free_memory_bytes, gpu_devices, has_module
 from .kernels.quantize import Cast, Granularity, quantize, quantize_weight
 from .libraries import LIBRARIES, Package, pick, this_machine
-from .models.memory import activation_bytes, weight_bytes
+from .models.memory import forward_needs, weight_bytes
 from .models.specs import SPECS, ModelSpec
 from .parallel.plan import Machine, Workload, plan
 from .quant.recipe import GRANULARITIES, Recipe
@@ -518,7 +518,7 @@ def _expected(patient: Patient, model: str, size: str, recipe: Recipe) -> tuple[
     """Seconds of a published run and memory, in words: measured on this GPU, or said to be unmeasured."""
     spec, caps = SPECS[model], patient.caps
     weights = weight_bytes(spec, 2 if recipe.is_none else 1)
-    working = activation_bytes(spec, _latents(spec, size, DEFAULTS[spec.task].frames), torch.bfloat16)
+    working = forward_needs(spec, _latents(spec, size, DEFAULTS[spec.task].frames), torch.bfloat16).total
     need = (weights + working) / GIB
     memory = f"{weights / GIB:.1f} GiB of weights and {working / GIB:.1f} GiB to work"
     if caps.total_memory_bytes is not None and need > caps.total_memory_bytes / GIB:

@@ -19,7 +19,7 @@ from .gemm import GEMM, GemmRequest
 from .gemm import register_backends as register_gemm
 from .hardware import DeviceCaps
 from .libraries import LIBRARIES
-from .models.memory import activation_bytes, weight_bytes
+from .models.memory import forward_needs, weight_bytes
 from .models.specs import ModelSpec, Task
 from .quant.recipe import Recipe
 
@@ -119,7 +119,7 @@ def _recipe(caps: DeviceCaps, dtype: torch.dtype, spec: ModelSpec, reasons: list
     if total is None:
         reasons.append(f"recipe none: {why}; and host memory is not what limits this device")
         return Recipe("none")
-    need = weight_bytes(spec, 2) + activation_bytes(spec, latent_shape(spec), dtype)
+    need = weight_bytes(spec, 2) + forward_needs(spec, latent_shape(spec), dtype).total
     fits = f"{need / 2**30:.0f} GiB for the weights and the largest published video, and {total / 2**30:.0f} GiB there"
     if need <= total:
         reasons.append(f"recipe none: {why}; 16 bits a weight fit ({fits})")

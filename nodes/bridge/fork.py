@@ -31,7 +31,7 @@ from ...wan_fp8.checkpoint.tensors import FP8_DTYPES
 from ...wan_fp8.errors import UnsupportedPatchError
 from ...wan_fp8.kernels.quantize import weight_granularity
 from ...wan_fp8.models.layers import HIGH_PRECISION
-from ...wan_fp8.models.memory import activation_bytes, extra_tokens, rounding_bytes
+from ...wan_fp8.models.memory import extra_tokens, forward_needs, rounding_bytes
 from ...wan_fp8.models.specs import ModelSpec
 from ...wan_fp8.models.wan import WanModel, build_model, class_of
 from ...wan_fp8.quant.convert import share_recipe
@@ -384,7 +384,7 @@ def _make_shell_class(base: Any) -> type:
             net.lacked
             + matrices
             + rounded
-            + activation_bytes(
+            + forward_needs(
                 net.spec,
                 input_shape,
                 compute,
@@ -393,7 +393,7 @@ def _make_shell_class(base: Any) -> type:
                 kept_residuals=kept,
                 extra_tokens=extra_tokens(net.spec, cond_shapes),
                 quantized=net.quantization is not None,
-            )
+            ).total
         )
 
     def state_dict_for_saving(self: Any, *args: Any, **kwargs: Any) -> dict[str, Tensor]:

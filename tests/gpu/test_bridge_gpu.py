@@ -193,7 +193,7 @@ def test_memory_estimate_against_the_peak():
     torch.cuda.reset_peak_memory_stats()
     net(x, t, rows, transformer_options={})
     peak = torch.cuda.max_memory_allocated() - resting
-    told = memory.activation_bytes(spec, shape, torch.bfloat16)
+    told = memory.forward_needs(spec, shape, torch.bfloat16).total
     print(f"peak {peak / 2**30:.2f} GiB, estimate {told / 2**30:.2f} GiB")
     model.unpatch_model(torch.device("cpu"))
     assert peak <= told <= 1.4 * peak

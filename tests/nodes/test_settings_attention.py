@@ -289,13 +289,13 @@ def test_exact_attention_says_nothing(t2v, node_texts):
 
 def test_memory_is_estimated_for_the_copies_in_fp8(monkeypatch):
     memory, told = nodes_kit.module("wan_fp8.models.memory"), []
-    estimate = memory.activation_bytes
+    estimate = memory.forward_needs
 
     def spy(*args, low_precision_attention, **kwargs):
         told.append(low_precision_attention)
         return estimate(*args, low_precision_attention=low_precision_attention, **kwargs)
 
-    monkeypatch.setattr(nodes_kit.module("nodes.bridge.fork"), "activation_bytes", spy)
+    monkeypatch.setattr(nodes_kit.module("nodes.bridge.fork"), "forward_needs", spy)
     model = kit.core_model("t2v", seed=3)
     for given, expected in ((windowed(model)[0], True), (attended(model)[0], False), (windowed(model)[0], True)):
         told.clear()

@@ -43,31 +43,6 @@ def extra_tokens(spec: ModelSpec, cond_shapes: Mapping[str, Sequence[Sequence[in
     return math.ceil(found)
 
 
-def activation_bytes(
-    spec: ModelSpec,
-    input_shape: Sequence[int],
-    dtype: torch.dtype,
-    *,
-    fused: bool = True,
-    low_precision_attention: bool = False,
-    kept_residuals: int = 0,
-    extra_tokens: int = 0,
-    quantized: bool = False,
-) -> int:
-    """Peak bytes of one forward for latents [B, C, F, H, W], conditioning channels not counted: the sum of
-    ``forward_needs``."""
-    return forward_needs(
-        spec,
-        input_shape,
-        dtype,
-        fused=fused,
-        low_precision_attention=low_precision_attention,
-        kept_residuals=kept_residuals,
-        extra_tokens=extra_tokens,
-        quantized=quantized,
-    ).total
-
-
 @dataclass(frozen=True, slots=True)
 class ForwardNeeds:
     """Bytes beside the weights, by what they are for."""
